@@ -1,0 +1,65 @@
+# Needs Python >= 3.11 and make; everything else is installed into .venv from the locked requirements.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export PIP_REQUIRE_VIRTUALENV = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-full lint types layers unit bench promises promises-check schema lock clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+# The stamps are made anew when what they were made from changes.
+$(VENV)/.run: requirements/run.txt requirements/build.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || { echo "Setting up $(VENV) (once)"; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) install --require-hashes -r requirements/run.txt -r requirements/build.txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run requirements/test.txt
+	@echo "Setting up the test tools (once)"
+	@$(PIP) install --require-hashes -r requirements/test.txt
+	@touch $@
+
+setup: $(VENV)/.test  ## Install everything into .venv
+
+run: $(VENV)/.run  ## Start the gateway; pass options as ARGS='--port 9000'
+	@$(BIN)/xenios serve --show-key $(ARGS)
+
+test: lint types layers unit  ## Lint, types, layer rules and all tests (under 10 minutes)
+
+lint: $(VENV)/.test
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+
+types: $(VENV)/.test
+	@$(BIN)/mypy
+
+layers: $(VENV)/.test
+	@$(BIN)/lint-imports --no-logo
+
+unit: $(VENV)/.test
+	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
+
+bench: $(VENV)/.test  ## Measure against a bare aiohttp proxy; options as ARGS='--quick'
+	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+promises: $(VENV)/.test  ## Which promises are proven, by which test
+	@$(BIN)/python -m tests.promises.report
+
+promises-check: $(VENV)/.test  ## Break the code for each promise and see its test fail
+	@$(BIN)/python -m tests.promises.check $(ARGS)
+
+schema: $(VENV)/.run  ## Write config/schema.json anew
+	@$(BIN)/xenios schema > config/schema.json
+
+lock: $(VENV)/.test  ## Resolve the requirements anew (needs uv)
+	@uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q pyproject.toml -o requirements/run.txt
+	@uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q --extra test -c requirements/run.txt pyproject.toml -o requirements/test.txt
+	@uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q -c requirements/test.txt requirements/build.in -o requirements/build.txt
+
+clean:
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage* mutants

@@ -1,0 +1,87 @@
+"""Xenios: a plugin-based LLM gateway. What stands here is what plugins may import, and is kept stable."""
+
+from gateway._version import __version__
+from gateway.errors import (
+    BadRequest,
+    Cause,
+    Forbidden,
+    GatewayError,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    PluginError,
+    RateLimited,
+    Refused,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    UpstreamError,
+)
+from gateway.exchange import (
+    Attempt,
+    AttemptRecord,
+    ContextKey,
+    Correction,
+    Cost,
+    Credentials,
+    Decision,
+    Event,
+    Exchange,
+    Limits,
+    Outcome,
+    Principal,
+    Reply,
+    Scopes,
+    Source,
+    Target,
+    Usage,
+)
+from gateway.hookspecs import Tap, hookimpl
+from gateway.routes import Router
+from gateway.services import Services
+from gateway.settings import Upstream
+from gateway.units import Duration, Size
+from gateway.upstream import UpstreamReply
+
+__all__ = [
+    "Attempt",
+    "AttemptRecord",
+    "BadRequest",
+    "Cause",
+    "ContextKey",
+    "Correction",
+    "Cost",
+    "Credentials",
+    "Decision",
+    "Duration",
+    "Event",
+    "Exchange",
+    "Forbidden",
+    "GatewayError",
+    "Limits",
+    "MethodNotAllowed",
+    "ModelNotFound",
+    "NotFound",
+    "Outcome",
+    "PluginError",
+    "Principal",
+    "RateLimited",
+    "Refused",
+    "Reply",
+    "Router",
+    "Scopes",
+    "Services",
+    "Size",
+    "Source",
+    "Tap",
+    "Target",
+    "TooLarge",
+    "Unauthenticated",
+    "Unavailable",
+    "Upstream",
+    "UpstreamError",
+    "UpstreamReply",
+    "Usage",
+    "__version__",
+    "hookimpl",
+]

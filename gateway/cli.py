@@ -1,0 +1,406 @@
+"""The command line. Exit codes: 0 fine, 1 failed, 2 bad usage or configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gateway._version import __version__
+
+if TYPE_CHECKING:
+    from gateway.catalogue import Catalogue, Price
+    from gateway.plugins import Blueprint
+    from gateway.settings import Loaded, Problem
+    from gateway.worker import Worker
+
+app = typer.Typer(
+    name="xenios",
+    help="Xenios, a self-hosted LLM gateway: OpenAI and Anthropic clients in front, OpenRouter's models behind.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+keys_app = typer.Typer(help="Client keys.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="The configuration file. Default: $XENIOS_CONFIG, else config/xenios.yaml, else the one that is built in.",
+        show_default=False,
+    ),
+]
+BUILT_IN = frozenset({"serve", "check", "plugins", "models", "simulate", "keys", "version", "schema"})
+
+
+def main() -> None:
+    """Run the command line. Commands of plugins are looked for when a name is not one of ours."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    if words and words[0] not in BUILT_IN:
+        _add_plugin_commands()
+    app()
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind.", show_default=False)] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", show_default=False),
+    ] = None,
+    *,
+    show_key: Annotated[bool, typer.Option("--show-key", help="Print the bootstrap key at every start.")] = False,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Replace the bootstrap key by a new one.")] = False,
+) -> None:
+    """Start the gateway."""
+    loaded = _load(config, host, port)
+    from gateway import logs
+
+    logs.setup(loaded.settings.log)
+    sys.exit(_serve(loaded, show_key=show_key, new_key=new_key))
+
+
+@app.command()
+def check(config: ConfigOption = None) -> None:
+    """Validate the configuration and every plugin's; report ALL mistakes. Starts nothing."""
+    path = _config_path(config)
+    blueprints, problems, _ = _examine(path)
+    _stop_on(problems)
+    typer.echo(f"{path}: fine, {len(blueprints)} plugins.")
+
+
+@app.command()
+def plugins(
+    config: ConfigOption = None,
+    *,
+    installed: Annotated[bool, typer.Option("--installed", help="List what is installed, enabled or not.")] = False,
+) -> None:
+    """The plugins of the configuration: version, hooks, and the call order within each hook."""
+    from gateway.plugins import HOOKS, hooks_of
+    from gateway.plugins import installed as all_installed
+
+    if installed:
+        for name, point in sorted(all_installed().items()):
+            typer.echo(f"{name:20} {point.dist.version if point.dist else '?':10} {point.value}")
+        return
+    blueprints, problems, _ = _examine(_config_path(config))
+    _stop_on(problems)
+    for blueprint in blueprints:
+        typer.echo(f"{blueprint.id:20} {blueprint.version:10} {', '.join(hooks_of(blueprint.cls)) or 'no hooks'}")
+    typer.echo("\nCall order:")
+    for hook in HOOKS:
+        order = [b.id for b in blueprints if hook in hooks_of(b.cls)]
+        if order:
+            typer.echo(f"  {hook:20} {' → '.join(reversed(order) if hook == 'request_finished' else order)}")
+
+
+@app.command()
+def models(
+    config: ConfigOption = None,
+    search: Annotated[str, typer.Argument(help="Only models whose id contains this.")] = "",
+) -> None:
+    """The models that the catalogue knows: context, prices in USD per million tokens, where that is known from."""
+    loaded = _load(config)
+    catalogue = _catalogue(loaded)
+    typer.echo(f"{'model':48} {'context':>9} {'input':>9} {'output':>9}  from")
+    for item in catalogue.listing(lambda _: True)["data"]:
+        if search not in item["id"]:
+            continue
+        model = next((m for u in loaded.settings.upstreams if (m := catalogue.model(u, item["id"]))), None)
+        if model is not None:
+            context = model.context_length or "?"
+            prices = f"{_usd(model.price, 'input'):>9} {_usd(model.price, 'output'):>9}"
+            typer.echo(f"{model.id:48} {context:>9} {prices}  {model.origin}")
+
+
+@app.command()
+def simulate(
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 9999,
+    latency: Annotated[float, typer.Option(min=0, help="Seconds before the first byte.")] = 0.2,
+    chunk_delay: Annotated[float, typer.Option(min=0, help="Seconds between two chunks of a stream.")] = 0.02,
+) -> None:
+    """Run the simulated OpenRouter alone. It answers every endpoint; models named `sim-…` misbehave as told.
+
+    The words are listed by `python -c "import gateway.simulator; help(gateway.simulator)"`, for example
+    `xenios/sim-fail-503`, `xenios/sim-t500-n20-d50`, `xenios/sim-cutmid`.
+    """
+    from gateway.simulator import Simulator
+
+    async def run() -> None:
+        stop = _stop_signals()
+        simulator = Simulator(latency=latency, chunk_delay=chunk_delay)
+        await simulator.start(host, port)
+        typer.echo(f"Simulated OpenRouter at {simulator.url} (Ctrl-C ends it)")
+        await stop.wait()
+        await simulator.close()
+
+    try:
+        _run(run())
+    except OSError as error:
+        _fail(f"Can't listen on {host}:{port}: {error.strerror or error}", 1)
+
+
+@keys_app.command("hash")
+def keys_hash(
+    config: ConfigOption = None,
+    *,
+    new: Annotated[bool, typer.Option("--new", help="Make a new key and print it with its hash.")] = False,
+) -> None:
+    """Print the hash of a key, for `api_keys` in the YAML. The key is read from standard input, not from arguments."""
+    from gateway.kit import hash_key, is_well_formed, new_key
+    from gateway.supervisor import DataDirError, read_pepper
+
+    if new:
+        key = new_key()
+        typer.echo(f"key:  {key}   (shown once: keep it)")
+    else:
+        key = typer.prompt("Key", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline().strip()
+        if not key:
+            _fail("No key on standard input.", 2)
+        if not is_well_formed(key):
+            typer.echo("note: this is not a key of the form that `xenios keys hash --new` makes.", err=True)
+    try:
+        hashed = hash_key(key, read_pepper(_load(config).settings))
+    except DataDirError as error:
+        _fail(str(error), 1)
+    typer.echo(f"hash: {hashed}")
+
+
+@app.command()
+def schema(config: ConfigOption = None) -> None:
+    """Print the JSON schema of the configuration, the settings of installed plugins included (for editors)."""
+    import json
+
+    del config
+    typer.echo(json.dumps(settings_schema(), indent=2))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"xenios {__version__} (Python {sys.version.split()[0]})")
+
+
+def settings_schema() -> dict[str, Any]:
+    """What `config/schema.json` holds."""
+    from gateway.plugins import NoConfig, installed, load
+    from gateway.settings import json_schema
+
+    own = {
+        name: load(name, Path())[0] for name, point in installed().items() if point.dist and point.dist.name == "xenios"
+    }
+    return json_schema(
+        {name: getattr(cls, "Config", NoConfig).model_json_schema() for name, cls in sorted(own.items())}
+    )
+
+
+# --- serving --------------------------------------------------------------------------------
+
+
+def _serve(loaded: Loaded, *, show_key: bool, new_key: bool) -> int:
+    from gateway.plugins import PluginStartError
+    from gateway.settings import ConfigError
+    from gateway.supervisor import DataDirError, data_dir, identity
+    from gateway.worker import StartError, Worker
+
+    settings = loaded.settings
+    try:
+        with data_dir(settings.server.data_dir) as folder:
+            own = identity(folder, settings, new_bootstrap_key=new_key)
+            worker = Worker(loaded, own, folder)
+            shown = own.bootstrap_key if show_key or own.bootstrap_key_is_new or sys.stdout.isatty() else None
+            _run(_until_stopped(worker, shown, str(folder / "bootstrap_key") if own.bootstrap_key else None))
+    except ConfigError as error:
+        _stop_on(list(error.problems))
+    except (StartError, PluginStartError, DataDirError) as error:
+        typer.echo(f"xenios: {error}", err=True)
+        return 2 if isinstance(error, StartError) else 1
+    except OSError as error:
+        typer.echo(f"xenios: can't listen on {settings.server.host}:{settings.server.port}: {error.strerror}", err=True)
+        return 1
+    return 0
+
+
+async def _until_stopped(worker: Worker, key: str | None, key_file: str | None) -> None:
+    stop = _stop_signals()
+    async with worker.running():
+        sys.stderr.write(_banner(worker, key, key_file))
+        sys.stderr.flush()
+        await stop.wait()
+
+
+def _stop_signals() -> asyncio.Event:
+    """Set by TERM or INT; a second one ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+def _banner(worker: Worker, key: str | None, key_file: str | None) -> str:
+    settings = worker.snapshot.settings
+    host = settings.server.host if settings.server.host not in {"0.0.0.0", "::"} else "127.0.0.1"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{worker.port}"
+    lines = [f"Xenios {__version__} at {url}"]
+    if worker.simulated:
+        bar = "#" * 78
+        text = (
+            "SIMULATED ANSWERS: no upstream key is set, so a built-in simulation answers.",
+            "Set OPENROUTER_API_KEY and start again for real models.",
+        )
+        lines += [bar, *(f"# {line:<74} #" for line in text), bar]
+    token = key or "$XENIOS_KEY"
+    if key is not None:
+        lines.append(f"Key (admin):  {key}")
+    elif key_file is not None:
+        lines.append(f"Key (admin):  in {key_file} (--show-key prints it)")
+    curl = (
+        f"  curl {url}/v1/chat/completions -H 'Authorization: Bearer {token}' -H 'Content-Type: application/json' "
+        """-d '{"model": "anthropic/claude-haiku-4.5", "messages": [{"role": "user", "content": "Hello"}]}'"""
+    )
+    messages = "[{'role': 'user', 'content': 'Hello'}]"
+    lines += [
+        "",
+        "Try it:",
+        curl,
+        "",
+        "Or in Python (pip install openai), streamed:",
+        f"  from openai import OpenAI; client = OpenAI(base_url={url + '/v1'!r}, api_key={token!r})",
+        f"  stream = client.chat.completions.create(model='task/chat', messages={messages}, stream=True)",
+        "  for chunk in stream: print(chunk.choices[0].delta.content or '', end='', flush=True)",
+        "",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _run(main_coroutine: Any) -> None:
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main_coroutine)
+    else:
+        uvloop.run(main_coroutine)
+
+
+# --- configuration --------------------------------------------------------------------------------
+
+
+def _config_path(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    if chosen := os.environ.get("XENIOS_CONFIG"):
+        return Path(chosen)
+    local = Path("config/xenios.yaml")
+    if local.is_file():
+        return local
+    packaged = Path(__file__).parent / "data" / "xenios.yaml"
+    return packaged if packaged.is_file() else Path(__file__).parent.parent / "config" / "xenios.yaml"
+
+
+def _load(config: Path | None, host: str | None = None, port: int | None = None) -> Loaded:
+    """The configuration, or exit 2 with every mistake in it."""
+    from dataclasses import replace
+
+    from gateway.settings import ConfigError, load
+
+    path = _config_path(config)
+    try:
+        loaded = load(path)
+    except ConfigError:
+        _, problems, _ = _examine(path)
+        _stop_on(problems)
+        raise
+    changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    if not changes:
+        return loaded
+    server = loaded.settings.server.model_copy(update=changes)
+    return replace(loaded, settings=loaded.settings.model_copy(update={"server": server}))
+
+
+def _examine(path: Path) -> tuple[list[Blueprint], list[Problem], Loaded | None]:
+    """Everything that is wrong with the file and its plugins, in line order."""
+    from gateway.plugins import read_entries
+    from gateway.settings import ConfigError, Loaded, examine
+
+    try:
+        examined = examine(path)
+    except ConfigError as error:
+        return [], list(error.problems), None
+    blueprints, found = read_entries(examined.plugins(), examined.source)
+    problems = sorted([*examined.problems, *found], key=lambda p: (p.line or 0, p.column or 0))
+    loaded = Loaded(examined.settings, examined.source) if examined.settings else None
+    return blueprints, problems, loaded
+
+
+def _stop_on(problems: list[Problem]) -> None:
+    if problems:
+        for problem in problems:
+            typer.echo(str(problem), err=True)
+        _fail(f"{len(problems)} mistake{'s' if len(problems) > 1 else ''} in the configuration.", 2)
+
+
+def _fail(message: str, code: int) -> Any:
+    typer.echo(f"xenios: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _catalogue(loaded: Loaded) -> Catalogue:
+    from gateway.catalogue import Catalogue
+
+    async def no_fetch(_: str) -> bytes:
+        raise OSError
+
+    kinds = {name: upstream.kind for name, upstream in loaded.settings.upstreams.items()}
+    cache = loaded.settings.server.data_dir / "catalogue"
+    catalogue = Catalogue(kinds, loaded.settings.catalogue, cache if cache.is_dir() else None, no_fetch)
+    catalogue.load()
+    return catalogue
+
+
+def _usd(price: Price, name: str) -> str:
+    pico = getattr(price, name)
+    return "?" if pico is None else f"{pico / 1e6:g}"
+
+
+def _add_plugin_commands() -> None:
+    """Commands that plugins of the configuration bring (`register_commands`)."""
+    import inspect
+
+    arguments = sys.argv[1:]
+    given = next((Path(b) for a, b in itertools.pairwise(arguments) if a in {"--config", "-c"}), None)
+    blueprints, _, _ = _examine(_config_path(given))
+    for blueprint in blueprints:
+        if not hasattr(blueprint.cls, "register_commands"):
+            continue
+        register = inspect.getattr_static(blueprint.cls, "register_commands")
+        try:
+            register(_Unstarted(blueprint), app)
+        except Exception as error:  # noqa: BLE001 - a plugin's own code
+            _fail(f"plugin {blueprint.id}: register_commands failed: {type(error).__name__}: {error}", 1)
+
+
+class _Unstarted:
+    """What a plugin's `register_commands` sees as `self`: its config; services exist only while serving."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self.config = blueprint.config
+        self.id = blueprint.id

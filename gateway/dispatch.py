@@ -1,0 +1,232 @@
+"""Calling a hook's implementations: frozen tuples, a loop, and what happens when one raises.
+
+Nothing here knows pluggy; `plugins.py` compiles the tuples at start-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import structlog
+
+from gateway.errors import GatewayError, PluginError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.exchange import Correction, Exchange, Principal
+
+log = structlog.get_logger("gateway.plugins")
+
+FINISH_SECONDS = 5.0
+
+# What runs on the loop right now, for the watchdog: a sync hook can't be interrupted, only named.
+running: list[tuple[str, str] | None] = [None]
+
+
+@dataclass(slots=True)
+class Impl:
+    """One plugin's implementation of one hook."""
+
+    plugin: str
+    hook: str
+    call: Callable[..., Any]
+    on_error: Literal["fail", "ignore"] = "fail"
+    # `when:` of the YAML, compiled; None = always.
+    when: Callable[[Exchange], bool] | None = None
+    index: int = 0
+    rewrites: bool = False
+    explicit: bool = False  # the YAML or the plugin said `on_error` in so many words
+    where: tuple[str, str] = field(init=False)
+    failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.where = (self.plugin, self.hook)
+
+    def applies(self, exchange: Exchange) -> bool:
+        """Evaluated once per exchange and plugin, as soon as its fields are known, and kept for later hooks."""
+        if self.when is None:
+            return True
+        memo = exchange.scope_memo.get(self.index)
+        if memo is None:
+            memo = exchange.scope_memo[self.index] = self.when(exchange)
+        return memo
+
+    def failed(self, error: Exception, exchange: Exchange | None = None) -> None:
+        self.failures += 1
+        log.error(
+            "plugin_failed",
+            plugin=self.plugin,
+            hook=self.hook,
+            request_id=exchange.request_id if exchange else None,
+            exc_info=error,
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.plugin}.{self.hook}"
+
+
+Impls = tuple[Impl, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledHooks:
+    """For each hook its implementations in call order."""
+
+    register_routes: Impls = ()
+    register_commands: Impls = ()
+    register_upstreams: Impls = ()
+    request_received: Impls = ()
+    authenticate: Impls = ()
+    restore_principal: Impls = ()
+    prepare_request: Impls = ()
+    choose_targets: Impls = ()
+    check_request: Impls = ()
+    lookup_response: Impls = ()
+    around_upstream: Impls = ()
+    attempt_started: Impls = ()
+    attempt_finished: Impls = ()
+    open_tap: Impls = ()
+    transform_response: Impls = ()
+    render_error: Impls = ()
+    response_started: Impls = ()
+    request_finished: Impls = ()
+    usage_corrected: Impls = ()
+    explain: Impls = ()
+
+    def order(self) -> dict[str, list[str]]:
+        """Hook → plugins in call order, for `xenios plugins` and for tests."""
+        return {f.name: [impl.plugin for impl in getattr(self, f.name)] for f in fields(self)}
+
+
+async def run_all(exchange: Exchange, impls: Impls, *, ignorable: bool = False) -> None:
+    """Each in turn. A refusal goes to the client; a failure is a 503, or ignored where `on_error` may say so."""
+    for impl in impls:
+        if impl.when is not None and not impl.applies(exchange):
+            continue
+        exchange.running = impl.where
+        try:
+            await impl.call(exchange)
+        except GatewayError:
+            _blame(exchange, impl)
+            raise
+        except Exception as error:
+            impl.failed(error, exchange)
+            if not (ignorable and impl.on_error == "ignore"):
+                raise _plugin_error(exchange, impl) from error
+    exchange.running = None
+
+
+async def run_first(exchange: Exchange, impls: Impls, *, ignorable: bool = False, returns: type | None = None) -> Any:
+    """The first answer that is not None; one of the wrong type is the plugin's failure."""
+    for impl in impls:
+        if impl.when is not None and not impl.applies(exchange):
+            continue
+        exchange.running = impl.where
+        try:
+            answer = await impl.call(exchange)
+            if answer is not None:
+                _check(answer, returns)
+                exchange.running = None
+                return answer
+        except GatewayError:
+            _blame(exchange, impl)
+            raise
+        except Exception as error:
+            impl.failed(error, exchange)
+            if not (ignorable and impl.on_error == "ignore"):
+                raise _plugin_error(exchange, impl) from error
+    exchange.running = None
+    return None
+
+
+def run_sync(exchange: Exchange, impls: Impls, *arguments: Any) -> None:
+    """Observers: each in turn, a failure is logged and changes nothing."""
+    for impl in impls:
+        if impl.when is not None and not impl.applies(exchange):
+            continue
+        running[0] = impl.where
+        try:
+            impl.call(exchange, *arguments)
+        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+            impl.failed(error, exchange)
+    running[0] = None
+
+
+def first_sync(exchange: Exchange, impls: Impls, *arguments: Any, returns: type | None = None) -> Any:
+    """The first answer of observers that is not None."""
+    for impl in impls:
+        if impl.when is not None and not impl.applies(exchange):
+            continue
+        running[0] = impl.where
+        try:
+            answer = impl.call(exchange, *arguments)
+            if answer is not None:
+                _check(answer, returns)
+                return answer
+        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+            impl.failed(error, exchange)
+        finally:
+            running[0] = None
+    return None
+
+
+async def run_finished(exchange: Exchange, impls: Impls) -> None:
+    """`request_finished`: every plugin, each within its own deadline, whatever the others do."""
+    for impl in impls:
+        if impl.when is not None and not impl.applies(exchange):
+            continue
+        try:
+            async with asyncio.timeout(FINISH_SECONDS):
+                await impl.call(exchange)
+        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+            impl.failed(error, exchange)
+
+
+async def run_corrected(impls: Impls, correction: Correction) -> None:
+    for impl in impls:
+        try:
+            await impl.call(correction)
+        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+            impl.failed(error)
+
+
+async def restore_principal(impls: Impls, reference: str) -> Principal | None:
+    """The first answer; a failure goes to the caller, who retries the job."""
+    for impl in impls:
+        principal: Principal | None = await impl.call(reference)
+        if principal is not None:
+            return principal
+    return None
+
+
+async def run_explain(exchange: Exchange, impls: Impls) -> list[tuple[str, str]]:
+    """(plugin, finding) of each plugin; a failure is a finding too."""
+    found: list[tuple[str, str]] = []
+    for impl in impls:
+        if not impl.applies(exchange):
+            continue
+        try:
+            found += [(impl.plugin, line) for line in await impl.call(exchange) or ()]
+        except Exception as error:  # noqa: BLE001 - reported as a finding
+            impl.failed(error, exchange)
+            found.append((impl.plugin, f"explain failed: {type(error).__name__}"))
+    return found
+
+
+def _check(answer: Any, returns: type | None) -> None:
+    if returns is not None and not isinstance(answer, returns):
+        raise TypeError(f"returned {type(answer).__name__} where {returns.__name__} or None is due")
+
+
+def _blame(exchange: Exchange, impl: Impl) -> None:
+    exchange.error_by = exchange.error_by or f"{impl.plugin}.{impl.hook}"
+    exchange.running = None
+
+
+def _plugin_error(exchange: Exchange, impl: Impl) -> PluginError:
+    exchange.error_by = f"{impl.plugin}.{impl.hook}"
+    exchange.running = None
+    return PluginError()

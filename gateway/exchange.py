@@ -1,0 +1,505 @@
+"""What one request carries through the gateway: the Exchange and the values in it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+
+import msgspec
+from multidict import CIMultiDict, CIMultiDictProxy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from gateway.dialects import Dialect
+    from gateway.errors import Cause, GatewayError
+    from gateway.routes import Route
+    from gateway.snapshot import Snapshot
+
+T = TypeVar("T")
+JsonObject = dict[str, Any]
+Phase = Literal["live", "accept", "run"]
+
+# Whatever can carry a credential: plugins don't see it in `request.headers`, upstreams never get it.
+SECRET_HEADERS = frozenset(
+    {
+        "authorization",
+        "proxy-authorization",
+        "x-api-key",
+        "api-key",
+        "cookie",
+        "x-goog-api-key",
+        "openai-api-key",
+    }
+)
+
+
+class Source(StrEnum):
+    """Where a count or a price came from."""
+
+    UPSTREAM = "upstream"
+    CATALOGUE = "catalogue"
+    ESTIMATE = "estimate"
+    UNKNOWN = "unknown"
+
+
+class Outcome(StrEnum):
+    """How an exchange ended; one of these stands in its log line and its usage row."""
+
+    OK = "ok"
+    REFUSED = "refused"
+    UPSTREAM_ERROR = "upstream_error"
+    UPSTREAM_TRUNCATED = "upstream_truncated"
+    CLIENT_DISCONNECT = "client_disconnect"
+    TIMEOUT = "timeout"
+    PLUGIN_ERROR = "plugin_error"
+    SHUTDOWN = "shutdown"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one attempt, or the sum over an exchange. None is unknown, never 0."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    source: Source = Source.UNKNOWN
+
+    def __add__(self, other: Usage) -> Usage:
+        """Unknown and known make known (what is known was used), with the weaker source."""
+        return Usage(
+            _plus(self.input_tokens, other.input_tokens),
+            _plus(self.output_tokens, other.output_tokens),
+            _plus(self.cache_read_tokens, other.cache_read_tokens),
+            _plus(self.cache_write_tokens, other.cache_write_tokens),
+            _plus(self.reasoning_tokens, other.reasoning_tokens),
+            _weaker(self.source, other.source),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Money in integer pico-USD (1 USD = 10**12), so that single tokens of cheap models add up exactly."""
+
+    pico_usd: int | None = None
+    source: Source = Source.UNKNOWN
+
+    @property
+    def usd(self) -> float | None:
+        return None if self.pico_usd is None else self.pico_usd / 1e12
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(_plus(self.pico_usd, other.pico_usd), _weaker(self.source, other.source))
+
+
+UNKNOWN_USAGE = Usage()
+UNKNOWN_COST = Cost()
+_STRENGTH = [Source.UPSTREAM, Source.CATALOGUE, Source.ESTIMATE, Source.UNKNOWN]
+
+
+def _plus(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _weaker(a: Source, b: Source) -> Source:
+    return max(a, b, key=_STRENGTH.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Scopes:
+    """What a principal may use. None = everything; globs (`anthropic/*`) in every list."""
+
+    models: tuple[str, ...] | None = None
+    aliases: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+    endpoints: tuple[str, ...] | None = None
+
+    def allows(self, kind: Literal["models", "aliases", "tasks", "endpoints"], name: str) -> bool:
+        globs = cast("tuple[str, ...] | None", getattr(self, kind))
+        return globs is None or any(fnmatchcase(name, glob) for glob in globs)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is calling. `reference` is what a job keeps to restore the principal: an id, never a secret."""
+
+    id: str
+    kind: str = "key"
+    tenant: str = ""
+    team: str | None = None
+    roles: frozenset[str] = frozenset()
+    scopes: Scopes = Scopes()
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    claims: Mapping[str, Any] = field(default_factory=dict)
+    admin: bool = False
+
+    @property
+    def reference(self) -> str:
+        return f"{self.kind}:{self.id}"
+
+
+ANONYMOUS = Principal(id="anonymous", kind="anonymous", tenant="anonymous")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One model at one upstream. `overrides` are set in the body, `strip` are removed from it."""
+
+    model: str
+    upstream: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    strip: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Which models may answer, in order, and why.
+
+    `alias` names what the client asked for when that was not a model itself: a scope that grants it grants its targets.
+    """
+
+    asked: str
+    targets: tuple[Target, ...]
+    task: str | None = None
+    alias: str | None = None
+    rule: str | None = None
+    offload: bool = False
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Time limits of one attempt in seconds, None = no limit of its own (the exchange's deadline still holds)."""
+
+    first_event: float | None = None
+    stall: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What is to be sent to one target. Immutable: a layer that changes it makes another (`dataclasses.replace`)."""
+
+    target: Target
+    body: bytes
+    headers: Mapping[str, str]
+    limits: Limits
+
+
+@dataclass(slots=True)
+class AttemptRecord:
+    """What became of one attempt. Times are `time.monotonic()` seconds."""
+
+    attempt: Attempt
+    number: int
+    started: float
+    first_content: float | None = None
+    finished: float | None = None
+    status: int | None = None
+    cause: Cause | None = None
+    message: str | None = None
+    generation_id: str | None = None
+    usage: Usage = UNKNOWN_USAGE
+    cost: Cost = UNKNOWN_COST
+
+    @property
+    def target(self) -> Target:
+        return self.attempt.target
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds until the last byte, the failure or the cancellation."""
+        return None if self.finished is None else self.finished - self.started
+
+
+class Event(bytes):
+    """One whole SSE event with its blank line, as it came from the upstream. Parsed only when asked."""
+
+    @cached_property
+    def payload(self) -> bytes:
+        """The `data:` lines joined by newlines, b"" if there are none."""
+        lines = self.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+
+    @cached_property
+    def data(self) -> Any:
+        """The payload as JSON; None if it is not JSON (`[DONE]`, a comment)."""
+        try:
+            return msgspec.json.decode(self.payload)
+        except (msgspec.DecodeError, RecursionError):
+            return None
+
+    @property
+    def is_comment(self) -> bool:
+        return self.startswith(b":")
+
+
+class Reply:
+    """A whole reply to the client. Bytes that nobody changed leave as they came."""
+
+    __slots__ = ("_body", "_data", "_dirty", "headers", "status")
+
+    def __init__(
+        self,
+        status: int,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        data: Any = None,
+    ) -> None:
+        """Give `body` (bytes) or `data` (JSON, encoded when it is sent)."""
+        self.status = status
+        self.headers: CIMultiDict[str] = CIMultiDict(headers or {})
+        self._body = body
+        self._data = data
+        self._dirty = body is None
+        if body is None:
+            self.headers.setdefault("Content-Type", "application/json")
+
+    @property
+    def body(self) -> bytes:
+        if self._dirty:
+            self._body = b"" if self._data is None else msgspec.json.encode(self._data)
+            self._dirty = False
+        return self._body or b""
+
+    @body.setter
+    def body(self, value: bytes) -> None:
+        self._body, self._data, self._dirty = value, None, False
+
+    @property
+    def data(self) -> Any:
+        """The body as JSON. To change it, assign: a change inside the returned object is not sent by itself."""
+        if self._data is None and self._body:
+            self._data = msgspec.json.decode(self._body)
+        return self._data
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self._data, self._dirty = value, True
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What the client showed, each as sent. Only `authenticate` sees it; the core forgets it afterwards."""
+
+    bearer: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def token(self) -> str | None:
+        """The key, from whichever header it came."""
+        return self.bearer or self.api_key
+
+
+class RequestView:
+    """The client's request as plugins see it: without any header that carries a credential."""
+
+    __slots__ = (
+        "_headers",
+        "_raw_headers",
+        "http_version",
+        "method",
+        "path",
+        "path_params",
+        "query_string",
+        "remote",
+    )
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        headers: CIMultiDictProxy[str],
+        *,
+        query_string: str = "",
+        remote: str | None = None,
+        http_version: tuple[int, int] = (1, 1),
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.query_string = query_string
+        self.remote = remote
+        self.http_version = http_version
+        self.path_params: dict[str, str] = {}
+        self._raw_headers = headers
+        self._headers: CIMultiDict[str] | None = None
+
+    def header(self, name: str) -> str | None:
+        """One header, None if absent or secret."""
+        return None if name.lower() in SECRET_HEADERS else self._raw_headers.get(name)
+
+    @property
+    def headers(self) -> CIMultiDict[str]:
+        if self._headers is None:
+            self._headers = CIMultiDict((k, v) for k, v in self._raw_headers.items() if k.lower() not in SECRET_HEADERS)
+        return self._headers
+
+    @property
+    def query(self) -> dict[str, str]:
+        from urllib.parse import parse_qsl  # noqa: PLC0415 - never on the proxied path
+
+        return dict(parse_qsl(self.query_string, keep_blank_values=True))
+
+
+class ContextKey(Generic[T]):
+    """A plugin's private, typed slot in each exchange.
+
+    Make one per plugin *instance* (in `__init__`): keys are told apart by identity, so a plugin that the YAML lists
+    twice keeps two states.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Exchange:
+    """One request and everything that becomes of it. Every hook gets it."""
+
+    __slots__ = (
+        "_context",
+        "attempts",
+        "body",
+        "client_started",
+        "cost",
+        "credentials",
+        "decision",
+        "dialect",
+        "error",
+        "error_by",
+        "finished",
+        "first_content",
+        "form",
+        "id",
+        "outcome",
+        "phase",
+        "principal",
+        "raw_body",
+        "reply",
+        "reply_headers",
+        "request",
+        "request_id",
+        "route",
+        "running",
+        "scope_memo",
+        "snapshot",
+        "started",
+        "started_at",
+        "status",
+        "streamed",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        exchange_id: str,
+        request: RequestView,
+        snapshot: Snapshot,
+        route: Route,
+        *,
+        phase: Phase = "live",
+    ) -> None:
+        # Ours and unique: what is billed hangs on it. `request_id` is what the client may have chosen.
+        self.id = exchange_id
+        self.request_id = exchange_id
+        self.request = request
+        self.snapshot = snapshot
+        self.route = route
+        self.dialect: Dialect = route.dialect
+        self.phase = phase
+        self.credentials: Credentials | None = None
+        self.principal: Principal | None = None
+        self.raw_body = b""
+        # The parsed JSON body; for multipart its plain fields, the files stay in `form`.
+        self.body: JsonObject = {}
+        self.form: Form | None = None
+        self.decision: Decision | None = None
+        self.attempts: list[AttemptRecord] = []
+        self.reply: Reply | None = None
+        # Headers that the reply will carry, whatever it is.
+        self.reply_headers: CIMultiDict[str] = CIMultiDict()
+        self.streamed = False
+        self.client_started = False
+        self.status: int | None = None
+        self.outcome: Outcome | None = None
+        self.error: GatewayError | None = None
+        self.error_by: str | None = None
+        self.usage = UNKNOWN_USAGE
+        self.cost = UNKNOWN_COST
+        self.started = time.monotonic()
+        self.started_at = time.time()
+        self.first_content: float | None = None
+        self.finished: float | None = None
+        # (plugin id, hook) that is running: what a deadline that fires will name.
+        self.running: tuple[str, str] | None = None
+        self.scope_memo: dict[int, bool] = {}
+        self._context: dict[ContextKey[Any], Any] = {}
+
+    def get(self, key: ContextKey[T], default: T | None = None) -> T | None:
+        return cast("T | None", self._context.get(key, default))
+
+    def set(self, key: ContextKey[T], value: T) -> T:
+        self._context[key] = value
+        return value
+
+    def attempt(self, target: Target) -> Attempt:
+        """What would be sent to this target, with the body as it stands."""
+        return self.snapshot.attempt_for(self, target)
+
+    @property
+    def endpoint(self) -> str:
+        """`chat/completions`, `messages`, … for proxied routes; the path template for others."""
+        return self.route.endpoint
+
+    @property
+    def stream(self) -> bool:
+        """The client asked for a stream."""
+        return self.dialect.wants_stream(self.body)
+
+    @property
+    def asked_model(self) -> str:
+        return self.decision.asked if self.decision else str(self.body.get("model") or "")
+
+    @property
+    def served(self) -> Target | None:
+        """The target whose reply the client got or is getting; None if none answered."""
+        for record in reversed(self.attempts):
+            if record.first_content is not None:
+                return record.target
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class FormFile:
+    """A file of a multipart request."""
+
+    name: str
+    filename: str
+    content_type: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A multipart request: repeated fields keep their order."""
+
+    fields: Sequence[tuple[str, str]]
+    files: Sequence[FormFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """The true usage and cost of an attempt, learnt later. At most once per operation id."""
+
+    operation_id: str
+    exchange_id: str
+    usage: Usage
+    cost: Cost

@@ -1,0 +1,177 @@
+"""The client's body: read as its dialect says, strictly; what may never pass is taken out."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import multipart
+
+from gateway.errors import BadRequest, TooLarge, UnsupportedMedia
+from gateway.exchange import Form, FormFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway.exchange import Exchange, JsonObject
+
+MULTIPART_PARTS = 256
+# Fields by which other gateways were made to send their key elsewhere.
+NEVER = ("api_base", "base_url", "api_key")
+# `upstream.client_may` → the body fields that it stands for.
+CHOOSING_FIELDS = {
+    "models": ("models",),
+    "fallbacks": ("fallbacks",),
+    "route": ("route",),
+    "provider": ("provider",),
+    "plugins": ("plugins",),
+    "service_tier": ("service_tier",),
+    "presets": ("preset",),
+}
+_AUTO = re.compile(r"(openrouter/(auto|bodybuilder|pareto)\b|.*/auto$)")
+
+
+def parse_body(exchange: Exchange, content_type: str) -> None:
+    """Fill `exchange.body` (and `form`) from `exchange.raw_body`. Raises BadRequest, UnsupportedMedia, TooLarge."""
+    kind, _, parameters = content_type.partition(";")
+    kind = kind.strip().lower()
+    if kind == "multipart/form-data" and exchange.dialect.request == "multipart":
+        exchange.form = parse_form(exchange.raw_body, parameters)
+        exchange.body = _fields(exchange.form.fields)
+        return
+    if kind and kind != "application/json" and not kind.endswith("+json"):
+        wanted = (
+            "multipart/form-data or application/json" if exchange.dialect.request == "multipart" else "application/json"
+        )
+        raise UnsupportedMedia(f"Send Content-Type: {wanted}; this request says {kind[:100]!r}.")
+    exchange.body = parse_object(exchange.raw_body)
+
+
+def parse_object(raw: bytes) -> JsonObject:
+    """A JSON object, strictly: no NaN, no number out of range, no lone surrogate, no BOM, no endless nesting."""
+    if not raw.strip():
+        raise BadRequest("The request has no body; a JSON object is due.")
+    try:
+        data = msgspec.json.decode(raw)
+    except RecursionError:
+        raise BadRequest("The JSON body is nested too deeply.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"The body is not valid JSON: {_reason(error)}.") from None
+    if not isinstance(data, dict):
+        raise BadRequest("The body must be a JSON object.")
+    return data
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start}"
+    return str(error).partition(" - at ")[0][:200]
+
+
+def parse_form(raw: bytes, parameters: str) -> Form:
+    found = re.search(r'boundary="?([^";,\s]{1,200})"?', parameters)
+    if found is None:
+        raise BadRequest("Content-Type: multipart/form-data has no boundary.")
+    try:
+        parts = multipart.MultipartParser(
+            io.BytesIO(raw),
+            found[1],
+            content_length=len(raw),
+            part_limit=MULTIPART_PARTS,
+            memory_limit=len(raw) + 1,
+            spool_limit=len(raw) + 1,
+            disk_limit=0,
+            strict=True,
+        )
+        fields: list[tuple[str, str]] = []
+        files: list[FormFile] = []
+        for part in parts:
+            if part.filename:
+                files.append(
+                    FormFile(part.name, part.filename, part.content_type or "application/octet-stream", part.raw)
+                )
+            else:
+                fields.append((part.name, part.value))
+    except multipart.ParserLimitReached as error:
+        raise TooLarge(f"The multipart body has too many or too large parts: {error}.") from None
+    except (multipart.MultipartError, UnicodeError, ValueError) as error:
+        raise BadRequest(f"The multipart body is broken: {str(error)[:200]}.") from None
+    return Form(fields, files)
+
+
+def _fields(fields: Sequence[tuple[str, str]]) -> JsonObject:
+    body: JsonObject = {}
+    for name, value in fields:
+        if name.endswith("[]"):
+            body.setdefault(name, []).append(value)
+        elif name in body:
+            # Which of two the upstream would take is anybody's guess: a scope must not hang on it.
+            raise BadRequest(f"The field {name[:100]!r} stands twice in the form.", param=name[:100])
+        else:
+            body[name] = value
+    return body
+
+
+def admit_body(exchange: Exchange) -> None:
+    """What must be there is there; what the client may not choose is taken out and named in a reply header.
+
+    Raises BadRequest.
+    """
+    body, dialect = exchange.body, exchange.dialect
+    for name in NEVER:
+        body.pop(name, None)
+    may = exchange.snapshot.settings.upstream.client_may
+    removed = [
+        name
+        for permission, names in CHOOSING_FIELDS.items()
+        if permission not in may
+        for name in names
+        if body.pop(name, None) is not None
+    ]
+    if removed:
+        exchange.reply_headers["x-xenios-removed"] = ", ".join(removed)
+    models = body.get("models")
+    if models is not None and not _is_list_of_strings(models):
+        raise BadRequest("`models` must be a list of model names.", param="models")
+    for name in dialect.required:
+        if name == "model" and models:
+            continue  # OpenRouter's clients may name several instead of one
+        if body.get(name) in (None, ""):
+            raise BadRequest(f"The field `{name}` is missing.", param=name, code="missing_required_parameter")
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise BadRequest("`model` must be a string.", param="model", code="invalid_type")
+    for name, message in dialect.refused.items():
+        if body.get(name):
+            raise BadRequest(message, param=name, code="unsupported_parameter")
+    for asked in (model, *(models or ())):
+        if asked:
+            _check_special(asked, may)
+
+
+def asked_models(body: JsonObject) -> list[str]:
+    """Every model that the body names: `model`, and OpenRouter's own fallbacks."""
+    fallbacks = body.get("fallbacks")
+    listed = [f.get("model") for f in fallbacks if isinstance(f, dict)] if isinstance(fallbacks, list) else []
+    return [str(m) for m in (body.get("model"), *(body.get("models") or ()), *listed) if m]
+
+
+def _check_special(model: str, may: Sequence[str]) -> None:
+    """A preset or an auto-router lets its owner choose model and price."""
+    preset = model.startswith("@preset/") or "@preset/" in model
+    if preset and "presets" not in may:
+        raise BadRequest("Presets are not allowed on this gateway.", param="model", code="model_not_allowed")
+    if "auto_routers" not in may and _AUTO.match(model):
+        raise BadRequest("Automatic routers are not allowed on this gateway.", param="model", code="model_not_allowed")
+
+
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def json_form_value(value: Any) -> str:
+    """A form field's text for a value that a plugin set."""
+    return value if isinstance(value, str) else json.dumps(value)

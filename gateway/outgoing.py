@@ -1,0 +1,112 @@
+"""What is sent to an upstream: the body as edited for one target, and the few headers that may pass.
+
+Bodies are always encoded anew: two parsers can't disagree about a duplicate key that is not there any more.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from gateway.dialects import COMMON_HEADERS
+from gateway.exchange import Attempt, Limits
+from gateway.incoming import json_form_value
+
+if TYPE_CHECKING:
+    from gateway.exchange import Exchange, Form, JsonObject, Target
+    from gateway.upstream import UpstreamClient
+
+# Fields of OpenRouter's own that other servers answer with "unknown parameter".
+_OPENROUTER_ONLY = (
+    "models",
+    "fallbacks",
+    "route",
+    "provider",
+    "plugins",
+    "usage",
+    "transforms",
+    "session_id",
+    "trace",
+)
+_encode = msgspec.json.encode
+
+
+def attempt_for(exchange: Exchange, target: Target) -> Attempt:
+    """Body, headers and time limits of one attempt at `target`."""
+    upstream = exchange.snapshot.upstreams[target.upstream]
+    policy = exchange.snapshot.settings.upstream
+    body = target_body(exchange, target, upstream)
+    headers = _headers(exchange, upstream)
+    if exchange.form is not None:
+        content, headers["Content-Type"] = _form_body(exchange, exchange.form, body)
+    else:
+        content = _encode(body)
+    return Attempt(target, content, headers, Limits(policy.first_event_timeout, policy.stall_timeout))
+
+
+def target_body(exchange: Exchange, target: Target, upstream: UpstreamClient) -> JsonObject:
+    """The body for one target; the exchange's own is left alone."""
+    dialect = exchange.dialect
+    body: JsonObject = {**exchange.body, "model": target.model, **dialect.forced, **target.overrides}
+    for name in target.strip:
+        body.pop(name, None)
+    if upstream.kind == "openai":
+        for name in _OPENROUTER_ONLY:
+            body.pop(name, None)
+        if dialect.usage_on_request and dialect.wants_stream(body):
+            options = body.get("stream_options")
+            body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+    elif upstream.settings.provider:
+        asked = body.get("provider")
+        body["provider"] = {**(asked if isinstance(asked, dict) else {}), **upstream.settings.provider}
+    return body
+
+
+def _headers(exchange: Exchange, upstream: UpstreamClient) -> dict[str, str]:
+    headers = dict(upstream.headers)
+    header = exchange.request.header
+    for name in (
+        *COMMON_HEADERS,
+        *exchange.dialect.headers,
+        *exchange.snapshot.settings.upstream.forward_headers,
+    ):
+        value = header(name)
+        if value is not None:
+            headers[name] = value
+    if exchange.dialect.wants_stream(exchange.body):
+        headers["Accept"] = "text/event-stream"
+    return headers
+
+
+def _form_body(exchange: Exchange, form: Form, body: JsonObject) -> tuple[bytes, str]:
+    """The form's bytes as they came if nothing changed, else written anew."""
+    if body == exchange.body and body == dict(form.fields):
+        return exchange.raw_body, exchange.request.header("content-type") or ""
+    return write_form(body, form)
+
+
+def write_form(body: JsonObject, form: Form) -> tuple[bytes, str]:
+    """multipart/form-data of the fields in `body` and the files of `form`; (bytes, content type)."""
+    boundary = secrets.token_hex(16)
+    out: list[bytes] = []
+    for name, value in body.items():
+        for item in value if isinstance(value, list) else [value]:
+            out += [_part(boundary, f'name="{_quote(name)}"', None, json_form_value(item).encode())]
+    for file in form.files:
+        disposition = f'name="{_quote(file.name)}"; filename="{_quote(file.filename)}"'
+        out.append(_part(boundary, disposition, file.content_type, file.content))
+    out.append(f"--{boundary}--\r\n".encode())
+    return b"".join(out), f"multipart/form-data; boundary={boundary}"
+
+
+def _part(boundary: str, disposition: str, content_type: str | None, content: bytes) -> bytes:
+    head = f"--{boundary}\r\nContent-Disposition: form-data; {disposition}\r\n"
+    if content_type:
+        head += f"Content-Type: {_quote(content_type)}\r\n"
+    return head.encode() + b"\r\n" + content + b"\r\n"
+
+
+def _quote(text: Any) -> str:
+    return str(text).replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")

@@ -1,0 +1,694 @@
+"""One request, top to bottom. READ SECOND (after `hookspecs.py`).
+
+Every endpoint, streamed and whole, live and as a job, passes here; there is no other way to an upstream. Nothing here
+knows an HTTP server: `server.py` adapts one to `Client` and `Inbound`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+import structlog
+
+from gateway import dispatch, watch
+from gateway.access import check_models, check_route
+from gateway.dialects import read_cost
+from gateway.errors import (
+    Cause,
+    DeadlineExceeded,
+    GatewayError,
+    PluginError,
+    Refused,
+    ShuttingDown,
+    Unauthenticated,
+    UpstreamError,
+)
+from gateway.exchange import (
+    ANONYMOUS,
+    AttemptRecord,
+    Cost,
+    Decision,
+    Outcome,
+    Principal,
+    Reply,
+    Source,
+    Target,
+    Usage,
+)
+from gateway.incoming import admit_body, asked_models, parse_body
+from gateway.streaming import ByteStream, EventStream
+from gateway.taps import TapChain
+from gateway.upstream import UpstreamReply, error_from, error_from_body, read_whole
+from gateway.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from multidict import CIMultiDict
+
+    from gateway.exchange import Attempt, Exchange
+    from gateway.streaming import ReplyStream
+    from gateway.tasks import Tasks
+    from gateway.upstream import UpstreamClient, UpstreamResponse
+
+log = structlog.get_logger("gateway.pipeline")
+
+EVENT_STREAM = "text/event-stream"
+ERROR_BODY_LIMIT = 1 << 20
+# Not the client's business, or wrong once the body went through us.
+_DROPPED = frozenset(
+    {
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+        "transfer-encoding", "upgrade", "set-cookie", "set-cookie2", "server", "date", "via", "alt-svc",
+        "content-length", "content-encoding", "x-request-id", "request-id", "x-should-retry", "retry-after",
+        "retry-after-ms", "strict-transport-security", "nel", "report-to", "x-powered-by",
+    }
+)  # fmt: skip
+_DROPPED_PREFIXES = ("cf-", "x-xenios-", "x-ratelimit-", "access-control-")
+
+
+class ClientGone(Exception):
+    """The client left, or stopped reading."""
+
+
+class Client(Protocol):
+    """Where the answer goes. Each method raises ClientGone once the client left."""
+
+    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
+        """A whole reply; `progress` is called whenever the client has taken some of a large one."""
+
+    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
+        """The head of a streamed reply."""
+
+    async def write(self, data: bytes) -> None:
+        """Some of its body; waits while the client is slow."""
+
+    async def end(self) -> None:
+        """Its proper end."""
+
+    def abort(self) -> None:
+        """Close the connection uncleanly."""
+
+
+class Inbound(Protocol):
+    """What the client still has to say."""
+
+    content_type: str
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body. Raises TooLarge, RequestTimeout or BadRequest."""
+
+
+class Run:
+    """One exchange on its way through the hooks."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        client: Client,
+        inbound: Inbound,
+        tasks: Tasks,
+        correct: Corrector | None = None,
+    ) -> None:
+        self.exchange = exchange
+        self.client = client
+        self.inbound = inbound
+        self.tasks = tasks
+        self.correct = correct
+        self.hooks = exchange.snapshot.hooks
+        self.watch = Watch(exchange.snapshot.settings.server.request_timeout)
+        self._response: UpstreamResponse | None = None
+        self._record: AttemptRecord | None = None
+        self._stream: ReplyStream | None = None
+        self._taps: TapChain | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._beating = False
+
+    # --- top to bottom -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Answer the client; see to it that `request_finished` runs, whatever happens. Raises only CancelledError."""
+        exchange = self.exchange
+        try:
+            try:
+                await self._answer()
+                exchange.outcome = Outcome.OK
+            except asyncio.CancelledError:
+                await self._interrupted()
+            except GatewayError as error:
+                await self._fail(error)
+            except ClientGone:
+                exchange.outcome = Outcome.CLIENT_DISCONNECT
+            except Exception:
+                log.exception("request_failed", request_id=exchange.request_id, endpoint=exchange.endpoint)
+                await self._fail(GatewayError())
+        except ClientGone:
+            exchange.outcome = exchange.outcome or Outcome.CLIENT_DISCONNECT
+        except asyncio.CancelledError:
+            exchange.outcome = exchange.outcome or Outcome.CLIENT_DISCONNECT
+            raise
+        finally:
+            self._finish()
+
+    async def _answer(self) -> None:
+        exchange, hooks, route = self.exchange, self.hooks, self.exchange.route
+        await dispatch.run_all(exchange, hooks.request_received)
+        await self._authenticate()
+        check_route(exchange)
+        if route.body != "none":
+            await self._read_body()
+        if route.handler is not None:
+            exchange.reply = await route.handler(exchange)
+            await self._send_whole(exchange.reply)
+            return
+        admit_body(exchange)
+        await dispatch.run_all(exchange, hooks.prepare_request)
+        exchange.decision = await self._decide()
+        check_models(exchange, exchange.decision)
+        await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
+        hit: Reply | None = await dispatch.run_first(exchange, hooks.lookup_response, ignorable=True, returns=Reply)
+        if hit is not None:
+            await self._answer_hit(hit)
+            return
+        reply = await self._through_the_onion()
+        if reply.stream is not None:
+            await self._relay(reply.stream, _client_headers(reply.headers))
+            return
+        exchange.reply = Reply(reply.status, reply.body, _client_headers(reply.headers))
+        self._end_attempt()
+        await self._answer_whole(exchange.reply)
+
+    async def _authenticate(self) -> None:
+        exchange, impls = self.exchange, self.hooks.authenticate
+        if exchange.principal is not None:
+            return  # restored: a job, or a plugin's route that submits
+        if exchange.route.access == "public":
+            exchange.credentials = None
+            return
+        if impls:
+            exchange.principal = await dispatch.run_first(exchange, impls, returns=Principal)
+        elif exchange.snapshot.settings.server.allow_anonymous or exchange.snapshot.loopback:
+            exchange.principal = ANONYMOUS
+        exchange.credentials = None
+        if exchange.principal is None:
+            raise Unauthenticated
+
+    async def _read_body(self) -> None:
+        exchange = self.exchange
+        exchange.raw_body = await self.inbound.read(
+            exchange.route.max_body or exchange.snapshot.settings.server.max_body
+        )
+        if exchange.route.body == "json":
+            parse_body(exchange, self.inbound.content_type)
+
+    async def _decide(self) -> Decision:
+        exchange = self.exchange
+        decision: Decision | None = await dispatch.run_first(exchange, self.hooks.choose_targets, returns=Decision)
+        if decision is None:
+            asked = asked_models(exchange.body)[0]
+            decision = Decision(asked, (Target(asked, exchange.snapshot.settings.upstream.default),))
+        for target in decision.targets:
+            if target.upstream not in exchange.snapshot.upstreams:
+                raise PluginError(f"The decision names the upstream {target.upstream!r}, which does not exist.")
+        return decision
+
+    # --- attempts ----------------------------------------------------------------------------------------------------
+
+    async def _through_the_onion(self) -> UpstreamReply:
+        """`around_upstream`, outermost first; innermost the call itself."""
+        exchange = self.exchange
+        call_next: Callable[[Attempt], Awaitable[UpstreamReply]] = self._call_upstream
+        for impl in reversed(self.hooks.around_upstream):
+            if impl.applies(exchange):
+                call_next = _layer(exchange, impl, call_next)
+        if exchange.stream:
+            self._beat(exchange.snapshot.settings.server.stream_commit_after)
+        if exchange.decision is None or not exchange.decision.targets:
+            raise PluginError("The decision names no target.")
+        return await call_next(exchange.attempt(exchange.decision.targets[0]))
+
+    async def _call_upstream(self, attempt: Attempt) -> UpstreamReply:
+        """One attempt, to the whole reply or to a stream's first content. Raises UpstreamError."""
+        exchange = self.exchange
+        self._give_up_attempt(Cause.ABANDONED)
+        upstream = exchange.snapshot.upstreams[attempt.target.upstream]
+        record = AttemptRecord(attempt, len(exchange.attempts) + 1, time.monotonic())
+        exchange.attempts.append(record)
+        self._record = record
+        dispatch.run_sync(exchange, self.hooks.attempt_started, record)
+        exchange.running = None
+        self.watch.wait(watch.FIRST_EVENT, attempt.limits.first_event)
+        try:
+            reply = await self._first_content(record, upstream)
+        except UpstreamError as error:
+            self._fail_attempt(error)
+            raise
+        except asyncio.CancelledError:
+            if self.watch.take(watch.FIRST_EVENT) is None:
+                raise
+            late = UpstreamError(Cause.TIMEOUT, "The upstream's answer took too long to begin.")
+            self._fail_attempt(late)
+            raise late from None
+        finally:
+            self.watch.rest()
+        record.first_content = time.monotonic()
+        if exchange.first_content is None:
+            exchange.first_content = record.first_content
+        return reply
+
+    async def _first_content(self, record: AttemptRecord, upstream: UpstreamClient) -> UpstreamReply:
+        dialect, attempt, secret = self.exchange.dialect, record.attempt, upstream.secret
+        path = dialect.paths[upstream.kind]
+        response = await upstream.transport.send("POST", path, attempt.headers, attempt.body)
+        self._response = response
+        record.status = response.status
+        record.generation_id = response.headers.get("X-Generation-Id")
+        if response.status >= 400:
+            body = await read_whole(response, ERROR_BODY_LIMIT)
+            raise error_from_body(response.status, body, response.headers, secret)
+        if response.status != 200:
+            raise UpstreamError(Cause.BAD_REPLY, f"The upstream answered with HTTP {response.status}.")
+        reply = UpstreamReply(200, response.headers, record)
+        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if dialect.reply == "binary" and kind not in {"application/json", "text/html"}:
+            reply.stream = ByteStream(response)
+            await reply.stream.first_content()
+        elif kind == EVENT_STREAM and dialect.grammar is not None and self.exchange.stream:
+            reply.stream = self._event_stream(response, secret)
+            await reply.stream.first_content()
+        elif (
+            self.exchange.stream
+            and dialect.grammar is not None
+            and dialect.grammar.needs_done
+            and kind != "application/json"
+        ):
+            raise UpstreamError(
+                Cause.BAD_REPLY, f"The upstream answered a stream with {kind[:80] or 'no content type'}."
+            )
+        else:
+            reply.body = await self._whole_body(response, record, secret)
+        return reply
+
+    def _event_stream(self, response: UpstreamResponse, secret: str) -> EventStream:
+        exchange = self.exchange
+        if exchange.dialect.grammar is None:  # pragma: no cover - asked before
+            raise TypeError(exchange.endpoint)
+        return EventStream(
+            response,
+            exchange.dialect.grammar,
+            forward_usage=not exchange.dialect.usage_on_request or exchange.dialect.wants_usage(exchange.body),
+            max_event=exchange.snapshot.settings.upstream.max_event,
+            secret=secret,
+        )
+
+    async def _whole_body(self, response: UpstreamResponse, record: AttemptRecord, secret: str) -> bytes:
+        body = (await read_whole(response, self.exchange.snapshot.settings.upstream.max_reply)).lstrip()
+        try:
+            head = msgspec.json.decode(body, type=_Head)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise UpstreamError(Cause.BAD_REPLY, "The upstream's reply is not valid JSON.") from None
+        data = {
+            "error": head.error,
+            "choices": head.choices,
+            "status": head.status,
+            "error_type": head.error_type,
+        }
+        error = self.exchange.dialect.reply_error(data)
+        usage = head.usage if isinstance(head.usage, dict) else None
+        self._meter(record, usage)
+        if error is not None:
+            raise error_from(error, secret=secret)
+        if self.exchange.stream and self.exchange.dialect.grammar and self.exchange.dialect.grammar.needs_done:
+            raise UpstreamError(Cause.BAD_REPLY, "The upstream answered a stream with a whole body.")
+        return body
+
+    def _meter(self, record: AttemptRecord, raw: Mapping[str, Any] | None) -> None:
+        """Usage and cost of an attempt, each with its source."""
+        record.usage = self.exchange.dialect.usage(raw)
+        cost = read_cost(raw)
+        if cost is not None:
+            record.cost = Cost(cost, Source.UPSTREAM)
+        elif record.usage.source is not Source.UNKNOWN:
+            catalogue = self.exchange.snapshot.services.catalogue
+            record.cost = catalogue.cost(record.target.upstream, record.target.model, record.usage)
+
+    def _fail_attempt(self, error: UpstreamError) -> None:
+        if self._record is not None:
+            self._record.message = error.message
+        self._end_attempt(error.cause)
+
+    def _give_up_attempt(self, cause: Cause) -> None:
+        if self._record is not None and self._record.finished is None:
+            self._end_attempt(cause)
+
+    def _end_attempt(self, cause: Cause | None = None) -> None:
+        """The attempt's last byte, failure or cancellation: its connection is closed, its hooks run. Once."""
+        record, response = self._record, self._response
+        self._response = None
+        if response is not None:
+            response.close()
+        if record is None or record.finished is not None:
+            return
+        record.finished = time.monotonic()
+        record.cause = cause
+        stream = self._stream
+        if stream is not None and record.first_content is not None:
+            self._meter(record, stream.usage)
+        if cause is not None and record.first_content is not None and record.usage.source is Source.UNKNOWN:
+            self._estimate(record, stream)
+        dispatch.run_sync(self.exchange, self.hooks.attempt_finished, record)
+
+    def _estimate(self, record: AttemptRecord, stream: ReplyStream | None) -> None:
+        """A stream cut before its usage came: what was seen, until the upstream tells the truth."""
+        characters = self.exchange.dialect.input_characters(self.exchange.body)
+        seen = getattr(stream, "events", 0)
+        record.usage = Usage(input_tokens=characters // 4 + 1, output_tokens=seen, source=Source.ESTIMATE)
+        catalogue = self.exchange.snapshot.services.catalogue
+        cost = catalogue.cost(record.target.upstream, record.target.model, record.usage)
+        record.cost = Cost(cost.pico_usd, Source.ESTIMATE) if cost.pico_usd is not None else cost
+        if self.correct is not None and record.generation_id:
+            self.correct(self.exchange, record)
+
+    # --- the answer --------------------------------------------------------------------------------------------------
+
+    async def _answer_hit(self, hit: Reply) -> None:
+        exchange = self.exchange
+        grammar = exchange.dialect.grammar
+        if exchange.stream and grammar is not None and hit.headers.get("Content-Type", "").startswith(EVENT_STREAM):
+            stream = EventStream(_Recorded(hit.body), grammar, forward_usage=True, max_event=len(hit.body) + 1)
+            await stream.first_content()
+            await self._relay(stream, hit.headers)
+            return
+        exchange.reply = hit
+        await self._answer_whole(hit)
+
+    async def _answer_whole(self, reply: Reply) -> None:
+        await dispatch.run_all(self.exchange, self.hooks.transform_response)
+        await self._send_whole(self.exchange.reply or reply)
+
+    async def _send_whole(self, reply: Reply) -> None:
+        exchange = self.exchange
+        body = reply.body
+        if self._starting is not None or exchange.client_started:
+            await self._send_late(body)
+            return
+        headers = self._head(reply.status, reply.headers)
+        exchange.client_started = True
+        await self._deliver(reply.status, headers, body)
+
+    async def _send_late(self, body: bytes) -> None:
+        """A whole body for a client whose stream has been committed already: as one event."""
+        if self._starting is not None:
+            await self._starting
+        await self.client.write(b"data: " + body.replace(b"\n", b" ") + b"\n\n")
+        await self.client.end()
+
+    async def _relay(self, stream: ReplyStream, headers: Mapping[str, str]) -> None:
+        """A stream from its first content to its clean end. Raises UpstreamError, PluginError or ClientGone."""
+        exchange = self.exchange
+        server = exchange.snapshot.settings.server
+        limits = self._record.attempt.limits if self._record is not None else None
+        stall = limits.stall if limits else None
+        self._stream = stream
+        if isinstance(stream, EventStream):
+            self._taps = TapChain.open(exchange, self.hooks.open_tap, stream)
+            self._beat(server.keepalive_interval)
+        await self._start_stream(200, headers)
+        wait, client, next_block, touch = self.watch.wait, self.client, stream.next_block, self.watch.touch
+        while True:
+            wait(watch.STALL, stall)
+            block = await next_block()
+            if block is None:
+                break
+            if block:
+                wait(watch.WRITE, server.write_timeout)
+                await client.write(block)
+                touch()
+        self._end_attempt()
+        if self._taps is not None:
+            self._taps.close(Outcome.OK)
+        self.watch.rest()
+        await client.end()
+
+    async def _start_stream(self, status: int, headers: Mapping[str, str]) -> None:
+        """The head of the streamed reply, once: now, or already after `stream_commit_after`."""
+        if self._starting is not None:
+            await self._starting
+            return
+        out = self._head(status, headers)
+        self.exchange.client_started = self.exchange.streamed = True
+        await self.client.start(status, out)
+
+    def _beat(self, first: float) -> None:
+        self.watch.beat(first, self.exchange.snapshot.settings.server.keepalive_interval, self._on_silence)
+
+    def _on_silence(self) -> None:
+        """Nothing was sent for a while: commit the stream, or break the silence (proxies cut silent connections)."""
+        if self._starting is None and not self.exchange.client_started:
+            self._starting = self.tasks.spawn(self._commit(), "commit")
+        elif not self._beating and self.watch.waiting_for != watch.WRITE:
+            self._beating = True
+            self.tasks.spawn(self._keep_alive(), "keep-alive")
+
+    async def _commit(self) -> None:
+        """Headers and a comment go out before an upstream answered. Fallbacks stay possible, only silently."""
+        out = self._head(200, {"Content-Type": EVENT_STREAM})
+        self.exchange.client_started = self.exchange.streamed = True
+        try:
+            await self.client.start(200, out)
+        except ClientGone:
+            return  # the handler is cancelled by then
+        await self._keep_alive()
+
+    async def _keep_alive(self) -> None:
+        grammar = self.exchange.dialect.grammar
+        try:
+            if grammar is not None:
+                await self.client.write(grammar.keep_alive)
+        except ClientGone:
+            pass
+        finally:
+            self._beating = False
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> CIMultiDict[str]:
+        """The reply's headers; `response_started` has seen them. Runs once."""
+        exchange = self.exchange
+        exchange.status = status
+        out = exchange.reply_headers
+        for name, value in headers.items():
+            if name not in out:
+                out.add(name, value)
+        out["x-request-id"] = exchange.request_id
+        if exchange.dialect.anthropic:
+            out["request-id"] = exchange.request_id
+        if exchange.route.proxied:
+            self._say(out)
+        dispatch.run_sync(exchange, self.hooks.response_started)
+        return out
+
+    def _say(self, out: CIMultiDict[str]) -> None:
+        """Which model served and how many attempts it took."""
+        exchange = self.exchange
+        out["x-xenios-attempts"] = str(len(exchange.attempts))
+        if exchange.decision is not None and exchange.decision.rule:
+            out["x-xenios-rule"] = exchange.decision.rule
+        if exchange.attempts:
+            # The model that answered, or on an error the one that was tried last.
+            last = exchange.attempts[-1].target
+            out["x-xenios-model"] = last.model
+            if exchange.snapshot.upstreams[last.upstream].simulated:
+                out["x-xenios-simulated"] = "1"
+
+    # --- when it does not go well -------------------------------------------------------------------------------
+
+    async def _interrupted(self) -> None:
+        """The task was cancelled: by a limit of ours, or because the client left."""
+        match self.watch.take():
+            case watch.DEADLINE:
+                await self._fail(self._deadline_error())
+            case watch.STALL:
+                await self._fail(
+                    UpstreamError(Cause.TIMEOUT, "The upstream stopped sending in the middle of its answer.")
+                )
+            case watch.SHUTDOWN:
+                await self._fail(ShuttingDown())
+            case watch.WRITE:
+                self.exchange.outcome = Outcome.CLIENT_DISCONNECT
+                self._give_up_attempt(Cause.CLIENT_DISCONNECT)
+                self.client.abort()
+            case _:
+                self.exchange.outcome = Outcome.CLIENT_DISCONNECT
+                raise asyncio.CancelledError
+
+    def _deadline_error(self) -> DeadlineExceeded:
+        if self.exchange.running is not None:
+            plugin, hook = self.exchange.running
+            self.exchange.error_by = f"{plugin}.{hook}"
+            log.error("deadline_in_plugin", plugin=plugin, hook=hook, request_id=self.exchange.request_id)
+        return DeadlineExceeded()
+
+    async def _fail(self, error: GatewayError) -> None:
+        """Tell the client in its dialect: as a reply, as the stream's error event, or by cutting a binary body."""
+        exchange = self.exchange
+        exchange.error = error
+        exchange.outcome = _outcome(error)
+        self.watch.rest()
+        if isinstance(error, UpstreamError):
+            self._fail_attempt(error)
+        self._give_up_attempt(Cause.ABANDONED)
+        if self._starting is not None:
+            await self._starting
+        if not exchange.client_started:
+            await self._send_error(error)
+            return
+        if self._taps is not None:
+            self._taps.close(exchange.outcome)
+        grammar = exchange.dialect.grammar
+        if grammar is None or not exchange.streamed:
+            self.client.abort()
+            return
+        last = self._stream.last if self._stream is not None else b""
+        self.watch.wait(watch.WRITE, exchange.snapshot.settings.server.write_timeout)
+        await self.client.write(grammar.error(error, last, exchange.request_id))
+        await self.client.end()
+
+    async def _send_error(self, error: GatewayError) -> None:
+        exchange = self.exchange
+        reply = dispatch.first_sync(exchange, self.hooks.render_error, error, returns=Reply)
+        if reply is None:
+            body = exchange.dialect.error_body(error, exchange.request_id)
+            reply = Reply(error.status_code, body, {"Content-Type": "application/json"})
+        reply.headers.update(error.headers)
+        if error.retry_after is not None:
+            reply.headers["retry-after"] = str(max(1, round(error.retry_after)))
+            reply.headers["retry-after-ms"] = str(round(error.retry_after * 1000))
+        should_retry = error.should_retry
+        if should_retry is None and isinstance(error, UpstreamError) and len(exchange.attempts) > 1:
+            should_retry = False  # ours are exhausted: an SDK's own retries would triple the load
+        if should_retry is not None:
+            reply.headers["x-should-retry"] = "true" if should_retry else "false"
+        headers = self._head(reply.status, reply.headers)
+        exchange.client_started = True
+        await self._deliver(reply.status, headers, reply.body)
+
+    async def _deliver(self, status: int, headers: CIMultiDict[str], body: bytes) -> None:
+        seconds = self.exchange.snapshot.settings.server.write_timeout
+        self.watch.wait(watch.WRITE, seconds)
+        await self.client.send(status, headers, body, lambda: self.watch.wait(watch.WRITE, seconds))
+        self.watch.rest()
+
+    def _finish(self) -> None:
+        """Nothing of the exchange is left open; `request_finished` runs in a task that the drain awaits."""
+        exchange = self.exchange
+        self.watch.close()
+        gone = exchange.outcome is Outcome.CLIENT_DISCONNECT
+        self._give_up_attempt(Cause.CLIENT_DISCONNECT if gone else Cause.ABANDONED)
+        if self._response is not None:
+            self._response.close()
+        if self._taps is not None:
+            self._taps.close(exchange.outcome or Outcome.ERROR)
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+        exchange.credentials = None
+        exchange.finished = time.monotonic()
+        _sum_up(exchange)
+        if self.hooks.request_finished:
+            self.tasks.spawn(dispatch.run_finished(exchange, self.hooks.request_finished), "request_finished")
+
+
+class Corrector(Protocol):
+    """Takes note that the true usage of an attempt is to be asked for."""
+
+    def __call__(self, exchange: Exchange, record: AttemptRecord) -> None: ...
+
+
+class _Head(msgspec.Struct):
+    """What is read of a whole reply; the rest is checked as JSON and passes as bytes."""
+
+    usage: Any = None
+    error: Any = None
+    choices: Any = None
+    status: Any = None
+    error_type: Any = None
+
+
+class _Recorded:
+    """A recorded stream (a cache hit) as if an upstream sent it."""
+
+    status = 200
+    complete = True
+
+    def __init__(self, body: bytes) -> None:
+        self.headers: Any = {}
+        self._body = body
+
+    async def chunk(self) -> bytes:
+        body, self._body = self._body, b""
+        return body
+
+    def close(self) -> None:
+        self._body = b""
+
+
+def _layer(
+    exchange: Exchange, impl: dispatch.Impl, call_next: Callable[[Attempt], Awaitable[UpstreamReply]]
+) -> Callable[[Attempt], Awaitable[UpstreamReply]]:
+    async def layer(attempt: Attempt) -> UpstreamReply:
+        exchange.running = impl.where
+        try:
+            reply: object = await impl.call(exchange, attempt, call_next)
+        except (GatewayError, ClientGone):
+            raise
+        except Exception as error:
+            impl.failed(error, exchange)
+            exchange.error_by = f"{impl.plugin}.{impl.hook}"
+            raise PluginError from error
+        if not isinstance(reply, UpstreamReply):
+            impl.failed(TypeError(f"returned {type(reply).__name__} where UpstreamReply is due"), exchange)
+            raise PluginError
+        return reply
+
+    return layer
+
+
+def _client_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Of an upstream's reply headers those that a client may see."""
+    named = {n.strip().lower() for n in headers.get("Connection", "").split(",")} if "Connection" in headers else ()
+    return {
+        name: value
+        for name, value in headers.items()
+        if (low := name.lower()) not in _DROPPED and not low.startswith(_DROPPED_PREFIXES) and low not in named
+    }
+
+
+def _outcome(error: GatewayError) -> Outcome:
+    match error:
+        case UpstreamError(cause=Cause.TRUNCATED):
+            return Outcome.UPSTREAM_TRUNCATED
+        case UpstreamError(cause=Cause.TIMEOUT):
+            return Outcome.TIMEOUT
+        case UpstreamError():
+            return Outcome.UPSTREAM_ERROR
+        case DeadlineExceeded():
+            return Outcome.TIMEOUT
+        case ShuttingDown():
+            return Outcome.SHUTDOWN
+        case Refused():
+            return Outcome.REFUSED
+        case PluginError():
+            return Outcome.PLUGIN_ERROR
+        case _:
+            return Outcome.ERROR
+
+
+def _sum_up(exchange: Exchange) -> None:
+    """Usage and cost over the attempts; one that failed before any content cost nothing and tells nothing."""
+    counted = [a for a in exchange.attempts if a.first_content is not None or a.usage.source is not Source.UNKNOWN]
+    if counted:
+        exchange.usage, exchange.cost = counted[0].usage, counted[0].cost
+        for record in counted[1:]:
+            exchange.usage += record.usage
+            exchange.cost += record.cost

@@ -1,0 +1,354 @@
+"""Discover → validate → construct → order → compile. The only file that touches pluggy's manager.
+
+Everything that can be wrong with a plugin is said at start-up, all at once, with the line of the YAML.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import pluggy
+from pydantic import BaseModel, ConfigDict
+
+from gateway import scoping
+from gateway.dispatch import CompiledHooks, Impl
+from gateway.hookspecs import PROJECT, Hooks
+from gateway.settings import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from gateway.services import Services
+    from gateway.settings import PluginEntry, Settings, Source
+
+GROUP = "xenios.plugins"
+HOOKS = {f.name: getattr(Hooks, f.name) for f in fields(CompiledHooks)}
+
+
+class NoConfig(BaseModel):
+    """A plugin without settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A plugin of the YAML, validated and not yet constructed."""
+
+    index: int
+    id: str
+    use: str
+    cls: type[Any]
+    config: BaseModel
+    entry: PluginEntry
+    version: str
+
+    @property
+    def identity(self) -> tuple[str, str, str, BaseModel]:
+        """Equal in two configurations: a reload carries the instance over, state and all."""
+        return (self.use, self.id, repr(self.entry.when), self.config)
+
+
+@dataclass(slots=True)
+class Instance:
+    """A constructed plugin and its lifespan, which runs in a task of its own."""
+
+    blueprint: Blueprint
+    plugin: Any
+    users: int = 0
+    _close: asyncio.Event | None = field(default=None, repr=False)
+    _task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    @property
+    def id(self) -> str:
+        return self.blueprint.id
+
+    async def open(self) -> None:
+        """Enter the lifespan once, whoever asks first; counted. Raises what the plugin raises."""
+        self.users += 1
+        if self._task is not None or not hasattr(self.plugin, "lifespan"):
+            return
+        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._close = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._live(opened, self._close), name=f"lifespan {self.id}")
+        try:
+            await opened
+        except BaseException:
+            self.users -= 1
+            self._task = None
+            raise
+
+    async def release(self) -> None:
+        """Nobody uses it any more: leave the lifespan. Raises what the plugin raises."""
+        self.users -= 1
+        if self.users == 0 and self._task is not None and self._close is not None:
+            self._close.set()
+            task, self._task = self._task, None
+            await task
+
+    async def _live(self, opened: asyncio.Future[None], close: asyncio.Event) -> None:
+        try:
+            async with self.plugin.lifespan():
+                if not opened.done():
+                    opened.set_result(None)
+                await close.wait()
+        except BaseException as error:
+            if opened.done():
+                raise
+            opened.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+
+
+# --- discover and validate ------------------------------------------------------------------------------------------
+
+
+def read_plugins(settings: Settings, source: Source, classes: Mapping[str, type[Any]] | None = None) -> list[Blueprint]:
+    """Load what the YAML lists, and nothing else; validate every config. Raises ConfigError with ALL problems.
+
+    `classes`: what some `use` names stand for (a test's own plugins).
+    """
+    found, problems = read_entries(list(enumerate(settings.plugins)), source, classes)
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def read_entries(
+    entries: Sequence[tuple[int, PluginEntry]], source: Source, classes: Mapping[str, type[Any]] | None = None
+) -> tuple[list[Blueprint], list[Problem]]:
+    """The sound entries as blueprints, and what is wrong with the others. `entries`: (index in the YAML, entry)."""
+    given = classes or {}
+    problems: list[Problem] = []
+    found: list[Blueprint] = []
+    for index, entry in entries:
+        where: tuple[str | int, ...] = ("plugins", index)
+        try:
+            cls, version = (given[entry.use], "given") if entry.use in given else load(entry.use, source.base)
+        except LookupError as error:
+            problems.append(source.problem((*where, "use"), str(error.args[0])))
+            continue
+        problems += [source.problem((*where, "use"), text) for text in faults_of(cls)]
+        problems += [source.problem((*where, "when"), text) for text in scoping.faults(entry.when, hooks_of(cls))]
+        config_class = getattr(cls, "Config", NoConfig)
+        if not (isinstance(config_class, type) and issubclass(config_class, BaseModel)):
+            problems.append(source.problem((*where, "use"), "its Config is not a pydantic model."))
+            continue
+        config, mistakes = source.validate(config_class, (*where, "config"))
+        problems += mistakes
+        if config is not None:
+            found.append(Blueprint(index, entry.id, entry.use, cls, config, entry, version))
+    return found, problems + _order_problems(found, [entry for _, entry in entries], source)
+
+
+def installed() -> dict[str, importlib.metadata.EntryPoint]:
+    """Every plugin that is installed, by name; nothing is imported."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+
+
+def load(use: str, folder: Path) -> tuple[type[Any], str]:
+    """The plugin's class and version. Raises LookupError that says what to do."""
+    if _is_file(use):
+        return _load_file(use, folder), "file"
+    points = installed()
+    point = points.get(use)
+    if point is None:
+        near = difflib.get_close_matches(use, points, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Installed: {', '.join(sorted(points))}."
+        raise LookupError(f"no plugin named {use!r} is installed.{hint}")
+    try:
+        cls = point.load()
+    except Exception as error:
+        raise LookupError(f"the plugin {use!r} can't be imported: {type(error).__name__}: {error}") from error
+    return _class(cls, use), point.dist.version if point.dist else "?"
+
+
+def _is_file(use: str) -> bool:
+    return ".py" in use or use.startswith((".", "/"))
+
+
+def _load_file(use: str, folder: Path) -> type[Any]:
+    name, _, attribute = use.partition(":")
+    path = (folder / name).resolve()
+    if not path.is_file():
+        raise LookupError(f"there is no file {path}.")
+    module_name = f"xenios_file_plugin_{abs(hash(str(path)))}_{path.stem}"
+    module = sys.modules.get(module_name)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        if spec is None or spec.loader is None:
+            raise LookupError(f"{path} is not a Python file.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise LookupError(f"{path} can't be imported: {type(error).__name__}: {error}") from error
+    cls = getattr(module, attribute or "Plugin", None)
+    if cls is None:
+        raise LookupError(f"{path} has no class {attribute or 'Plugin'}.")
+    return _class(cls, use)
+
+
+def _class(cls: Any, use: str) -> type[Any]:
+    if not isinstance(cls, type):
+        raise LookupError(f"{use!r} is not a class.")  # noqa: TRY004 - all that can't be loaded is one error
+    return cls
+
+
+def hooks_of(cls: type[Any]) -> list[str]:
+    """The hooks that a plugin class implements."""
+    return [opts.get("specname") or name for name, _, opts in _marked(cls)]
+
+
+def faults_of(cls: type[Any]) -> list[str]:
+    """Everything that is wrong with a plugin class as a set of hook implementations, in words for its author."""
+    faults: list[str] = []
+    marked = _marked(cls)
+    for name, function, opts in marked:
+        hook = opts.get("specname") or name
+        where = f"{cls.__name__}.{name}"
+        spec = HOOKS.get(hook)
+        if spec is None:
+            near = difflib.get_close_matches(hook, HOOKS, 1)
+            faults.append(f"{where}: there is no hook {hook!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+            continue
+        if opts.get("hookwrapper") or opts.get("wrapper"):
+            faults.append(f"{where}: hook wrappers are not supported; use around_upstream.")
+        if opts.get("tryfirst") or opts.get("trylast"):
+            faults.append(f"{where}: tryfirst and trylast are not supported; the YAML's order is the call order.")
+        if inspect.iscoroutinefunction(function) is not inspect.iscoroutinefunction(spec):
+            colour = "async def" if inspect.iscoroutinefunction(spec) else "def (not async)"
+            faults.append(f"{where}: this hook must be written with {colour}.")
+        wanted, given = _parameters(spec), _parameters(function)
+        if wanted != given:
+            faults.append(f"{where}: takes ({', '.join(given)}), must take ({', '.join(wanted)}).")
+    names = {name for name, _, _ in marked}
+    faults += [
+        f"{cls.__name__}.{name}: has a hook's name but is not marked with @hookimpl."
+        for name in HOOKS
+        if name not in names and inspect.isfunction(getattr(cls, name, None))
+    ]
+    return faults
+
+
+def _marked(cls: type[Any]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(method name, function, hookimpl options) of each marked method."""
+    out = []
+    for name in dir(cls):
+        function = inspect.getattr_static(cls, name)
+        opts = getattr(function, f"{PROJECT}_impl", None)
+        if opts is not None:
+            out.append((name, function, dict(opts)))
+    return out
+
+
+def _parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def _order_problems(found: Sequence[Blueprint], entries: Sequence[PluginEntry], source: Source) -> list[Problem]:
+    """Duplicate ids, and `requires_before` that stands later or not at all."""
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    every = {entry.use for entry in entries}
+    for blueprint in found:
+        for wanted in getattr(blueprint.cls, "requires_before", ()):
+            if wanted not in seen:
+                place = "stands after it; move it up" if wanted in every else "is not in the list"
+                text = f"{blueprint.id} needs {wanted} before it, which {place}."
+                problems.append(source.problem(("plugins", blueprint.index), text))
+        seen |= {blueprint.use, blueprint.id}
+    return problems
+
+
+# --- construct and compile -------------------------------------------------------------------------------------------
+
+
+def construct(blueprints: Sequence[Blueprint], services: Services, carry: Sequence[Instance] = ()) -> list[Instance]:
+    """Instances in YAML order; one of `carry` is used again where use, id and config are equal."""
+    kept = {i.blueprint.identity: i for i in carry} if carry else {}
+    out: list[Instance] = []
+    for blueprint in blueprints:
+        old = kept.get(blueprint.identity)
+        if old is None:
+            try:
+                old = Instance(blueprint, blueprint.cls(blueprint.config, services.of(blueprint.id)))
+            except Exception as error:
+                raise PluginStartError(blueprint.id, "__init__", error) from error
+        out.append(old)
+    return out
+
+
+class PluginStartError(Exception):
+    """A plugin failed at start-up."""
+
+    def __init__(self, plugin: str, where: str, error: BaseException) -> None:
+        super().__init__(f"plugin {plugin}: {where} failed: {type(error).__name__}: {error}")
+        self.plugin = plugin
+
+
+def compile_hooks(instances: Sequence[Instance]) -> CompiledHooks:
+    """Pluggy registers and validates; what runs later are frozen tuples in YAML order."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(Hooks)
+    # pluggy calls the last registered first
+    for instance in reversed(instances):
+        manager.register(instance.plugin, name=instance.id)
+    manager.check_pending()
+    by_name = {instance.id: (index, instance) for index, instance in enumerate(instances)}
+    chains: dict[str, tuple[Impl, ...]] = {}
+    for hook in HOOKS:
+        impls = [
+            _impl(hook, *by_name[found.plugin_name], found.function)
+            for found in reversed(getattr(manager.hook, hook).get_hookimpls())
+        ]
+        chains[hook] = tuple(reversed(impls) if hook == "request_finished" else impls)
+    return CompiledHooks(**chains)
+
+
+def _impl(hook: str, index: int, instance: Instance, function: Any) -> Impl:
+    entry, cls = instance.blueprint.entry, instance.blueprint.cls
+    default: Literal["fail", "ignore"] = getattr(cls, "on_error", "fail")
+    return Impl(
+        plugin=instance.id,
+        hook=hook,
+        call=function,
+        on_error=entry.on_error or default,
+        when=scoping.compile_when(entry.when),
+        index=index,
+        rewrites=bool(getattr(cls, "rewrites", False)),
+        explicit=entry.on_error is not None or hasattr(cls, "on_error"),
+    )
+
+
+async def open_all(instances: Sequence[Instance]) -> None:
+    """Open in order; if one fails, those that are open are closed in reverse. Raises PluginStartError."""
+    done: list[Instance] = []
+    for instance in instances:
+        try:
+            await instance.open()
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                await close_all(done)
+            raise PluginStartError(instance.id, "lifespan", error) from error
+        done.append(instance)
+
+
+async def close_all(instances: Sequence[Instance]) -> list[tuple[str, Exception]]:
+    """Close in reverse order, all of them; returns what failed."""
+    failed: list[tuple[str, Exception]] = []
+    for instance in reversed(instances):
+        try:
+            await instance.release()
+        except Exception as error:  # noqa: BLE001 - the others must close too
+            failed.append((instance.id, error))
+    return failed

@@ -1,0 +1,405 @@
+"""The aiohttp server: sockets, limits, time-outs; adapts its requests to the pipeline's `Client` and `Inbound`.
+
+aiohttp has no time limit for headers or bodies, and logs and echoes malformed input: that is added or replaced here.
+The low-level server is used, and its writer directly: the pipeline knows the whole head before it is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import secrets
+import time
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from aiohttp import web
+from aiohttp.client_exceptions import ClientConnectionError
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestHandler
+
+from gateway.dialects import PLAIN_DIALECT
+from gateway.errors import BadRequest, GatewayError, RequestTimeout, TooLarge
+from gateway.exchange import Credentials, Exchange, RequestView
+from gateway.pipeline import ClientGone, Run
+from gateway.routes import Route
+from gateway.watch import SHUTDOWN
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from multidict import CIMultiDict
+
+    from gateway.exchange import Reply
+    from gateway.pipeline import Corrector
+    from gateway.settings import ServerSettings
+    from gateway.snapshot import Snapshot
+    from gateway.tasks import Tasks
+
+log = structlog.get_logger("gateway.server")
+
+SERVER_NAME = "xenios"
+LINGER_SECONDS = 3.0
+PIECE = 256 * 1024
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+_TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
+_HEAD_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+class _Sent:
+    """What aiohttp's protocol wants back from a handler: the reply is out already, only keep-alive is left to say."""
+
+    __slots__ = ("keep_alive",)
+
+    def __init__(self, *, keep_alive: bool) -> None:
+        self.keep_alive = keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> None: ...
+
+    async def write_eof(self) -> None: ...
+
+
+class _Connection(RequestHandler):
+    """One client connection, with a time limit for each request's head, and quiet about malformed input."""
+
+    __slots__ = ("_head_timer", "_limits")
+
+    def __init__(
+        self, manager: _Listener, *, loop: asyncio.AbstractEventLoop, limits: ServerSettings, **kwargs: Any
+    ) -> None:
+        super().__init__(manager, loop=loop, **kwargs)
+        self._limits = limits
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        manager = self._manager
+        if manager is not None and len(manager.connections) > self._limits.max_connections:
+            transport.write(_TOO_MANY)  # type: ignore[attr-defined]  # a stream transport
+            self.force_close()
+            return
+        self._head_timer = self._loop.call_later(self._limits.header_timeout, self._head_late)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._messages or self._current_request is not None or self._payload_parser is not None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+        elif self._head_timer is None and self._waiter is not None:
+            # a head has begun on an idle connection, and is not complete
+            self._head_timer = self._loop.call_later(self._limits.header_timeout, self._head_late)
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        if self.transport is not None and self._current_request is None and not self._messages:
+            self.transport.write(_HEAD_LATE)
+            self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """A request that is not HTTP. aiohttp's own page and log line hold the input, secrets included."""
+        del message
+        log.warning("bad_http_request", status=status, error=type(exc).__name__, remote=request.remote)
+        if request.writer.output_size > 0:
+            raise ConnectionError
+        error = GatewayError() if status >= 500 else BadRequest("The request is not valid HTTP.", status=status)
+        response = web.Response(
+            status=status,
+            body=PLAIN_DIALECT.error_body(error, ""),
+            content_type="application/json",
+            headers={"Server": SERVER_NAME},
+        )
+        response.force_close()
+        return response
+
+    def log_exception(self, *_: Any, **kw: Any) -> None:
+        error = kw.get("exc_info")
+        log.error("connection_failed", error=type(error).__name__ if error else None, exc_info=error or None)
+
+    def log_debug(self, *args: Any, **kw: Any) -> None: ...
+
+
+class _Listener(web.Server):
+    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[Any]], limits: ServerSettings) -> None:
+        super().__init__(
+            handler,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=limits.keepalive_timeout,
+            lingering_time=LINGER_SECONDS,
+            max_line_size=16 * 1024,
+            max_field_size=32 * 1024,
+        )
+        self._limits = limits
+
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, limits=self._limits, **self._kwargs)
+
+
+class _Inbound:
+    """The request's body, not read yet."""
+
+    __slots__ = ("_request", "_seconds", "content_type")
+
+    def __init__(self, request: web.BaseRequest, seconds: float) -> None:
+        self._request = request
+        self._seconds = seconds
+        self.content_type = request.headers.get("Content-Type", "")
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body. Raises TooLarge, RequestTimeout or BadRequest."""
+        length = self._request.content_length
+        if length is not None and length > limit:
+            raise TooLarge(f"The body has {length} bytes; this gateway takes {limit}.")
+        content = self._request.content
+        try:
+            await self._continue()
+            if content.is_eof():
+                return _within(await content.readany(), limit)
+            async with asyncio.timeout(self._seconds):
+                return await self._read(limit)
+        except TimeoutError:
+            raise RequestTimeout("The request's body did not arrive in time.") from None
+        except ConnectionError:
+            raise ClientGone from None
+        except (HttpProcessingError, ValueError, web.RequestPayloadError) as error:
+            raise BadRequest(f"The request's body can't be read: {type(error).__name__}.") from None
+
+    async def _read(self, limit: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while chunk := await self._request.content.readany():
+            size += len(chunk)
+            parts.append(_within(chunk, limit, size))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _continue(self) -> None:
+        """Clients with large bodies ask before they send (curl above 1 MiB)."""
+        expect = self._request.headers.get("Expect")
+        if expect is None:
+            return
+        if expect.lower() != "100-continue":
+            raise BadRequest("Expect: only 100-continue is known.", status=417)
+        await self._request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._request.writer.output_size = 0  # aiohttp takes any output for a begun reply
+
+
+def _within(chunk: bytes, limit: int, size: int | None = None) -> bytes:
+    if (len(chunk) if size is None else size) > limit:
+        raise TooLarge(f"The body is larger than the {limit} bytes that this gateway takes.")
+    return chunk
+
+
+class _Client:
+    """The pipeline's `Client` on aiohttp's writer."""
+
+    __slots__ = ("_chunked", "_closing", "_progress", "_request", "_writer", "keep_alive")
+
+    def __init__(self, request: web.BaseRequest, *, closing: bool) -> None:
+        self._request = request
+        self._writer = request.writer
+        self.keep_alive = request.keep_alive and not closing
+
+    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
+        headers["Content-Length"] = str(len(body))
+        writer = self._writer
+        try:
+            await self._head(status, headers)
+            if self._request.method == "HEAD":
+                body = b""
+            if len(body) <= PIECE:
+                await writer.write_eof(body)
+                return
+            for start in range(0, len(body), PIECE):
+                await writer.write(body[start : start + PIECE])
+                progress()
+            await writer.write_eof()
+        except (ConnectionError, ClientConnectionError) as error:
+            raise ClientGone from error
+
+    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
+        headers["Cache-Control"] = "no-cache"
+        headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
+        if self._request.version >= (1, 1):
+            self._writer.enable_chunking()
+            headers["Transfer-Encoding"] = "chunked"
+        else:
+            self.keep_alive = False  # HTTP/1.0: the end of the body is the end of the connection
+        try:
+            await self._head(status, headers)
+            self._writer.send_headers()
+        except (ConnectionError, ClientConnectionError) as error:
+            raise ClientGone from error
+
+    async def _head(self, status: int, headers: CIMultiDict[str]) -> None:
+        headers["Date"] = _now()
+        headers["Server"] = SERVER_NAME
+        version = self._request.version
+        if not self.keep_alive:
+            headers["Connection"] = "close"
+        elif version < (1, 1):
+            headers["Connection"] = "keep-alive"
+        line = f"HTTP/{version[0]}.{version[1]} {status} {_PHRASES.get(status, 'Status')}"
+        await self._writer.write_headers(line, headers)
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self._writer.write(data)
+        except (ConnectionError, ClientConnectionError) as error:
+            raise ClientGone from error
+
+    async def end(self) -> None:
+        try:
+            await self._writer.write_eof()
+        except (ConnectionError, ClientConnectionError) as error:
+            raise ClientGone from error
+
+    def abort(self) -> None:
+        self.keep_alive = False
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+
+_clock: list[Any] = [0, ""]
+
+
+def _now() -> str:
+    """The Date header, made once a second."""
+    second = int(time.time())
+    if _clock[0] != second:
+        _clock[0], _clock[1] = second, formatdate(second, usegmt=True)
+    return str(_clock[1])
+
+
+class Server:
+    """Listens, hands each request to the pipeline with the snapshot in force, and drains."""
+
+    def __init__(self, current: Callable[[], Snapshot], tasks: Tasks, correct: Corrector | None = None) -> None:
+        self._current = current
+        self._tasks = tasks
+        self._correct = correct
+        self._listener: _Listener | None = None
+        self._sockets: asyncio.Server | None = None
+        self._runs: set[Run] = set()
+        self._idle = asyncio.Event()
+        self.draining = False
+
+    @property
+    def live(self) -> int:
+        return len(self._runs)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; returns the port. Raises OSError."""
+        self._listener = _Listener(self._handle, self._current().settings.server)
+        loop = asyncio.get_running_loop()
+        self._sockets = await loop.create_server(self._listener, host, port, backlog=4096)
+        bound: int = self._sockets.sockets[0].getsockname()[1]
+        return bound
+
+    async def drain(self, delay: float, timeout: float) -> int:  # noqa: ASYNC109 - a phase's length, not a limit on it
+        """Not ready but accepting for `delay`, then closed; requests get `timeout` to end. Returns the number cut."""
+        self.draining = True
+        await asyncio.sleep(delay)
+        if self._sockets is not None:
+            self._sockets.close()
+        if self._listener is not None:
+            self._listener.pre_shutdown()
+        if self._runs:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), timeout)
+        cut = len(self._runs)
+        for run in list(self._runs):
+            run.watch.expire(SHUTDOWN)
+        if self._listener is not None:
+            await self._listener.shutdown(5.0)
+        return cut
+
+    async def _handle(self, request: web.BaseRequest) -> _Sent:
+        snapshot = self._current()
+        route, params, fault = _route(snapshot, request)
+        view = RequestView(
+            request.method,
+            request.path,
+            request.headers,
+            query_string=request.query_string,
+            remote=request.remote,
+            http_version=request.version,
+        )
+        view.path_params = params
+        exchange = Exchange("req_" + secrets.token_hex(12), view, snapshot, route)
+        asked_id = request.headers.get("X-Request-Id")
+        if asked_id is not None and _REQUEST_ID.fullmatch(asked_id):
+            exchange.request_id = asked_id
+        if fault is None:
+            exchange.credentials = _credentials(request)
+        client = _Client(request, closing=self.draining)
+        run = Run(
+            exchange,
+            client,
+            _Inbound(request, snapshot.settings.server.body_timeout),
+            self._tasks,
+            self._correct,
+        )
+        self._runs.add(run)
+        try:
+            await run.run()
+        finally:
+            self._runs.discard(run)
+            if not self._runs:
+                self._idle.set()
+        return _Sent(keep_alive=client.keep_alive)
+
+
+def _route(snapshot: Snapshot, request: web.BaseRequest) -> tuple[Route, dict[str, str], GatewayError | None]:
+    """The matched route; for a request that can't be served one that says why, through the pipeline all the same."""
+    fault: GatewayError | None = None
+    try:
+        _check_head(request)
+        route, params = snapshot.routes.match(request.method, request.path)
+    except GatewayError as error:
+        fault = error
+    else:
+        return route, params, None
+
+    async def refuse(_: Exchange) -> Reply:
+        raise fault
+
+    path = "unmatched"
+    return Route(request.method, path, path, PLAIN_DIALECT, refuse, access="public", body="none"), {}, fault
+
+
+def _check_head(request: web.BaseRequest) -> None:
+    headers = request.headers
+    for name in ("Authorization", "X-Api-Key", "Host"):
+        if len(headers.getall(name, ())) > 1:
+            raise BadRequest(f"The header {name} stands twice.")
+
+
+def _credentials(request: web.BaseRequest) -> Credentials:
+    authorization = request.headers.get("Authorization", "")
+    scheme, _, token = authorization.partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    api_key = (request.headers.get("X-Api-Key") or request.headers.get("Api-Key") or "").strip()
+    return Credentials(bearer=_usable(bearer), api_key=_usable(api_key))
+
+
+def _usable(token: str) -> str | None:
+    """Bytes that are not ASCII can't be a key, and would break whoever encodes them."""
+    return token if token and token.isascii() and len(token) <= 16 * 1024 else None

@@ -1,0 +1,120 @@
+"""One frozen configuration in force. An exchange keeps the one it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from gateway import outgoing
+from gateway.dialects import DIALECTS, PLAIN_DIALECT
+from gateway.plugins import PluginStartError, compile_hooks, construct
+from gateway.routes import Router
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from gateway.dispatch import CompiledHooks, Impl
+    from gateway.exchange import Attempt, Exchange, Target
+    from gateway.plugins import Blueprint, Instance
+    from gateway.routes import RouteTable
+    from gateway.services import Services
+    from gateway.settings import Settings, Upstream
+    from gateway.upstream import UpstreamClient
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Settings, plugin instances, compiled hooks, routes and upstreams that belong together."""
+
+    settings: Settings
+    instances: tuple[Instance, ...]
+    hooks: CompiledHooks
+    routes: RouteTable
+    upstreams: Mapping[str, UpstreamClient]
+    services: Services
+    hash: str
+    loopback: bool
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def attempt_for(self, exchange: Exchange, target: Target) -> Attempt:
+        return outgoing.attempt_for(exchange, target)
+
+    def names(self) -> tuple[str, ...]:
+        """Names that plugins answer to beside the upstreams' models: aliases, tasks."""
+        return tuple(n for i in self.instances for n in getattr(i.plugin, "listed_models", ()))
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def config_hash(settings: Settings, blueprints: Sequence[Blueprint]) -> str:
+    """Equal for equal configurations, on every worker. Secrets count, but can't be read from it."""
+    data = [
+        settings.model_dump(mode="python"),
+        [(b.id, b.use, b.version, repr(b.config)) for b in blueprints],
+    ]
+    return hashlib.sha256(msgspec.json.encode(data, enc_hook=_plain)).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    reveal = getattr(value, "get_secret_value", None)
+    return hashlib.sha256(reveal().encode()).hexdigest() if reveal else str(value)
+
+
+def build(
+    settings: Settings,
+    blueprints: Sequence[Blueprint],
+    services: Services,
+    make_upstream: Callable[[str, Upstream], UpstreamClient],
+    add_core_routes: Callable[[Router], None],
+    *,
+    carry: Sequence[Instance] = (),
+) -> Snapshot:
+    """Construct and compile; nothing is opened yet. Raises PluginStartError."""
+    instances = construct(blueprints, services, carry)
+    hooks = compile_hooks(instances)
+    configured = dict(settings.upstreams)
+    for impl in hooks.register_upstreams:
+        _start(impl, _registrar(configured))
+    router = Router(DIALECTS, PLAIN_DIALECT)
+    add_core_routes(router)
+    for impl in hooks.register_routes:
+        router.plugin = impl.plugin
+        _start(impl, router)
+    return Snapshot(
+        settings=settings,
+        instances=tuple(instances),
+        hooks=hooks,
+        routes=router.table(),
+        upstreams={name: make_upstream(name, upstream) for name, upstream in configured.items()},
+        services=services,
+        hash=config_hash(settings, blueprints),
+        loopback=is_loopback(settings.server.host),
+    )
+
+
+def _registrar(configured: dict[str, Upstream]) -> Callable[[str, Upstream], None]:
+    def register(name: str, upstream: Upstream) -> None:
+        if name in configured:
+            raise ValueError(f"The upstream {name!r} exists already.")
+        configured[name] = upstream
+
+    return register
+
+
+def _start(impl: Impl, argument: Any) -> None:
+    try:
+        impl.call(argument)
+    except Exception as error:
+        raise PluginStartError(impl.plugin, impl.hook, error) from error

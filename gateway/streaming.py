@@ -1,0 +1,244 @@
+"""One upstream's stream on its way to the client: split, classify, tap, relay, end.
+
+An event that nobody changes leaves as the bytes it came in. After the first content a block of plain events costs one
+search; only events that the grammar calls notable, or that a tap asked for, are looked at one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gateway.errors import Cause, UpstreamError
+from gateway.exchange import Event
+from gateway.upstream import error_from
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from gateway.dialects import Grammar, Mark
+    from gateway.upstream import UpstreamResponse
+
+PREAMBLE_LIMIT = 64 * 1024
+_COLON = ord(":")  # a line that begins with one is a comment
+# A line may end in LF, CRLF or CR (WHATWG HTML, server-sent events); an event ends with an empty line.
+_LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
+_EVENT_END = re.compile(_LINE_END + _LINE_END)
+_COMMENT_LINE = re.compile(rb"^:[^\r\n]*" + _LINE_END, re.MULTILINE)
+
+
+class ReplyStream(Protocol):
+    """A committed reply: blocks of bytes for the client until None."""
+
+    usage: dict[str, Any] | None
+    last: bytes
+
+    async def first_content(self) -> None: ...
+    async def next_block(self) -> bytes | None: ...
+
+
+class Splitter:
+    """Cuts a byte stream into blocks of whole events; what is not whole yet waits, up to `limit` bytes."""
+
+    __slots__ = ("_carry", "_limit")
+
+    def __init__(self, limit: int) -> None:
+        self._carry = b""
+        self._limit = limit
+
+    def feed(self, data: bytes) -> bytes:
+        """The whole events so far, as one block (b"" if there is none)."""
+        if self._carry:
+            data = self._carry + data
+            self._carry = b""
+        if data.endswith(b"\n\n"):
+            return data
+        end = data.rfind(b"\n\n") + 2 if b"\r" not in data else _last_end(data)
+        if end < 2:
+            self._hold(data)
+            return b""
+        self._hold(data[end:])
+        return data[:end]
+
+    def rest(self) -> bytes:
+        """What came after the last whole event."""
+        return self._carry
+
+    def _hold(self, data: bytes) -> None:
+        if len(data) > self._limit:
+            raise UpstreamError(
+                Cause.BAD_REPLY, f"One event of the upstream's stream is larger than {self._limit} bytes."
+            )
+        self._carry = data
+
+
+def _last_end(data: bytes) -> int:
+    end = 0
+    for found in _EVENT_END.finditer(data):
+        end = found.end()
+    return end
+
+
+def split_events(block: bytes) -> Iterator[Event]:
+    """The events of a block of whole events, each with the blank line that ends it."""
+    start = 0
+    for found in _EVENT_END.finditer(block):
+        yield Event(block[start : found.end()])
+        start = found.end()
+
+
+class EventStream:
+    """A stream of server-sent events in one dialect's grammar."""
+
+    def __init__(
+        self,
+        response: UpstreamResponse,
+        grammar: Grammar,
+        *,
+        forward_usage: bool,
+        max_event: int,
+        secret: str = "",
+    ) -> None:
+        self.usage: dict[str, Any] | None = None
+        self.last = b""
+        self.events = 0  # passed on so far
+        self.finished = False
+        # Set by the pipeline: what each event passes through, and what is flushed before a clean end.
+        self.tap: Callable[[Event], Iterable[bytes]] | None = None
+        self.flush: Callable[[], bytes] | None = None
+        self._response = response
+        self._grammar = grammar
+        self._notable = grammar.notable
+        self._forward_usage = forward_usage
+        self._splitter = Splitter(max_event)
+        self._secret = secret
+        self._held: list[Event] = []
+        self._finish_seen = False
+        self._error: UpstreamError | None = None
+
+    async def first_content(self) -> None:
+        """Read to the first content event; it and the preamble wait for `next_block`. Raises UpstreamError."""
+        size = 0
+        while True:
+            chunk = await self._response.chunk()
+            if not chunk:
+                raise UpstreamError(Cause.TRUNCATED, "The upstream ended the stream before any content.")
+            content = False
+            for event in split_events(self._splitter.feed(chunk)):
+                if content:
+                    self._held.append(event)
+                    continue
+                mark = self._grammar.mark(event)
+                if mark.malformed:
+                    raise UpstreamError(Cause.BAD_REPLY, "The upstream sent an event that is not JSON.")
+                if mark.error is not None:
+                    raise error_from(mark.error, secret=self._secret)
+                if mark.done and not mark.finish and not self._finish_seen:
+                    raise UpstreamError(Cause.TRUNCATED, "The upstream ended the stream before any content.")
+                self._note_usage(mark)
+                self._held.append(event)
+                size += len(event)
+                content = mark.content
+                if size > PREAMBLE_LIMIT and not content:
+                    raise UpstreamError(Cause.BAD_REPLY, f"No content within {PREAMBLE_LIMIT} bytes of the stream.")
+            if content:
+                return
+
+    async def next_block(self) -> bytes | None:
+        """Bytes for the client (b"" if all of it was dropped), None after the clean end.
+
+        Raises UpstreamError: TRUNCATED if there was no clean end, or what the upstream reported in the stream.
+        """
+        if self._error is not None:
+            raise self._error
+        if self.finished:
+            return None
+        if self._held:
+            held, self._held = self._held, []
+            return self._pass(held)
+        chunk = await self._response.chunk()
+        if not chunk:
+            return self._at_end()
+        block = self._splitter.feed(chunk)
+        if not block:
+            return b""
+        if self.tap is None and block[0] != _COLON and b"\n:" not in block and self._notable.search(block) is None:
+            self.last = block
+            self.events += block.count(b"\n\n")
+            return block
+        return self._pass(split_events(block))
+
+    def _pass(self, events: Iterable[Event]) -> bytes:
+        """Each event classified and tapped; what stands before an error still goes out, the error comes next."""
+        out: list[bytes] = []
+        for event in events:
+            if event.startswith(b":") or event.find(b"\n:") > 0 or event.find(b"\r:") > 0:
+                event = Event(_COMMENT_LINE.sub(b"", event))  # noqa: PLW2901 - the same event without its comments
+                if not event.strip():
+                    continue
+            if self._notable.search(event) is not None:
+                mark = self._grammar.mark(event)
+                if mark.error is not None:
+                    self._error = error_from(mark.error, secret=self._secret)
+                    break
+                self._note_usage(mark)
+                if mark.finish:
+                    self._finish_seen = True
+                if mark.done:
+                    self._end(event, out)
+                    break
+                if mark.usage_only and not self._forward_usage:
+                    continue
+            self.last = event
+            self.events += 1
+            if self.tap is None:
+                out.append(event)
+            else:
+                out.extend(self.tap(event))
+        return b"".join(out)
+
+    def _end(self, event: Event, out: list[bytes]) -> None:
+        if not self._finish_seen:
+            self._error = UpstreamError(Cause.TRUNCATED, "The upstream ended the stream without finishing the answer.")
+            return
+        self.finished = True
+        if self.flush is not None:
+            out.append(self.flush())
+        out.append(event)
+
+    def _at_end(self) -> bytes | None:
+        """The body is complete: clean if the grammar says so."""
+        if self._grammar.needs_done or not self._finish_seen:
+            raise UpstreamError(Cause.TRUNCATED, "The upstream ended the stream without finishing the answer.")
+        self.finished = True
+        return self.flush() if self.flush is not None else b""
+
+    def _note_usage(self, mark: Mark) -> None:
+        if mark.usage is not None:
+            # Anthropic spreads it over two events: the later one wins where both speak.
+            self.usage = {**(self.usage or {}), **_known(mark.usage)}
+
+
+def _known(usage: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in usage.items() if v is not None}
+
+
+class ByteStream:
+    """A binary reply (speech): the first byte is its first content, the complete body its clean end."""
+
+    def __init__(self, response: UpstreamResponse) -> None:
+        self.usage: dict[str, Any] | None = None
+        self.last = b""
+        self._response = response
+        self._held = b""
+
+    async def first_content(self) -> None:
+        self._held = await self._response.chunk()
+        if not self._held:
+            raise UpstreamError(Cause.BAD_REPLY, "The upstream sent an empty body.")
+
+    async def next_block(self) -> bytes | None:
+        if self._held:
+            held, self._held = self._held, b""
+            return held
+        return await self._response.chunk() or None

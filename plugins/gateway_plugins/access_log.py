@@ -1,0 +1,270 @@
+"""Access log: one JSON line per request, on standard output or in a file.
+
+A line says who asked for what, which model answered after how many attempts, what it used, cost and took: never a
+prompt, an answer or a secret. What is unknown is null; `tries` is there when an attempt failed. Lines are written by a
+thread, at most 50 ms late, so that a reader who stops reading holds up no request; then up to 10,000 lines wait, the
+next ones are dropped, and a line `lines_dropped` counts them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import select
+import threading
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from gateway import Outcome, hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from gateway import AttemptRecord, Exchange, Services
+
+STDOUT = 1
+DELAY = 0.05
+WAITING_LINES = 10_000
+CLOSE_SECONDS = 2.0
+LONGEST = 200
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_LEVEL_OF = {
+    Outcome.OK: "info",
+    Outcome.CLIENT_DISCONNECT: "info",
+    Outcome.PLUGIN_ERROR: "error",
+    Outcome.ERROR: "error",
+}
+
+
+class Config(BaseModel):
+    """Where the lines go."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path | None = Field(
+        None,
+        description="File that lines are appended to; its directory must exist. Default: standard output. "
+        "Rotate it by copy and truncate: it stays open.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.absolute().parent.is_dir():
+            raise ValueError(f"there is no directory {value.absolute().parent}")
+        return value
+
+
+class Plugin:
+    """Writes one JSON line per request."""
+
+    Config: TypeAlias = Config
+
+    def __init__(self, config: Config, services: Services) -> None:
+        self._path = config.path
+        self._log = services.log
+        self._least = _LEVELS[services.settings.log.level]
+        self._encode = msgspec.json.Encoder().encode
+        self._lines: list[bytes] = []
+        self._dropped = 0
+        self._told = False
+        self._writer: _Writer | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._second = (0, "")
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        self._writer = writer = _Writer(_open(self._path))
+        try:
+            yield
+        finally:
+            self._flush()
+            self._writer = None
+            await asyncio.get_running_loop().run_in_executor(None, writer.close, CLOSE_SECONDS)
+            lost = writer.lines_lost + writer.waiting
+            if lost:
+                self._log.error("access_log_incomplete", lines_lost=lost, error=str(writer.failure or ""))
+
+    @hookimpl
+    async def request_finished(self, exchange: Exchange) -> None:
+        outcome = exchange.outcome or Outcome.ERROR
+        level = _LEVEL_OF.get(outcome, "warning")
+        if _LEVELS[level] < self._least:
+            return
+        if len(self._lines) + (self._writer.waiting if self._writer else 0) >= WAITING_LINES:
+            self._dropped += 1
+            return
+        self._lines.append(self._encode(self._fields(exchange, outcome, level)) + b"\n")
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(DELAY, self._flush)
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._writer is None:
+            return
+        if self._writer.failure is not None and not self._told:
+            self._told = True
+            self._log.error("access_log_not_written", error=str(self._writer.failure))
+        if self._dropped:
+            note = {"ts": self._time(datetime.now(UTC).timestamp()), "level": "error", "event": "lines_dropped"}
+            self._lines.append(self._encode({**note, "count": self._dropped}) + b"\n")
+            self._dropped = 0
+        if self._lines:
+            self._writer.put(self._lines)
+            self._lines = []
+
+    def _fields(self, exchange: Exchange, outcome: Outcome, level: str) -> dict[str, Any]:
+        started, decision, principal = exchange.started, exchange.decision, exchange.principal
+        finished = exchange.finished or started
+        served, usage, cost, tries = exchange.served, exchange.usage, exchange.cost, exchange.attempts
+        error = exchange.error
+        fields: dict[str, Any] = {
+            "ts": self._time(exchange.started_at + finished - started),
+            "level": level,
+            "event": "request",
+            "request_id": _clean(exchange.request_id),
+            "id": exchange.id,
+            "method": _clean(exchange.request.method),
+            "endpoint": exchange.endpoint,
+            "path": exchange.route.path,
+            "status": exchange.status,
+            "outcome": outcome,
+            "error_code": _clean(error.error_code) if error is not None else None,
+            "error_by": exchange.error_by,
+            "model_asked": _clean(exchange.asked_model) or None,
+            "model_served": _clean(served.model) if served is not None else None,
+            "upstream": served.upstream if served is not None else None,
+            "rule": decision.rule if decision is not None else None,
+            "task": decision.task if decision is not None else None,
+            "attempts": len(tries),
+            "stream": exchange.stream,
+            "input_tokens": usage.input_tokens,
+            "output_tokens": usage.output_tokens,
+            "cache_read_tokens": usage.cache_read_tokens,
+            "reasoning_tokens": usage.reasoning_tokens,
+            "usage_source": usage.source,
+            "cost_usd": cost.usd,
+            "cost_source": cost.source,
+            "duration_ms": round((finished - started) * 1000, 1),
+            "first_content_ms": _ms(started, exchange.first_content),
+            "upstream_ms": round(sum(t.duration or 0.0 for t in tries) * 1000, 1) if tries else None,
+            "principal": _clean(principal.id) if principal is not None else None,
+            "tenant": _clean(principal.tenant) if principal is not None else None,
+            "team": _clean(principal.team) if principal is not None and principal.team else None,
+            "remote": _clean(exchange.request.remote or "") or None,
+        }
+        if len(tries) > 1 or (tries and tries[0].cause is not None):
+            fields["tries"] = [_try(record) for record in tries]
+        return fields
+
+    def _time(self, seconds: float) -> str:
+        """ISO 8601 in UTC with milliseconds. The date is formatted once a second."""
+        whole, thousandths = divmod(round(seconds * 1000), 1000)
+        if self._second[0] != whole:
+            self._second = (whole, datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S"))
+        return f"{self._second[1]}.{thousandths:03d}Z"
+
+
+def _try(record: AttemptRecord) -> dict[str, Any]:
+    return {
+        "model": _clean(record.target.model),
+        "upstream": record.target.upstream,
+        "cause": record.cause,
+        "ms": _ms(record.started, record.finished),
+    }
+
+
+def _ms(start: float, end: float | None) -> float | None:
+    return None if end is None else round((end - start) * 1000, 1)
+
+
+def _clean(text: str) -> str:
+    """Text that others chose: cut short, and nothing in it that steers a terminal, breaks a line or isn't UTF-8."""
+    text = text[:LONGEST]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+def _open(path: Path | None) -> int | None:
+    """A descriptor of our own; None where standard output is closed. Raises OSError if the file can't be opened."""
+    if path is not None:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        return os.dup(STDOUT)
+    except OSError:
+        return None
+
+
+class _Writer:
+    """A thread that writes batches of lines; nothing that happens to the descriptor reaches a request."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._fd = descriptor
+        self._batches: queue.SimpleQueue[Sequence[bytes] | None] = queue.SimpleQueue()
+        # Each counter has one writing thread.
+        self._put = 0
+        self._done = 0
+        self.lines_lost = 0
+        self.failure: OSError | None = None
+        # A daemon: a reader who doesn't read must not hold up the process's end.
+        self._thread = threading.Thread(target=self._run, name="access_log", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return self._put - self._done
+
+    def put(self, lines: Sequence[bytes]) -> None:
+        self._put += len(lines)
+        self._batches.put(lines)
+
+    def close(self, seconds: float) -> None:
+        """Write what is left, for so long."""
+        self._batches.put(None)
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        while (lines := self._batches.get()) is not None:
+            for piece, count in _pieces(lines):
+                if not self._write(piece):
+                    self.lines_lost += count
+                self._done += count
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def _write(self, piece: bytes) -> bool:
+        try:
+            while piece and self._fd is not None:
+                try:
+                    piece = piece[os.write(self._fd, piece) :]
+                except BlockingIOError:
+                    poll = select.poll()
+                    poll.register(self._fd, select.POLLOUT)
+                    poll.poll()
+        except OSError as error:
+            self.failure = error
+            return False
+        return self._fd is not None
+
+
+def _pieces(lines: Sequence[bytes]) -> list[tuple[bytes, int]]:
+    """Whole lines in pieces that a pipe takes at once: several processes may share it. (bytes, number of lines)"""
+    pieces: list[tuple[bytes, int]] = []
+    size = count = first = 0
+    for index, line in enumerate(lines):
+        if count and size + len(line) > select.PIPE_BUF:
+            pieces.append((b"".join(lines[first:index]), count))
+            size, count, first = 0, 0, index
+        size, count = size + len(line), count + 1
+    if count:
+        pieces.append((b"".join(lines[first:]), count))
+    return pieces

@@ -1,0 +1,248 @@
+"""API keys: who may call, with which key, until when and for what.
+
+A key comes as `Authorization: Bearer …` or `x-api-key: …`; if both are sent, the first counts. The configuration holds
+each key's hash (`xenios keys hash --new` makes a key and prints both), or names the environment variable that holds the
+key. The bootstrap key of a new installation is accepted too, as an administrator's, until `bootstrap: false`.
+
+A key that isn't known is refused if it looks like ours, else left to the plugins after this one (another kind of
+token may be theirs).
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import time
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+
+from gateway import Principal, Scopes, Unauthenticated, hookimpl
+from gateway.kit import hash_key, is_hash, is_well_formed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway import Exchange, Services
+
+PREFIX = "sk-xenios-"
+BOOTSTRAP = "bootstrap"
+_SHORTEST = 20  # of keys that were made elsewhere; ours have 59 characters
+
+
+def _end_of_life(value: object) -> object:
+    """An aware datetime. A date alone is good until its end, a time without zone is UTC."""
+    if isinstance(value, str):
+        try:
+            value = date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
+        except ValueError:
+            raise ValueError("is not an ISO date or time, such as 2027-01-31 or 2027-01-31T12:00:00Z") from None
+    if isinstance(value, datetime):
+        return value if value.tzinfo else value.replace(tzinfo=UTC)
+    if isinstance(value, date):
+        return datetime.combine(value + timedelta(days=1), time_of_day(), UTC)
+    raise ValueError("must be an ISO date or time, such as 2027-01-31")
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+_Expiry = Annotated[
+    datetime, BeforeValidator(_end_of_life), WithJsonSchema({"type": "string", "examples": ["2027-01-31"]})
+]
+_Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)]
+
+
+class KeyEntry(BaseModel):
+    """One key, and what its owner may do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    id: str = Field(
+        min_length=1,
+        max_length=100,
+        pattern=r"^[A-Za-z0-9_.@-]+$",
+        description="Name of the key in logs, usage and limits; unique, never secret.",
+    )
+    hash: str | None = Field(
+        None, description="What `xenios keys hash` prints for the key: `hmac-sha256:` and 64 hex digits."
+    )
+    env: str | None = Field(
+        None, min_length=1, description="Name of the environment variable that holds the key. Instead of `hash`."
+    )
+    name: str | None = Field(None, description="For people: whose key this is. Default none.")
+    tenant: str | None = Field(
+        None, min_length=1, description="Whose data the key may see: caches, jobs, usage. Default: the key's id."
+    )
+    team: str | None = Field(None, description="The team that the key's use is counted for. Default none.")
+    roles: _Globs = Field((), description="Roles, for `when:` of other plugins. Default none.")
+    admin: bool = Field(False, description="May use the admin routes. Default false.")
+    expires: _Expiry | None = Field(
+        None, description="ISO date (good until its end, UTC) or time after which the key is refused. Default never."
+    )
+    models: _Globs | None = Field(
+        None,
+        description="Models that may be asked for by name, as globs such as `anthropic/*`. With one of models, "
+        "aliases and tasks given, nothing beside them may be used. Default all.",
+    )
+    aliases: _Globs | None = Field(
+        None, description="Aliases that may be used, as globs; one grants the models behind it. Default all."
+    )
+    tasks: _Globs | None = Field(
+        None, description="Tasks that may be used, as globs; one grants the models behind it. Default all."
+    )
+    endpoints: _Globs | None = Field(
+        None, description="Endpoints that may be used, as globs such as `chat/*` or `embeddings`. Default all."
+    )
+    limits: dict[str, Any] = Field(
+        {}, description="Limits of this key that other plugins read, such as rate_limit. Default none."
+    )
+
+    @field_validator("hash")
+    @classmethod
+    def _check_hash(cls, value: str | None) -> str | None:
+        if value is not None and not is_hash(value):
+            # Not quoted: somebody may have put the key itself here.
+            raise ValueError("is not a key's hash; `xenios keys hash` makes one")
+        return value
+
+    @field_validator("env")
+    @classmethod
+    def _check_env(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        key = _from_environment(value)
+        if not key:
+            raise ValueError(f"the environment variable {value} is not set")
+        if key.startswith(PREFIX) and not is_well_formed(key):
+            raise ValueError(f"the key in {value} has a typo: its checksum is wrong")
+        if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError(f"the key in {value} must be {_SHORTEST} or more printable ASCII characters, no blanks")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> KeyEntry:
+        if (self.hash is None) is (self.env is None):
+            raise ValueError("needs either hash or env")
+        return self
+
+
+class Config(BaseModel):
+    """Which keys are accepted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    keys: tuple[KeyEntry, ...] = Field((), description="The keys that are accepted. Default none but the bootstrap's.")
+    bootstrap: bool = Field(
+        True,
+        description="Accept the bootstrap key (an administrator's, made in server.data_dir at the first start). "
+        "Default true; turn it off once there are keys of your own.",
+    )
+
+    @model_validator(mode="after")
+    def _tell_apart(self) -> Config:
+        if not self.keys and not self.bootstrap:
+            raise ValueError("accepts nobody: list keys, or say bootstrap: true")
+        ids = [entry.id for entry in self.keys]
+        if BOOTSTRAP in ids:
+            raise ValueError(f"the id {BOOTSTRAP!r} is the bootstrap key's")
+        for what, values in (
+            ("id", ids),
+            ("hash", [entry.hash for entry in self.keys]),
+            ("key", [entry.env and _from_environment(entry.env) for entry in self.keys]),
+        ):
+            seen: dict[str, str] = {}
+            for entry, value in zip(self.keys, values, strict=True):
+                if value is not None and seen.setdefault(value, entry.id) is not entry.id:
+                    raise ValueError(f"two entries have the same {what}: {seen[value]!r} and {entry.id!r}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    hash: str
+    principal: Principal
+    expires: float  # seconds since the epoch
+
+    def check_expiry(self) -> None:
+        if self.expires <= time.time():
+            raise Unauthenticated("This API key has expired.", code="expired_api_key")
+
+
+class Plugin:
+    """Tells who is calling by the API key."""
+
+    Config: TypeAlias = Config
+
+    def __init__(self, config: Config, services: Services) -> None:
+        self._pepper = services.pepper
+        keys = [_key(entry, services.pepper) for entry in config.keys]
+        if config.bootstrap and services.bootstrap_key_hash is not None:
+            principal = Principal(id=BOOTSTRAP, tenant="default", admin=True)
+            keys.append(_Key(services.bootstrap_key_hash, principal, float("inf")))
+        self._by_hash: dict[str, _Key] = {}
+        for key in keys:
+            # Config sees two equal hashes, and two equal keys; here are one's hash and the other's key.
+            if self._by_hash.setdefault(key.hash, key) is not key:
+                other = self._by_hash[key.hash].principal.id
+                raise ValueError(f"{key.principal.id!r} and {other!r} are the same key")
+        self._by_reference = {key.principal.reference: key for key in keys}
+
+    @hookimpl
+    async def authenticate(self, exchange: Exchange) -> Principal | None:
+        token = exchange.credentials.token if exchange.credentials else None
+        if not token:
+            return None
+        key = self._find(token) if token.isascii() else None
+        if key is not None:
+            key.check_expiry()
+            return key.principal
+        if not token.startswith(PREFIX):
+            return None
+        if not is_well_formed(token):
+            raise Unauthenticated("This API key has a typo: it is cut short or a character is wrong.")
+        raise Unauthenticated("This API key is not known here.")
+
+    @hookimpl
+    async def restore_principal(self, reference: str) -> Principal | None:
+        key = self._by_reference.get(reference)
+        return key.principal if key is not None and key.expires > time.time() else None
+
+    @hookimpl
+    async def explain(self, exchange: Exchange) -> Sequence[str] | None:
+        key = self._by_reference.get(exchange.principal.reference) if exchange.principal else None
+        if key is None:
+            return None
+        who, until = key.principal, ""
+        if key.expires != float("inf"):
+            until = f", expires {datetime.fromtimestamp(key.expires, UTC):%Y-%m-%d %H:%M} UTC"
+        team = f", team {who.team}" if who.team else ""
+        return [f"key {who.id}: tenant {who.tenant}{team}{', admin' if who.admin else ''}{until}"]
+
+    def _find(self, token: str) -> _Key | None:
+        digest = hash_key(token, self._pepper)
+        key = self._by_hash.get(digest)
+        return key if key is not None and hmac.compare_digest(key.hash, digest) else None
+
+
+def _from_environment(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+def _key(entry: KeyEntry, pepper: str) -> _Key:
+    digest = entry.hash or hash_key(_from_environment(entry.env or ""), pepper)
+    principal = Principal(
+        id=entry.id,
+        tenant=entry.tenant or entry.id,
+        team=entry.team,
+        roles=frozenset(entry.roles),
+        scopes=Scopes(entry.models, entry.aliases, entry.tasks, entry.endpoints),
+        limits=entry.limits,
+        claims={"name": entry.name} if entry.name else {},
+        admin=entry.admin,
+    )
+    return _Key(digest, principal, entry.expires.timestamp() if entry.expires else float("inf"))

@@ -1,0 +1,46 @@
+"""What a plugin is given, made by hand: real exchanges and services, no server."""
+
+import itertools
+from types import SimpleNamespace
+
+import structlog
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from gateway import Services
+from gateway.dialects import DIALECTS
+from gateway.exchange import Attempt, Credentials, Exchange, Limits, RequestView
+from gateway.routes import Route
+from gateway.settings import Settings
+
+PEPPER = "a pepper for tests only"
+_numbers = itertools.count(1)
+
+
+def settings(**sections):
+    return Settings.model_validate({"upstreams": {"openrouter": {"api_key": "sk-or-canary"}}, **sections})
+
+
+def services(bootstrap_key_hash=None, settings=settings(), log=None):  # noqa: B008 - frozen
+    return Services(
+        settings=settings,
+        catalogue=None,
+        tasks=None,
+        data_dir=None,
+        pepper=PEPPER,
+        bootstrap_key_hash=bootstrap_key_hash,
+        plugin_id="tested",
+        log=log or structlog.get_logger(),
+    )
+
+
+def exchange(body=None, *, headers=None, principal=None, bearer=None, api_key=None, endpoint="chat/completions"):
+    snapshot = SimpleNamespace(
+        attempt_for=lambda _, target: Attempt(target, b"{}", {}, Limits()), settings=settings()
+    )
+    route = Route("POST", f"/v1/{endpoint}", endpoint, DIALECTS[endpoint])
+    view = RequestView("POST", route.path, CIMultiDictProxy(CIMultiDict(headers or {})), remote="192.0.2.7")
+    made = Exchange(f"req_{next(_numbers)}", view, snapshot, route)
+    made.body = {"model": "openai/gpt-5-mini", "messages": []} if body is None else body
+    made.principal = principal
+    made.credentials = Credentials(bearer, api_key)
+    return made

@@ -1,0 +1,938 @@
+import json
+import os
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import AnyUrl, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from gateway import settings as module
+from gateway.settings import (
+    ConfigError,
+    Problem,
+    Settings,
+    examine,
+    examine_text,
+    json_schema,
+    load,
+    load_text,
+    masked,
+    read,
+    spell,
+)
+
+KEY = "upstreams: {openrouter: {api_key: sk-or-canary}}\n"
+"""A configuration without a key is a mistake of its own; most tests are about another one."""
+
+
+@pytest.fixture(params=["libyaml", "python"])
+def parser(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setattr(module, "_Loader", yaml.SafeLoader)
+    return request.param
+
+
+def problems(text, env=None, base=None):
+    return list(examine_text(text, env=env or {}, base=base).problems)
+
+
+def only(text, env=None, base=None):
+    found = problems(text, env, base)
+    assert len(found) == 1, "\n".join(map(str, found))
+    return found[0]
+
+
+def plugin_config(config, env=None, base=None):
+    """What a plugin gets for the YAML `config: …` (indented by four)."""
+    loaded = load_text(f"{KEY}plugins:\n- use: p\n  config:\n{config}", env=env or {}, base=base)
+    return loaded.settings.plugins[0].config
+
+
+# --- all errors at once -----------------------------------------------------------------------------------
+
+TEN_MISTAKES = """\
+# yaml-language-server: $schema=schema.json
+server:
+  prot: 8080
+  header_timeout: 10 sec
+  allow_anonymous: yes
+log: {level: wran}
+upstream:
+  default: openruter
+upstreams:
+  openrouter:
+    api_key: ${OPENROUTER_API_KEY}
+plugins:
+  - use: rate_limit
+    on_error: [fail]
+  - use: rate_limit
+  - id: no_use
+    id: twice
+"""
+
+
+def test_ten_mistakes():
+    """A file with ten different mistakes gives all of them at once, each with its line."""
+    with pytest.raises(ConfigError) as caught:
+        load_text(TEN_MISTAKES, file="config/x.yaml", env={})
+    expected = [
+        "config/x.yaml:3:3: server.prot: unknown key (did you mean 'port'?)",
+        "config/x.yaml:4:19: server.header_timeout: '10 sec' is not a duration (write 30s, 5m, 1h30m)",
+        "config/x.yaml:5:20: server.allow_anonymous: must be true or false, not 'yes' (write true)",
+        (
+            "config/x.yaml:6:14: log.level: must be one of debug, info, warning, error, not 'wran' "
+            "(did you mean 'warning'?)"
+        ),
+        "config/x.yaml:8:12: upstream.default: there is no upstream 'openruter' (did you mean 'openrouter'?)",
+        (
+            "config/x.yaml:11:14: upstreams.openrouter.api_key: the environment variable OPENROUTER_API_KEY is not set "
+            "(set OPENROUTER_API_KEY, or write ${OPENROUTER_API_KEY:-default})"
+        ),
+        "config/x.yaml:14:5: plugins[0].on_error: must be one of fail, ignore, not a list",
+        (
+            "config/x.yaml:15:10: plugins[1].use: a plugin with the id 'rate_limit' stands on line 13 already "
+            "(give this one an `id` of its own)"
+        ),
+        "config/x.yaml:16:5: plugins[2].use: is required",
+        "config/x.yaml:17:5: plugins[2].id: 'id' is given twice, first on line 16 (keep one of them)",
+    ]
+    assert "\n".join(expected) == str(caught.value)
+    assert expected == [str(problem) for problem in caught.value.problems]
+
+
+def test_a_mistake_is_reported_once():
+    """A value that couldn't be read, or a list whose entry is wrong, is one mistake, not two."""
+    assert only(KEY + "server: {port: '${PORT}'}").path == "server.port"
+    assert only(KEY + "plugins:\n- {use: a, when: {phase: lve}}").path == "plugins[0].when.phase"
+    assert only(KEY + "plugins:\n- {use: '?'}").path == "plugins[0].use"
+    assert only("upstreams: {o: {api_key: k, kind: x}}\nupstream: {default: o}").path == "upstreams.o.kind"
+
+
+def test_problem_spelling():
+    """A problem without a place or a path says only what it knows."""
+    assert str(Problem("f", None, None, "", "broken")) == "f: broken"
+    assert str(Problem("f", 1, 2, "a[0]", "broken", "fix")) == "f:1:2: a[0]: broken (fix)"
+    assert (
+        spell(["catalogue", "overrides", "openai/gpt-5.2", "input"])
+        == 'catalogue.overrides["openai/gpt-5.2"].input'
+    )
+
+
+# --- the file ---------------------------------------------------------------------------------------------
+
+
+def test_load_a_file(tmp_path):
+    """A sound file gives its settings and knows where each value stands."""
+    file = tmp_path / "x.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + KEY.encode() + b"server:\n  port: 9000\n")
+    loaded = load(file, {})
+    assert loaded.settings.server.port == 9000
+    assert loaded.source.where(("server", "port")) == (3, 3)
+    assert loaded.source.where(("server", "port"), value=True) == (3, 9)
+    assert loaded.source.where(("server", "port", "nothing", 7)) == (3, 3)
+    assert loaded.source.where(["server"]) == (2, 1)
+    assert loaded.source.where(["nowhere"]) == (1, 1)
+    assert read(file, {}).at(("server", "port")) == 9000
+    assert tmp_path == loaded.source.base
+    assert str(file) == loaded.source.file
+
+
+def test_environment_is_the_process_s(monkeypatch):
+    """Without an environment of its own, load reads the process's as it is at that moment."""
+    monkeypatch.setitem(os.environ, "XENIOS_TEST_PORT", "7001")
+    assert load_text(KEY + "server:\n  port: ${XENIOS_TEST_PORT}").settings.server.port == 7001
+
+
+def test_empty_file_is_all_defaults():
+    """An empty file means all defaults, of which only the key is missing."""
+    for text in ("", "# nothing\n", "---\n", "~", "\ufeff"):
+        problem = only(text)
+        assert problem.path == "upstreams.openrouter.api_key"
+        assert problem.message == "there is no key for this upstream"
+        assert problem.hint.startswith("write `api_key: ${OPENROUTER_API_KEY}`")
+
+
+def test_sections_that_are_commented_out():
+    """A section of which every line is commented out has its defaults."""
+    text = KEY + "server:\nlog:\nupstream:\ncatalogue:\nplugins:\n"
+    assert load_text(KEY).settings == load_text(text).settings
+    entry = load_text(KEY + "plugins:\n- use: a\n  id:\n  when:\n  config:\n").settings.plugins[0]
+    assert (entry.id, entry.when, entry.config) == ("a", None, {})
+    assert (
+        load_text(
+            "upstreams: {openrouter: {api_key: k}, b: {without_key: simulate}}"
+        ).settings.upstream.default
+        == "openrouter"
+    )
+    assert only(KEY.replace("}\n", ", b: }\n")).path == "upstreams.b.api_key"
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    """A missing file, a directory, a huge file and a file that is no UTF-8 are said to be just that."""
+
+    def message(path):
+        with pytest.raises(ConfigError) as caught:
+            load(path, {})
+        (problem,) = caught.value.problems
+        assert str(path) == problem.file
+        return problem.message
+
+    assert message(tmp_path / "none.yaml") == "there is no such file"
+    assert message(tmp_path) == "can't be read: Is a directory"
+    (tmp_path / "big").write_bytes(b"#" * (2**20 + 1))
+    assert message(tmp_path / "big") == "is larger than 1MiB"
+    (tmp_path / "limit").write_text(KEY.ljust(2**20, "#").replace("\n#", "\n #"))
+    (tmp_path / "latin").write_bytes(b"server:\n  host: caf\xe9\n")
+    assert message(tmp_path / "latin") == "is not UTF-8"
+    with pytest.raises(ConfigError, match=r"latin:2:12: is not UTF-8 \(save the file as UTF-8\)"):
+        examine(tmp_path / "latin", {})
+    (tmp_path / "utf16").write_text("a: 1", encoding="utf-16")
+    assert message(tmp_path / "utf16") == "is not UTF-8"
+
+
+def test_characters_that_are_not_text(parser):
+    """A NUL byte or control character is refused with its place."""
+    problem = only("server:\n  host: a\0b\n")
+    assert (
+        problem.line,
+        problem.column,
+        problem.message,
+    ) == (2, 10, "the character U+0000 can't stand in YAML")
+    assert only("a: \x1b[31m").line == 1
+
+
+@pytest.mark.parametrize(
+    "text, line, hint",
+    [
+        ("server:\n\tport: 1\n", 2, "indent with blanks, not tabs"),
+        ("a: b: c\n", 1, "check the indentation; a text that holds ': ' needs quotes"),
+        ("a: @x\n", 1, "put a text that begins with @ in quotes"),
+        ("a: *\n", 1, "put a text that begins with * in quotes"),
+        ("a: *nowhere\n", 1, "put a text that begins with * in quotes"),
+        ("a:\n  b: [${X}]\n", 2, "inside [ ] and { } put ${…} in quotes"),
+        ("a: {b: ${X:-1}}\n", 1, "inside [ ] and { } put ${…} in quotes"),
+        ('a:\n  b: "x\n\n', 4, None),
+        ("a: [1, 2\nb: 3\n", 2, None),
+    ],
+)
+def test_broken_yaml(parser, text, line, hint):
+    """Broken YAML is one problem, with its line and, for the usual slips, a hint."""
+    problem = only(text)
+    assert (line, hint) == (problem.line, problem.hint)
+    assert problem.message.startswith("not valid YAML: ")
+
+
+def test_broken_yaml_names_the_beginning():
+    """A quote or bracket that is never closed is named by the line where it begins."""
+    assert "that begins on line 2)" in only('a:\n  b: "x\n\n').message
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "text", "42"])
+def test_top_is_a_mapping(parser, text):
+    """A file that is a list or a single value is refused."""
+    assert only(text).message.startswith("the file must be a mapping")
+
+
+# --- YAML's traps -----------------------------------------------------------------------------------------
+
+
+def test_only_true_and_false_are_booleans(parser):
+    """`on`, `off`, `yes`, `no` and `True` are text, as keys too; only true and false are booleans."""
+    config = plugin_config("    on: off\n    yes: no\n    list: [True, y, N, true, false]\n")
+    assert config == {"on": "off", "yes": "no", "list": ["True", "y", "N", True, False]}
+
+
+def test_plain_values(parser):
+    """Dates, clock times, leading zeros and endless numbers stay text; numbers and null have their types."""
+    config = plugin_config(
+        "    text: [2024-01-01, 2024-01-01T00:00:00Z, 1:30, 0777, 0x1F, 1_000, .inf, -.inf, .nan, 1e999, =, 1.2.3]\n"
+        "    numbers: [0, -7, +7, 1.5, .5, 1e3, -0.0]\n"
+        "    nulls: [null, ~, , ]\n".replace(", , ]", ", Null]")
+        + f"    long: {'9' * 5000}\n"
+        "    quoted: ['1', \"true\", 'null', '']\n"
+        "    block: |\n      1\n"
+    )
+    assert config["text"] == [
+        "2024-01-01",
+        "2024-01-01T00:00:00Z",
+        "1:30",
+        "0777",
+        "0x1F",
+        "1_000",
+        ".inf",
+        "-.inf",
+        ".nan",
+        "1e999",
+        "=",
+        "1.2.3",
+    ]
+    assert config["numbers"] == [0, -7, 7, 1.5, 0.5, 1000.0, 0.0]
+    assert config["nulls"] == [None, None, None]
+    assert config["long"] == "9" * 5000
+    assert config["quoted"] == ["1", "true", "null", ""]
+    assert config["block"] == "1\n"
+
+
+def test_duplicate_keys(parser):
+    """A key given twice is refused with both lines, at any depth."""
+    problem = only(KEY + "server:\n  port: 1\n  host: a\n  'port': 2\n")
+    assert (problem.line, problem.column, problem.path) == (5, 3, "server.port")
+    assert problem.message == "'port' is given twice, first on line 3"
+
+
+def test_keys_are_text(parser):
+    """A key that is a number, boolean, null, list or mapping is refused once, with its line."""
+    text = (
+        KEY
+        + "plugins:\n- use: a\n  config:\n    404: x\n    true: x\n    ~: x\n    ? [a]\n    : x\n    ok: x\n"
+    )
+    assert [(problem.line, problem.message, problem.hint) for problem in problems(text)] == [
+        (5, "the key 404 is not text", 'write "404":'),
+        (6, "the key true is not text", 'write "true":'),
+        (7, "the key ~ is not text", 'write "~":'),
+        (8, "a key must be text, not a list or mapping", None),
+    ]
+    assert only(KEY + "server: 5\n").path == "server"
+
+
+def test_anchors_and_merge_keys(parser):
+    """Anchors and merge keys work; what a mapping says itself wins, then the first of the merged."""
+    config = plugin_config(
+        "    base: &base {a: 1, b: 1}\n"
+        "    more: &more {b: 2, c: 2}\n"
+        "    same: *base\n"
+        "    one: {<<: *base, b: 0}\n"
+        "    two: {<<: [*base, *more], d: 3}\n"
+        "    text: {'<<': 1}\n"
+    )
+    assert config["same"] == {"a": 1, "b": 1}
+    assert config["one"] == {"a": 1, "b": 0}
+    assert config["two"] == {"a": 1, "b": 1, "c": 2, "d": 3}
+    assert config["text"] == {"<<": 1}
+    assert only(KEY + "server: {<<: 5}").message == "`<<` takes a mapping or a list of mappings"
+
+
+def test_a_mistake_behind_an_alias_is_one(parser):
+    """A mistake in an anchored value is reported once, however often the value is used."""
+    text = KEY + "plugins:\n- {use: a, config: &c {x: '${NO}', y: 1, y: 2}}\n- {use: b, config: *c}\n"
+    assert [problem.line for problem in problems(text)] == [3 - 0, 3]
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}' if n else '1'] * 10)}]\n" for n in range(9)),
+        "".join(
+            f"x{n}: &x{n} {{" + (f"<<: [{', '.join([f'*x{n - 1}'] * 10)}]" if n else "a: 1") + "}\n"
+            for n in range(9)
+        ),
+    ],
+)
+def test_alias_bombs(parser, bomb):
+    """A small file whose aliases multiply to millions of values is refused at once."""
+    assert only(bomb).message.startswith("more than 100000 values")
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: &a {<<: *a}"])
+def test_endless_aliases(parser, text):
+    """An anchor that holds itself is refused."""
+    assert only(text).message == "an alias within its own anchor never ends"
+
+
+def test_depth(parser):
+    """Deep nesting is refused before anything recurses into it."""
+    assert only("a: " + "[" * 100_000).message == "nested deeper than 50 levels"
+    assert only("".join(" " * n + "a:\n" for n in range(60))).message == "nested deeper than 50 levels"
+
+
+def test_several_documents(parser):
+    """A second document is refused with its line."""
+    assert (
+        only("a: 1\n# x\n---\nb: 1").line,
+        only("---\n---\n").message,
+    ) == (3, "a second document begins here")
+
+
+def test_tags(parser):
+    """Tags are refused: they name types, and types come from the settings alone."""
+    text = KEY + "plugins:\n- use: !!str a\n- use: !x b\n- !!python/object:os.system {use: c}\n"
+    assert [problem.line for problem in problems(text)] == [3, 4, 5]
+    assert "is not allowed" in problems(text)[2].message
+
+
+# --- ${…} -------------------------------------------------------------------------------------------------
+
+
+def test_expressions(parser, tmp_path):
+    """Variables, defaults, files and escapes are replaced in values after YAML was parsed."""
+    (tmp_path / "secret").write_text("s3cr: # et\n")
+    config = plugin_config(
+        "    a: ${A}\n    b: pre-${A}-${B:-x y}-post\n    c: ${EMPTY:-full}\n    d: '${EMPTY}'\n"
+        "    e: $${A} costs $5\n    f: ${file:secret}\n    g: ${TRICK}\n    h: ['${A}', {k: \"${A}\"}]\n"
+        f"    i: ${{file:{tmp_path / 'secret'}}}\n    j: $$${{A}}\n    ${{A}}: key\n",
+        {"A": "va: lue", "EMPTY": "", "TRICK": "${A}\n- x: *y"},
+        tmp_path,
+    )
+    assert config == {
+        "a": "va: lue",
+        "b": "pre-va: lue-x y-post",
+        "c": "full",
+        "d": "",
+        "e": "${A} costs $5",
+        "f": "s3cr: # et",
+        "g": "${A}\n- x: *y",
+        "h": ["va: lue", {"k": "va: lue"}],
+        "i": "s3cr: # et",
+        "j": "$${A}",
+        "${A}": "key",
+    }
+
+
+def test_expressions_have_types(parser):
+    """A plain value that is one expression gets YAML's types; in quotes, or among text, it stays text."""
+    env = {"N": "8080", "T": "true", "E": ""}
+    config = plugin_config(
+        "    a: ${N}\n    b: '${N}'\n    c: ${N}0\n    d: ${T}\n    e: ${E}\n    f: ${X:-1.5}\n", env
+    )
+    assert config == {"a": 8080, "b": "8080", "c": "80800", "d": True, "e": None, "f": 1.5}
+    assert load_text(KEY + "server:\n  port: ${PORT:-8080}", env={}).settings.server.port == 8080
+    quoted = KEY + "server: {port: '${N}', bootstrap_key: '${T}', header_timeout: '${N}'}"
+    server = load_text(quoted, env=env).settings.server
+    assert (server.port, server.bootstrap_key, server.header_timeout) == (8080, True, 8080.0)
+
+
+def test_secrets_of_digits_stay_text():
+    """A secret that looks like a number, true or 1e5 arrives as the text it is, in plugins' settings too."""
+
+    class Config(BaseModel):
+        token: SecretStr
+        names: list[str]
+
+    env = {"KEY": "0123", "A": "12345678901234567890", "B": "1e5", "C": "true"}
+    loaded = load_text(
+        "upstreams:\n  openrouter:\n    api_key: ${A}\n    headers:\n      x-a: ${B}\n      x-b: ${C}\n"
+        "plugins:\n- use: a\n  config:\n    token: ${B}\n    names:\n    - ${A}\n    - ${KEY}\n",
+        env=env,
+    )
+    upstream = loaded.settings.upstreams["openrouter"]
+    assert env["A"] == upstream.api_key.get_secret_value()
+    assert upstream.headers == {"x-a": "1e5", "x-b": "true"}
+    config, found = loaded.source.validate(Config, ("plugins", 0, "config"))
+    assert found == []
+    assert ("1e5", [env["A"], "0123"]) == (config.token.get_secret_value(), config.names)
+
+
+@pytest.mark.parametrize(
+    "written, message, hint",
+    [
+        ("${NO}", "the environment variable NO is not set", "set NO, or write ${NO:-default}"),
+        (
+            "${XENIOS_PEPER}",
+            "the environment variable XENIOS_PEPER is not set",
+            "did you mean XENIOS_PEPPER?",
+        ),
+        ("a ${", "`${` has no `}`", "write $${ for a literal ${"),
+        ("${file:}", "names no file", "write ${file:/run/secrets/name}"),
+        ("${file:none}", "the file {base}/none does not exist", None),
+        ("${file:.}", "the file {base}/. is not a file".replace("/.", ""), None),
+        ("${file:bytes}", "the file {base}/bytes is not UTF-8", None),
+        ("${file:big}", "the file {base}/big is larger than 64KiB", None),
+        ("${BYTES}", "the environment variable BYTES is not UTF-8", None),
+    ],
+)
+def test_expressions_that_fail(tmp_path, written, message, hint):
+    """An expression without a value is one problem with line, path and a hint."""
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    (tmp_path / "big").write_bytes(b"x" * 70_000)
+    env = {"XENIOS_PEPPER": "p", "BYTES": "\udcff"}
+    problem = only(KEY + f"server:\n  host: '{written}'\n", env, tmp_path)
+    assert (problem.line, problem.column, problem.path) == (3, 9, "server.host")
+    assert (message.replace("{base}", str(tmp_path)), hint) == (problem.message, problem.hint)
+
+
+@pytest.mark.parametrize("body", ["", "A B", "1A", "A-b", "A:x", "A:-${B", ":-x", "FILE:x"])
+def test_expressions_that_are_none(body):
+    """What is no expression is refused, nested ones too, with the forms that are."""
+    problem = only(KEY + f"server: {{host: '${{{body}}}'}}", {"A": "x", "B": "y"})
+    assert problem.message == "is not an expression"
+    assert "${NAME:-default}" in problem.hint
+
+
+def test_one_trailing_newline_is_stripped(tmp_path):
+    """A secret file loses one line end, nothing else."""
+    for content, expected in (
+        (b"a\n", "a"),
+        (b"a\r\n", "a"),
+        (b" a \n\n", " a \n"),
+        (b"", None),
+        (b"\xef\xbb\xbfa", "a"),
+    ):
+        (tmp_path / "s").write_bytes(content)
+        assert {"x": expected} == plugin_config("    x: ${file:s}\n", base=tmp_path)
+
+
+def test_secret_files_are_found_beside_the_config(tmp_path, monkeypatch):
+    """Relative names of secret files and authorities start at the config file, not at the working directory."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/key").write_text("sk-file\n")
+    (tmp_path / "etc/x.yaml").write_text("upstreams: {openrouter: {api_key: '${file:key}', ca_file: ca.pem}}")
+    monkeypatch.chdir(tmp_path)
+    upstream = load(Path("etc/x.yaml"), {}).settings.upstreams["openrouter"]
+    assert upstream.api_key.get_secret_value() == "sk-file"
+    assert tmp_path / "etc/ca.pem" == upstream.ca_file
+
+
+# --- the settings -----------------------------------------------------------------------------------------
+
+
+def test_defaults():
+    """The defaults are those that the documentation gives."""
+    settings = load_text(KEY).settings
+    server = settings.server
+    assert ("127.0.0.1", 8080, Path(".xenios"), None, False) == (
+        server.host, server.port, server.data_dir, server.pepper, server.allow_anonymous,
+    )  # fmt: skip
+    assert (
+        server.max_body, server.header_timeout, server.body_timeout, server.keepalive_timeout, server.write_timeout,
+    ) == (20 * 2**20, 10, 30, 75, 30)  # fmt: skip
+    assert (
+        server.request_timeout, server.stream_commit_after, server.keepalive_interval, server.drain_delay,
+        server.drain_timeout, server.max_connections, server.bootstrap_key,
+    ) == (600, 10, 15, 0, 30, 10_000, True)  # fmt: skip
+    assert (settings.log.level, settings.log.format) == ("info", "auto")
+    policy = settings.upstream
+    assert (
+        policy.default, policy.client_may, policy.forward_headers, policy.connect_timeout, policy.first_event_timeout,
+        policy.stall_timeout, policy.max_reply, policy.max_event, policy.max_connections,
+    ) == ("openrouter", ("provider",), (), 5, 120, 60, 64 * 2**20, 16 * 2**20, 0)  # fmt: skip
+    upstream = settings.upstreams["openrouter"]
+    assert (
+        upstream.kind, upstream.base_url, upstream.without_key, upstream.headers, upstream.provider, upstream.ca_file,
+    ) == ("openrouter", "https://openrouter.ai/api/v1", "fail", {}, None, None)  # fmt: skip
+    assert (settings.catalogue.refresh, settings.catalogue.overrides, settings.plugins) == (3600, {}, ())
+
+
+def test_settings_are_frozen():
+    """Nobody changes a configuration in force."""
+    settings = load_text(KEY).settings
+    with pytest.raises(ValueError, match="frozen"):
+        settings.server.port = 1
+
+
+@pytest.mark.parametrize(
+    "yaml_text, path, message, hint",
+    [
+        ("prot: 1", "prot", "unknown key", None),
+        ("port: 1", "port", "unknown key", "it belongs under 'server'"),
+        ("server: {zzz: 1}", "server.zzz", "unknown key", None),
+        ("server: {port: 99999}", "server.port", "must be at most 65535, not 99999", None),
+        ("server: {port: -1}", "server.port", "must be at least 0, not -1", None),
+        ("server: {port: http}", "server.port", "must be a whole number, not 'http'", None),
+        ("server: {port: 1.5}", "server.port", "must be a whole number, not 1.5", None),
+        ("server: {port: true}", "server.port", "must be a whole number, not true", None),
+        ("server: {port: }", "server.port", "must be a whole number, not empty", None),
+        ("server: {host: 127}", "server.host", "must be text, not 127", "put it in quotes"),
+        ("server: {host: ''}", "server.host", "must have at least 1 character", None),
+        ("server: {host: [a]}", "server.host", "must be text, not a list", None),
+        ("server: {data_dir: 5}", "server.data_dir", "must be a file name, not 5", "put it in quotes"),
+        ("server: {bootstrap_key: 1}", "server.bootstrap_key", "must be true or false, not 1", None),
+        ("server: {bootstrap_key: off}", "server.bootstrap_key", "must be true or false, not 'off'", "write false"),
+        ("server: {bootstrap_key: maybe}", "server.bootstrap_key", "must be true or false, not 'maybe'", None),
+        ("server: {header_timeout: 0s}", "server.header_timeout", "must be greater than 0s, not '0s'", None),
+        ("server: {max_body: 0}", "server.max_body", "must be greater than 0B, not 0", None),
+        ("server: {max_connections: 0}", "server.max_connections", "must be at least 1, not 0", None),
+        ("server: [a]", "server", "must be a mapping of keys to values, not a list", None),
+        ("server: text", "server", "must be a mapping of keys to values, not 'text'", None),
+        ("log: {format: yaml}", "log.format", "must be one of auto, json, pretty, not 'yaml'", None),
+        ("upstream: {client_may: [model]}", "upstream.client_may[0]", None, "did you mean 'models'?"),
+        ("upstream: {client_may: provider}", "upstream.client_may", "must be a list, not 'provider'",
+         "begin each entry with `- `, or write [a, b]"),
+        ("upstream: {default: other}", "upstream.default", "there is no upstream 'other'", "known: openrouter"),
+        ("catalogue: {refresh: often}", "catalogue.refresh", "'often' is not a duration", "write 30s, 5m, 1h30m"),
+        ("catalogue: {overrides: {a/b: {input: free}}}", 'catalogue.overrides["a/b"].input',
+         "must be a number, not 'free'", None),
+        ("catalogue: {overrides: {a: {input: -1}}}", "catalogue.overrides.a.input", "must be at least 0, not -1", None),
+        ("catalogue: {overrides: {a: {input: 1.1234567}}}", "catalogue.overrides.a.input", None, None),
+        ("catalogue: {overrides: {a: {max_output: 0}}}", "catalogue.overrides.a.max_output",
+         "must be at least 1, not 0", None),
+        ("catalogue: {overrides: {a: {upstream: openruter}}}", "catalogue.overrides.a.upstream",
+         "there is no upstream 'openruter'", "did you mean 'openrouter'?"),
+        ("plugins: rate_limit", "plugins", "must be a list, not 'rate_limit'", "begin each entry with `- `, or write [a, b]"),
+        ("plugins: [rate_limit]", "plugins[0]", "must be a mapping of keys to values, not 'rate_limit'", None),
+        ("plugins: [{use: a, on_error: warn}]", "plugins[0].on_error", "must be one of fail, ignore, not 'warn'", None),
+        ("plugins: [{use: a, config: [x]}]", "plugins[0].config", "must be a mapping of keys to values, not a list", None),
+        ("plugins: [{use: a, id: b c}]", "plugins[0].id", None, None),
+        ("plugins: [{use: ./a.py}]", "plugins[0].use", "is neither a plugin's name nor a file",
+         "such as rate_limit or ./my_plugin.py:Plugin"),
+        ("plugins: [{use: a, when: {role: x}}]", "plugins[0].when.role", "unknown key", "did you mean 'roles'?"),
+        ("plugins: [{use: a, when: {roles: []}}]", "plugins[0].when.roles", "must have at least 1 entry", None),
+        ("plugins: [{use: a, when: {roles: 5}}]", "plugins[0].when.roles", "must be text, not 5", "put it in quotes"),
+        ("plugins: [{use: a, when: {stream: yes}}]", "plugins[0].when.stream", None, "write true"),
+    ],
+)  # fmt: skip
+def test_plain_words(yaml_text, path, message, hint):
+    """Each kind of mistake is said in plain words, at its path, with a hint where one helps."""
+    problem = only(KEY + yaml_text)
+    assert path == problem.path
+    assert message in {None, problem.message}
+    assert hint in {None, problem.hint}
+    assert problem.line == 2
+
+
+def upstream_problem(fields):
+    return only(f"upstream: {{default: o}}\nupstreams:\n  o: {{{fields}}}\n")
+
+
+@pytest.mark.parametrize(
+    "fields, path, message",
+    [
+        ("api_key: k, base_url: ftp://x", "base_url", "is not an http:// or https:// URL"),
+        ("api_key: k, base_url: x", "base_url", "is not an http:// or https:// URL"),
+        ("api_key: k, base_url: 'http://x y'", "base_url", "is not an http:// or https:// URL"),
+        ("api_key: k, base_url: 'http://x:port'", "base_url", "is not a URL"),
+        ("api_key: k, base_url: 'http://u:canary@x'", "base_url", "must not hold a user name or password"),
+        ("api_key: k, base_url: 'http://x?k=canary'", "base_url", "must not hold a query or fragment"),
+        ("api_key: k, base_url: 'http://x#'", "base_url", "must not hold a query or fragment"),
+        ("api_key: k, kind: openai", "base_url", "is required for kind openai"),
+        ("api_key: k, kind: openai, base_url: 'http://x', provider: {}", "provider",
+         "only an upstream of kind openrouter has provider preferences"),
+        ("api_key: ''", "api_key", "there is no key for this upstream"),
+        ("api_key: ", "api_key", "there is no key for this upstream"),
+        ("kind: openrouter", "api_key", "there is no key for this upstream"),
+        ("api_key: 'can ary'", "api_key", "holds blanks or characters that a header can't carry"),
+        ("api_key: k, headers: {a b: c}", 'headers["a b"]', "is not a header name"),
+        ("api_key: k, headers: {Host: c}", "headers.Host", "the gateway sets 'Host' itself"),
+        ('api_key: k, headers: {X: "a\\nb"}', "headers.X", "a header's value can't hold line breaks or control characters"),
+        ("api_key: k, provider: cheap", "provider", "must be a mapping of keys to values, not 'cheap'"),
+    ],
+)  # fmt: skip
+def test_upstreams(fields, path, message):
+    """An upstream needs a clean http(s) URL, a key, and only what its kind understands; no secret is printed."""
+    problem = upstream_problem(fields)
+    assert (f"upstreams.o.{path}", message) == (problem.path, problem.message)
+    assert problem.line == 3
+    assert "canary" not in str(problem)
+
+
+def test_upstreams_without_key():
+    """Without a key an upstream may simulate; the hint tells what to set."""
+    text = "upstreams:\n  openrouter:\n    api_key: ${OR_KEY:-}\n"
+    assert only(text).hint == "set OR_KEY, or `without_key: simulate` for simulated replies"
+    for key in (text, text.replace("${OR_KEY:-}", "'${OR_KEY:-}'")):
+        upstream = load_text(key + "    without_key: simulate\n", env={}).settings.upstreams["openrouter"]
+        assert upstream.api_key is None
+    assert (
+        "any text for a server that wants no key"
+        in upstream_problem("kind: openai, base_url: 'http://x'").hint
+    )
+
+
+def test_upstreams_by_name():
+    """Upstreams have plain names, at least one, and each is its own."""
+    loaded = load_text(
+        "upstream: {default: local_1}\nupstreams:\n"
+        "  local_1: {kind: openai, base_url: 'http://127.0.0.1:8000/v1/', api_key: k, headers: {X-Team: a}}\n"
+        "  openrouter: {api_key: k, provider: {sort: price}}\n"
+    ).settings
+    assert list(loaded.upstreams) == ["local_1", "openrouter"]
+    assert loaded.upstreams["local_1"].base_url == "http://127.0.0.1:8000/v1"
+    assert loaded.upstreams["local_1"].headers == {"x-team": "a"}
+    assert loaded.upstreams["openrouter"].provider == {"sort": "price"}
+    assert only(KEY.replace("}}", "}, Ü: {api_key: k}}")).message == "the key doesn't match ^[a-z0-9_-]+$"
+    assert [problem.message for problem in problems("upstreams: {}")] == ["must have at least 1 entry"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "authorization",
+        "X-API-Key",
+        "api-key",
+        "Cookie",
+        "proxy-authorization",
+        "X-Forwarded-For",
+        "x-forwarded-anything",
+        "forwarded",
+        "Host",
+        "x-openrouter-cache",
+        "X-OpenRouter-Cache-TTL",
+        "connection",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "proxy-connection",
+        "proxy-authenticate",
+        "content-length",
+        "x-real-ip",
+    ],
+)
+def test_headers_that_never_go_upstream(name):
+    """Credentials, cookies, forwarding and hop-by-hop headers can't be let through by configuration."""
+    problem = only(KEY + f"upstream: {{forward_headers: [x-fine, {name}]}}")
+    assert (problem.path, problem.line) == ("upstream.forward_headers[1]", 2)
+    assert load_text(KEY + "upstream: {forward_headers: [X-Fine]}").settings.upstream.forward_headers == (
+        "x-fine",
+    )
+
+
+def test_prices():
+    """Prices are exact decimals in USD per million tokens."""
+    text = (
+        KEY
+        + "catalogue: {refresh: 0, overrides: {a/b: {input: 0.15, output: '0.6', cache_read: 0, context_length: 8}}}"
+    )
+    override = load_text(text).settings.catalogue.overrides["a/b"]
+    assert (Decimal("0.15"), Decimal("0.6"), Decimal(0), None) == (
+        override.input, override.output, override.cache_read, override.cache_write,
+    )  # fmt: skip
+    assert (override.context_length, override.max_output, override.upstream) == (8, None, None)
+
+
+def test_plugin_entries():
+    """Plugins keep their order; an entry's id is what it uses, or a file's class; `when` takes one or many."""
+    entries = load_text(
+        KEY
+        + "plugins:\n- use: api_keys\n- use: ./dir/my plugin.py:Plugin\n- use: x.py:Other\n- use: api_keys\n  id: second\n"
+        "  when: {endpoint: chat/completions, roles: [free], stream: false, phase: [live, run], models: 'openai/*'}\n"
+        "  on_error: ignore\n  config: {on: 1}\n"
+    ).settings.plugins
+    assert [entry.id for entry in entries] == ["api_keys", "my_plugin", "Other", "second"]
+    when = entries[3].when
+    assert (
+        when.endpoint, when.roles, when.stream, when.phase, when.models, when.teams,
+    ) == (("chat/completions",), ("free",), False, ("live", "run"), ("openai/*",), None)  # fmt: skip
+    assert (entries[3].on_error, entries[3].config) == ("ignore", {"on": 1})
+
+
+def test_plugin_ids_are_unique():
+    """A second plugin with the same id is refused with both lines, whether the id is given or not."""
+    problem = only(KEY + "plugins:\n- use: a\n- use: b\n- use: a\n")
+    assert (problem.line, problem.path) == (5, "plugins[2].use")
+    assert "stands on line 3 already" in problem.message
+    assert only(KEY + "plugins:\n- use: a\n- use: b\n  id: a\n").path == "plugins[1].id"
+
+
+def test_sound_plugins_are_known_despite_mistakes():
+    """The plugin loader can judge each sound entry although the file has mistakes elsewhere."""
+    examined = examine_text(
+        KEY + "server: {prot: 1}\nplugins:\n- {use: a, config: {x: 1}}\n- {}\n- {use: c}\n", env={}
+    )
+    assert examined.settings is None
+    assert [(index, entry.use, entry.config) for index, entry in examined.plugins()] == [
+        (0, "a", {"x": 1}),
+        (2, "c", {}),
+    ]
+
+
+# --- other models: plugins' settings -----------------------------------------------------------------------
+
+
+class Rule(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    limit: int = Field(gt=0)
+    mode: Literal["soft", "hard"] = "soft"
+    target: int | list[int] = 0
+    token: SecretStr | None = None
+    ratio: float = 0.5
+    hook: AnyUrl | None = None
+
+    @field_validator("mode", mode="after")
+    @classmethod
+    def _quotes_its_value(cls, value):
+        if value == "hard":
+            raise ValueError(f"not {value} today")
+        return value
+
+
+class Rules(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    rules: dict[str, list[Rule]] = {}
+    secret: str = ""
+
+    @model_validator(mode="after")
+    def _quotes_its_secret(self):
+        if self.secret:
+            raise ValueError(f"bad secret {self.secret}")
+        return self
+
+
+def rules(config, env=None):
+    source = examine_text(f"plugins:\n- use: p\n  config:\n{config}", env=env or {}).source
+    model, found = source.validate(Rules, ("plugins", 0, "config"))
+    assert (model is None) == bool(found)
+    return found
+
+
+def test_plugin_settings():
+    """A plugin's own settings are judged like the gateway's: line, whole path, plain words, hints."""
+    found = rules(
+        "    rules:\n      a/b:\n      - limit: 0\n        mod: soft\n      - {limit: 1, mode: sft, target: x}\n"
+        "      - {ratio: much, limit: 5}\n      - {}\n      - {limit: 1, mode: hard}\n    rulez: {}\n"
+    )
+    base = 'plugins[0].config.rules["a/b"]'
+    assert [
+        f"<text>:6:16: {base}[0].limit: must be greater than 0, not 0",
+        f"<text>:7:9: {base}[0].mod: unknown key (did you mean 'mode'?)",
+        f"<text>:8:26: {base}[1].mode: must be one of soft, hard, not 'sft' (did you mean 'soft'?)",
+        f"<text>:8:39: {base}[1].target: must be a whole number, not 'x', or must be a list, not 'x'",
+        f"<text>:9:17: {base}[2].ratio: must be a number, not 'much'",
+        f"<text>:10:9: {base}[3].limit: is required",
+        f"<text>:11:26: {base}[4].mode: not hard today",
+        "<text>:12:5: plugins[0].config.rulez: unknown key (did you mean 'rules'?)",
+    ] == [str(problem) for problem in found]
+
+
+def test_no_secret_is_printed():
+    """No message holds a secret: not from a secret field, not from `${}`, not quoted by a plugin's validator."""
+    env = {"SECRET": "canary", "MODE": "hard", "KEYS": "canary"}
+    found = rules("    secret: ${SECRET}\n", env) + rules(
+        "    rules:\n      a:\n      - limit: ${SECRET}\n        mode: ${SECRET}\n        token: [canary]\n"
+        "        ratio: pre-${SECRET}\n      - limit: 1\n        mode: ${MODE}\n        token: {canary: 1}\n",
+        env,
+    )
+    assert [problem.message for problem in found] == [
+        "bad secret ***",
+        "must be a whole number, not the value of ${SECRET}",
+        "must be one of soft, hard, not the value of ${SECRET}",
+        "must be text, not a list",
+        "must be a number, not the value of ${SECRET}",
+        "not *** today",
+        "must be text, not a mapping",
+    ]
+    text = (
+        "server: {pepper: canary, port: '${SECRET}', host: [canary], header_timeout: '${SECRET}', max_body: 1canaryB}\n"
+        "log: {level: '${SECRET}'}\nupstream: {default: '${SECRET}', forward_headers: ['x ${SECRET}', '${COOKIE}']}\n"
+        "upstreams: {o: {api_key: 'canary ', base_url: 'http://u:canary@h', headers: {x: [canary]}}}\n"
+        "plugins: [{use: '?${SECRET}', id: '/${SECRET}', when: 'http://u:canary@h'}]\n"
+    ).replace("1canaryB", "'http://u:canary@h'")
+    found = problems(text, {**env, "COOKIE": "cookie"})
+    assert len(found) >= 14
+    for problem in found:
+        assert "canary" not in str(problem)
+        assert "'cookie'" not in str(problem)
+
+
+def test_secrets_in_wrong_places():
+    """A URL, a repeated id and a number where a secret belongs are refused without their values."""
+    found = rules("    rules: {a: [{limit: 1, token: 4711, hook: 'canary://[x'}]}\n")
+    assert [problem.message for problem in found] == [
+        "must be text, not the value given",
+        "is not a valid URL",
+    ]
+    text = KEY + "plugins: [{use: '${A}'}, {use: '${A}'}, {use: b, id: '${A}'}]"
+    messages = [problem.message for problem in problems(text, {"A": "canary"})]
+    assert messages == ["a plugin with the id of ${A} stands on line 2 already"] * 2
+
+
+def test_read_refuses_what_the_text_lacks(tmp_path):
+    """Reading without validation still refuses a text with mistakes, and secret files that are none."""
+    (tmp_path / "x.yaml").write_text("a: ${NO}\nb: 1\nb: 2\n")
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "x.yaml", {})
+    assert [problem.line for problem in caught.value.problems] == [1, 3]
+    assert "can't be read" in only(KEY + f"log: {{level: '${{file:{'x' * 300}}}'}}", base=tmp_path).message
+
+
+def test_masked():
+    """A dump shows settings as people write them, and neither secrets nor what came from `${}`."""
+    loaded = load_text(
+        "server: {pepper: canary-canary-canary, host: '${HOST}'}\n"
+        "upstreams: {openrouter: {api_key: canary, headers: {x-key: canary}, provider: {order: ['${HOST}']}}}\n"
+        "plugins:\n- use: a\n  config: {dsn: 'redis://u:canary@h/0', token: canary, x: ['${HOST}', 5], none: null, limit: 3}\n",
+        env={"HOST": "canary"},
+    )
+    dump = masked(loaded.settings, loaded.source)
+    assert "canary" not in json.dumps(dump)
+    assert tuple(
+        dump["server"][name] for name in ("pepper", "host", "port", "max_body", "request_timeout")
+    ) == ("***", "***", 8080, "20MiB", "10m")
+    upstream = dump["upstreams"]["openrouter"]
+    assert (
+        upstream["api_key"],
+        upstream["headers"],
+        upstream["provider"],
+    ) == ("***", {"x-key": "***"}, {"order": ["***"]})
+    expected = {"dsn": "redis://***@h/0", "token": "***", "x": ["***", 5], "none": None, "limit": 3}
+    assert expected == dump["plugins"][0]["config"]
+    without = masked(loaded.settings)
+    assert without["plugins"][0]["config"] == {
+        "dsn": "***",
+        "token": "***",
+        "x": ["***", "***"],
+        "none": None,
+        "limit": "***",
+    }
+    assert "x-key" not in repr(loaded.settings)
+
+
+# --- the schema -------------------------------------------------------------------------------------------
+
+
+def validate(text, **schemas):
+    # Editors read the text before ${…} is replaced.
+    jsonschema.Draft202012Validator(json_schema(schemas)).validate(yaml.safe_load(text))
+
+
+def test_schema_takes_what_the_settings_take():
+    """The schema lets through what the settings take: units, `${…}` in place of numbers, one or many."""
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    validate(
+        KEY
+        + "server: {port: '${PORT:-8080}', header_timeout: 10s, max_body: 1048576, allow_anonymous: '${X}'}\n"
+        "upstream: {client_may: [models, '${X}']}\nlog: {level: '${LEVEL:-info}'}\n"
+        "catalogue: {overrides: {a/b: {input: 0.15, context_length: '${X}'}}}\n"
+        "plugins: [{use: a, when: {roles: free, phase: [live]}, config: {any: 1}}]\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["prot: 1", "server: {prot: 1}", "server: {port: 70000}", "server: {port: x}", "server: {header_timeout: 10 sec}",
+     "server: {allow_anonymous: 'yes'}", "log: {level: wran}", "upstreams: {}", "upstreams: {A: {}}", "plugins: [{}]",
+     "plugins: [{use: a, when: {role: x}}]", "plugins: [{use: p, config: {rules: {a: [{limit: 0}]}}}]",
+     "plugins: [{use: p, config: {rulez: {}}}]", "catalogue: {overrides: {a: {max_output: 0}}}"],
+)  # fmt: skip
+def test_schema_refuses_what_the_settings_refuse(text):
+    """An editor marks the same mistakes, those in a plugin's settings too."""
+    with pytest.raises(jsonschema.ValidationError):
+        validate(text, p=Rules.model_json_schema())
+
+
+def test_schema_of_plugins():
+    """A plugin's schema holds for its entries only, and definitions of the same name don't clash."""
+
+    class When(BaseModel):
+        day: Literal["monday"]
+
+    class Config(BaseModel):
+        when: When
+
+    original = Config.model_json_schema()
+    before = json.dumps(original)
+    validate(
+        "plugins: [{use: q, config: {when: {day: monday}}, when: {roles: x}}, {use: r, config: {when: 5}}]",
+        q=original,
+    )
+    with pytest.raises(jsonschema.ValidationError):
+        validate("plugins: [{use: q, config: {when: {day: sunday}}}]", q=original)
+    assert before == json.dumps(original)
+
+
+def test_schema_explains():
+    """Each setting has a description with its default, and defaults are written as people write them."""
+    definitions = json_schema()["$defs"]
+    assert definitions["ServerSettings"]["properties"]["max_body"]["default"] == "20MiB"
+    assert definitions["ServerSettings"]["properties"]["request_timeout"]["default"] == "10m"
+    for model in (*definitions.values(), json_schema()):
+        for name, field in model.get("properties", {}).items():
+            assert "Default" in field["description"] or "Required" in field["description"], name
+            default = field.get("default")
+            if isinstance(default, str | int) and default is not None:
+                shown = str(default).lower() if isinstance(default, bool) else str(default)
+                assert f"Default {shown}" in field["description"], name
+    assert Settings.__doc__ == json_schema()["description"]
