@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -28,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-keys_app = typer.Typer(help="Client keys.", no_args_is_help=True)
+keys_app = typer.Typer(help="Make and hash client keys.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
 ConfigOption = Annotated[
@@ -45,13 +44,17 @@ BUILT_IN = frozenset({"serve", "check", "plugins", "models", "simulate", "keys",
 
 def main() -> None:
     """Run the command line. Commands of plugins are looked for when a name is not one of ours."""
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    if words and words[0] not in BUILT_IN:
-        _add_plugin_commands()
-    app()
+    arguments = sys.argv[1:]
+    config, others = _without_config(arguments)
+    name = next((word for word in others if not word.startswith("-")), None)
+    if name is not None and name not in BUILT_IN:
+        # --config says whose plugins to ask: it is no option of the plugin's command
+        arguments = others
+        _add_plugin_commands(_config_path(config), name)
+    app(arguments)
 
 
-@app.command()
+@app.command(short_help="Start the gateway.")
 def serve(
     config: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Address to bind.", show_default=False)] = None,
@@ -71,7 +74,7 @@ def serve(
     sys.exit(_serve(loaded, show_key=show_key, new_key=new_key))
 
 
-@app.command()
+@app.command(short_help="Report all mistakes in the configuration.")
 def check(config: ConfigOption = None) -> None:
     """Validate the configuration and every plugin's; report ALL mistakes. Starts nothing."""
     path = _config_path(config)
@@ -80,7 +83,7 @@ def check(config: ConfigOption = None) -> None:
     typer.echo(f"{path}: fine, {len(blueprints)} plugins.")
 
 
-@app.command()
+@app.command(short_help="List the plugins, their hooks and the call order.")
 def plugins(
     config: ConfigOption = None,
     *,
@@ -105,7 +108,7 @@ def plugins(
             typer.echo(f"  {hook:20} {' → '.join(reversed(order) if hook == 'request_finished' else order)}")
 
 
-@app.command()
+@app.command(short_help="List the models, their context and prices.")
 def models(
     config: ConfigOption = None,
     search: Annotated[str, typer.Argument(help="Only models whose id contains this.")] = "",
@@ -124,7 +127,7 @@ def models(
             typer.echo(f"{model.id:48} {context:>9} {prices}  {model.origin}")
 
 
-@app.command()
+@app.command(short_help="Run the simulated OpenRouter alone.")
 def simulate(
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 9999,
@@ -178,32 +181,39 @@ def keys_hash(
     typer.echo(f"hash: {hashed}")
 
 
-@app.command()
-def schema(config: ConfigOption = None) -> None:
-    """Print the JSON schema of the configuration, the settings of installed plugins included (for editors)."""
+@app.command(short_help="Print the JSON schema of the configuration.")
+def schema(
+    *,
+    installed: Annotated[
+        bool, typer.Option("--installed", help="With the settings of all installed plugins, not of our own alone.")
+    ] = False,
+) -> None:
+    """Print the JSON schema of the configuration: for editors, which then complete and check as you type."""
     import json
 
-    del config
-    typer.echo(json.dumps(settings_schema(), indent=2))
+    try:
+        typer.echo(json.dumps(settings_schema(others=installed), indent=2))
+    except LookupError as error:
+        _fail(str(error), 1)
 
 
-@app.command()
+@app.command(short_help="Print the version.")
 def version() -> None:
     """Print the version."""
     typer.echo(f"xenios {__version__} (Python {sys.version.split()[0]})")
 
 
-def settings_schema() -> dict[str, Any]:
-    """What `config/schema.json` holds."""
+def settings_schema(*, others: bool = False) -> dict[str, Any]:
+    """What `config/schema.json` holds; `others`: with plugins that don't come with Xenios. Raises LookupError."""
     from gateway.plugins import NoConfig, installed, load
     from gateway.settings import json_schema
 
-    own = {
-        name: load(name, Path())[0] for name, point in installed().items() if point.dist and point.dist.name == "xenios"
+    classes = {
+        name: load(name, Path())[0]
+        for name, point in sorted(installed().items())
+        if others or (point.dist and point.dist.name == "xenios")
     }
-    return json_schema(
-        {name: getattr(cls, "Config", NoConfig).model_json_schema() for name, cls in sorted(own.items())}
-    )
+    return json_schema({name: getattr(cls, "Config", NoConfig).model_json_schema() for name, cls in classes.items()})
 
 
 # --- serving --------------------------------------------------------------------------------
@@ -262,31 +272,32 @@ def _banner(worker: Worker, key: str | None, key_file: str | None) -> str:
     url = f"http://{f'[{host}]' if ':' in host else host}:{worker.port}"
     lines = [f"Xenios {__version__} at {url}"]
     if worker.simulated:
-        bar = "#" * 78
+        bar = "#" * 80
         text = (
             "SIMULATED ANSWERS: no upstream key is set, so a built-in simulation answers.",
             "Set OPENROUTER_API_KEY and start again for real models.",
         )
-        lines += [bar, *(f"# {line:<74} #" for line in text), bar]
+        lines += [bar, *(f"# {line:<76} #" for line in text), bar]
     token = key or "$XENIOS_KEY"
     if key is not None:
         lines.append(f"Key (admin):  {key}")
     elif key_file is not None:
         lines.append(f"Key (admin):  in {key_file} (--show-key prints it)")
     curl = (
-        f"  curl {url}/v1/chat/completions -H 'Authorization: Bearer {token}' -H 'Content-Type: application/json' "
+        f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {token}' -H 'Content-Type: application/json' "
         """-d '{"model": "anthropic/claude-haiku-4.5", "messages": [{"role": "user", "content": "Hello"}]}'"""
     )
     messages = "[{'role': 'user', 'content': 'Hello'}]"
+    # not indented: Python refuses pasted lines that are
     lines += [
         "",
         "Try it:",
         curl,
         "",
         "Or in Python (pip install openai), streamed:",
-        f"  from openai import OpenAI; client = OpenAI(base_url={url + '/v1'!r}, api_key={token!r})",
-        f"  stream = client.chat.completions.create(model='task/chat', messages={messages}, stream=True)",
-        "  for chunk in stream: print(chunk.choices[0].delta.content or '', end='', flush=True)",
+        f"from openai import OpenAI; client = OpenAI(base_url={url + '/v1'!r}, api_key={token!r})",
+        f"stream = client.chat.completions.create(model='task/chat', messages={messages}, stream=True)",
+        "for chunk in stream: print(chunk.choices[0].delta.content or '', end='', flush=True)",
         "",
     ]
     return "\n".join(lines) + "\n"
@@ -358,9 +369,9 @@ def _stop_on(problems: list[Problem]) -> None:
         _fail(f"{len(problems)} mistake{'s' if len(problems) > 1 else ''} in the configuration.", 2)
 
 
-def _fail(message: str, code: int) -> Any:
+def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"xenios: {message}", err=True)
-    raise typer.Exit(code)
+    sys.exit(code)
 
 
 def _catalogue(loaded: Loaded) -> Catalogue:
@@ -381,13 +392,26 @@ def _usd(price: Price, name: str) -> str:
     return "?" if pico is None else f"{pico / 1e6:g}"
 
 
-def _add_plugin_commands() -> None:
+def _without_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """What `--config` names, and the other arguments."""
+    given: str | None = None
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in {"--config", "-c"}:
+            given = next(rest, None)
+        elif argument.startswith("--config="):
+            given = argument.removeprefix("--config=")
+        else:
+            others.append(argument)
+    return Path(given) if given else None, others
+
+
+def _add_plugin_commands(config: Path, wanted: str) -> None:
     """Commands that plugins of the configuration bring (`register_commands`)."""
     import inspect
 
-    arguments = sys.argv[1:]
-    given = next((Path(b) for a, b in itertools.pairwise(arguments) if a in {"--config", "-c"}), None)
-    blueprints, _, _ = _examine(_config_path(given))
+    blueprints, problems, _ = _examine(config)
     for blueprint in blueprints:
         if not hasattr(blueprint.cls, "register_commands"):
             continue
@@ -396,6 +420,8 @@ def _add_plugin_commands() -> None:
             register(_Unstarted(blueprint), app)
         except Exception as error:  # noqa: BLE001 - a plugin's own code
             _fail(f"plugin {blueprint.id}: register_commands failed: {type(error).__name__}: {error}", 1)
+    if problems and wanted not in typer.main.get_group(app).commands:
+        typer.echo(f"note: {config} has mistakes (`xenios check`); commands of its plugins may be missing.", err=True)
 
 
 class _Unstarted:

@@ -14,7 +14,6 @@ import structlog
 from gateway import dispatch
 from gateway.errors import GatewayError
 from gateway.exchange import Correction, Cost, Source, Usage
-from gateway.upstream import read_whole
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -104,7 +103,7 @@ class Corrections:
                     "GET", f"/generation?id={wanted.generation_id}", dict(upstream.headers), None
                 )
                 try:
-                    body = await read_whole(response, 1 << 20)
+                    body = await response.read(1 << 20)
                 finally:
                     response.close()
             data = msgspec.json.decode(body).get("data") if response.status == 200 else None

@@ -198,33 +198,39 @@ def read_usage(raw: Mapping[str, Any] | None, *, cached_apart: bool = False) -> 
 
     `cached_apart`: Anthropic counts cached tokens beside `input_tokens`; ours include them as OpenAI's do.
     """
-    if not isinstance(raw, Mapping):
+    if not isinstance(raw, dict):
         return Usage()
-    details_in = _mapping(raw.get("prompt_tokens_details") or raw.get("input_tokens_details"))
-    details_out = _mapping(raw.get("completion_tokens_details") or raw.get("output_tokens_details"))
-    read = _count(raw.get("cache_read_input_tokens", details_in.get("cached_tokens")))
-    write = _count(raw.get("cache_creation_input_tokens", details_in.get("cache_write_tokens")))
-    given = _count(raw.get("prompt_tokens", raw.get("input_tokens")))
-    written = _count(raw.get("completion_tokens", raw.get("output_tokens")))
+    get = raw.get
+    details_in = get("prompt_tokens_details") or get("input_tokens_details")
+    details_out = get("completion_tokens_details") or get("output_tokens_details")
+    detail_in = details_in.get if isinstance(details_in, dict) else _nothing
+    read = _count(get("cache_read_input_tokens", detail_in("cached_tokens")))
+    write = _count(get("cache_creation_input_tokens", detail_in("cache_write_tokens")))
+    given = _count(get("prompt_tokens", get("input_tokens")))
+    written = _count(get("completion_tokens", get("output_tokens")))
     if given is None and written is None:
-        given = _count(raw.get("total_tokens"))
+        given = _count(get("total_tokens"))
     if cached_apart and given is not None:
         given += (read or 0) + (write or 0)
     source = Source.UNKNOWN if given is None and written is None else Source.UPSTREAM
-    return Usage(given, written, read, write, _count(details_out.get("reasoning_tokens")), source)
+    reasoning = _count(details_out.get("reasoning_tokens")) if isinstance(details_out, dict) else None
+    return Usage(given, written, read, write, reasoning, source)
+
+
+def _nothing(_: str) -> None:
+    return None
 
 
 def read_cost(raw: Mapping[str, Any] | None) -> int | None:
     """`usage.cost` (USD) in pico-USD; None if absent, negative or absurd."""
-    cost = raw.get("cost") if isinstance(raw, Mapping) else None
-    if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost < 1e6:
+    cost = raw.get("cost") if isinstance(raw, dict) else None
+    if type(cost) not in (int, float) or not 0 <= cost < 1e6:  # type: ignore[operator]  # a number: just asked
         return None
-    return round(cost * 10**12)
+    return round(cost * 10**12)  # type: ignore[operator]  # as above
 
 
 def _count(value: Any) -> int | None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _ABSURD
-    return value if ok else None
+    return value if type(value) is int and 0 <= value < _ABSURD else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -228,6 +228,5 @@ _KEEPS_STATUS = frozenset(
         Cause.INVALID_REQUEST,
         Cause.CONTENT_POLICY,
         Cause.CONTEXT_LENGTH,
-        Cause.MODEL_NOT_FOUND,
     }
 )

@@ -31,23 +31,32 @@ CHOOSING_FIELDS = {
     "service_tier": ("service_tier",),
     "presets": ("preset",),
 }
+
+
+def closed_fields(client_may: Sequence[str]) -> frozenset[str]:
+    """The body fields that are taken out, whoever sends them."""
+    chosen = {n for permission, names in CHOOSING_FIELDS.items() if permission not in client_may for n in names}
+    return frozenset(NEVER) | chosen
+
+
+# Form fields that are one plain value: read here and upstream alike.
+_PLAIN = frozenset({"model", *NEVER, *(name for names in CHOOSING_FIELDS.values() for name in names)})
 _AUTO = re.compile(r"(openrouter/(auto|bodybuilder|pareto)\b|.*/auto$)")
 
 
 def parse_body(exchange: Exchange, content_type: str) -> None:
-    """Fill `exchange.body` (and `form`) from `exchange.raw_body`. Raises BadRequest, UnsupportedMedia, TooLarge."""
+    """Fill `exchange.body`, `form` and `stream` from `raw_body`. Raises BadRequest, UnsupportedMedia, TooLarge."""
     kind, _, parameters = content_type.partition(";")
     kind = kind.strip().lower()
-    if kind == "multipart/form-data" and exchange.dialect.request == "multipart":
+    if kind == "application/json" or not kind or kind.endswith("+json"):
+        exchange.body = parse_object(exchange.raw_body)
+    elif kind == "multipart/form-data" and exchange.dialect.request == "multipart":
         exchange.form = parse_form(exchange.raw_body, parameters)
-        exchange.body = _fields(exchange.form.fields)
-        return
-    if kind and kind != "application/json" and not kind.endswith("+json"):
-        wanted = (
-            "multipart/form-data or application/json" if exchange.dialect.request == "multipart" else "application/json"
-        )
-        raise UnsupportedMedia(f"Send Content-Type: {wanted}; this request says {kind[:100]!r}.")
-    exchange.body = parse_object(exchange.raw_body)
+        exchange.body = _fields(exchange.form)
+    else:
+        forms = "multipart/form-data or " if exchange.dialect.request == "multipart" else ""
+        raise UnsupportedMedia(f"Send Content-Type: {forms}application/json; this request says {kind[:100]!r}.")
+    exchange.stream = exchange.dialect.wants_stream(exchange.body)
 
 
 def parse_object(raw: bytes) -> JsonObject:
@@ -102,16 +111,24 @@ def parse_form(raw: bytes, parameters: str) -> Form:
     return Form(fields, files)
 
 
-def _fields(fields: Sequence[tuple[str, str]]) -> JsonObject:
+def _fields(form: Form) -> JsonObject:
+    """The form's fields as a body. What stands twice is refused: which of two the upstream would take is anybody's
+    guess, and a scope must not hang on it.
+    """
     body: JsonObject = {}
-    for name, value in fields:
+    for name, value in form.fields:
+        plain = name.partition("[")[0]
+        if name in body and not name.endswith("[]"):
+            raise BadRequest(f"The field {name[:100]!r} stands twice in the form.", param=name[:100])
+        if plain != name and plain in _PLAIN:
+            raise BadRequest(f"The field {plain!r} can't be a list in a form.", param=plain)
         if name.endswith("[]"):
             body.setdefault(name, []).append(value)
-        elif name in body:
-            # Which of two the upstream would take is anybody's guess: a scope must not hang on it.
-            raise BadRequest(f"The field {name[:100]!r} stands twice in the form.", param=name[:100])
         else:
             body[name] = value
+    for file in form.files:
+        if file.name in body or file.name.partition("[")[0] in _PLAIN:
+            raise BadRequest(f"The field {file.name[:100]!r} can't be a file.", param=file.name[:100])
     return body
 
 
@@ -121,21 +138,17 @@ def admit_body(exchange: Exchange) -> None:
     Raises BadRequest.
     """
     body, dialect = exchange.body, exchange.dialect
-    for name in NEVER:
-        body.pop(name, None)
     may = exchange.snapshot.settings.upstream.client_may
-    removed = [
-        name
-        for permission, names in CHOOSING_FIELDS.items()
-        if permission not in may
-        for name in names
-        if body.pop(name, None) is not None
-    ]
-    if removed:
-        exchange.reply_headers["x-xenios-removed"] = ", ".join(removed)
+    closed = body.keys() & exchange.snapshot.derived.closed_fields
+    if closed:
+        for name in closed:
+            del body[name]
+        exchange.reply_headers["x-xenios-removed"] = ", ".join(sorted(closed))
     models = body.get("models")
     if models is not None and not _is_list_of_strings(models):
         raise BadRequest("`models` must be a list of model names.", param="models")
+    if not isinstance(body.get("fallbacks") or [], list):
+        raise BadRequest("`fallbacks` must be a list.", param="fallbacks")
     for name in dialect.required:
         if name == "model" and models:
             continue  # OpenRouter's clients may name several instead of one
@@ -147,15 +160,15 @@ def admit_body(exchange: Exchange) -> None:
     for name, message in dialect.refused.items():
         if body.get(name):
             raise BadRequest(message, param=name, code="unsupported_parameter")
-    for asked in (model, *(models or ())):
-        if asked:
+    if "presets" not in may or "auto_routers" not in may:
+        for asked in asked_models(body):
             _check_special(asked, may)
 
 
 def asked_models(body: JsonObject) -> list[str]:
     """Every model that the body names: `model`, and OpenRouter's own fallbacks."""
     fallbacks = body.get("fallbacks")
-    listed = [f.get("model") for f in fallbacks if isinstance(f, dict)] if isinstance(fallbacks, list) else []
+    listed = [f.get("model") if isinstance(f, dict) else f for f in fallbacks] if isinstance(fallbacks, list) else []
     return [str(m) for m in (body.get("model"), *(body.get("models") or ()), *listed) if m]
 
 

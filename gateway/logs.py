@@ -19,7 +19,9 @@ def setup(settings: LogSettings) -> None:
     """Log to standard error: standard output belongs to the access log and the banner."""
     pretty = settings.format == "pretty" or (settings.format == "auto" and sys.stderr.isatty())
     renderers: list[Any] = (
-        [structlog.dev.ConsoleRenderer()] if pretty else [structlog.processors.dict_tracebacks, _json_line]
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        if pretty
+        else [structlog.processors.dict_tracebacks, _json_line]
     )
     structlog.configure(
         processors=[

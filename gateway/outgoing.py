@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.dialects import COMMON_HEADERS
-from gateway.exchange import Attempt, Limits
+from gateway.exchange import Attempt
 from gateway.incoming import json_form_value
 
 if TYPE_CHECKING:
@@ -36,14 +35,13 @@ _encode = msgspec.json.encode
 def attempt_for(exchange: Exchange, target: Target) -> Attempt:
     """Body, headers and time limits of one attempt at `target`."""
     upstream = exchange.snapshot.upstreams[target.upstream]
-    policy = exchange.snapshot.settings.upstream
     body = target_body(exchange, target, upstream)
     headers = _headers(exchange, upstream)
     if exchange.form is not None:
         content, headers["Content-Type"] = _form_body(exchange, exchange.form, body)
     else:
         content = _encode(body)
-    return Attempt(target, content, headers, Limits(policy.first_event_timeout, policy.stall_timeout))
+    return Attempt(target, content, headers, exchange.snapshot.derived.limits)
 
 
 def target_body(exchange: Exchange, target: Target, upstream: UpstreamClient) -> JsonObject:
@@ -66,18 +64,20 @@ def target_body(exchange: Exchange, target: Target, upstream: UpstreamClient) ->
 
 def _headers(exchange: Exchange, upstream: UpstreamClient) -> dict[str, str]:
     headers = dict(upstream.headers)
-    header = exchange.request.header
-    for name in (
-        *COMMON_HEADERS,
-        *exchange.dialect.headers,
-        *exchange.snapshot.settings.upstream.forward_headers,
-    ):
-        value = header(name)
-        if value is not None:
-            headers[name] = value
-    if exchange.dialect.wants_stream(exchange.body):
+    sent = exchange.request.pick(exchange.snapshot.derived.forwarded[exchange.dialect.endpoint])
+    headers.update({name: value for name, value in sent.items() if _sendable(value)})
+    if exchange.stream:
         headers["Accept"] = "text/event-stream"
     return headers
+
+
+def _sendable(value: str) -> bool:
+    """False for bytes that were not UTF-8: they can't be written again."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _form_body(exchange: Exchange, form: Form, body: JsonObject) -> tuple[bytes, str]:

@@ -7,11 +7,14 @@ knows an HTTP server: `server.py` adapts one to `Client` and `Inbound`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
 
 import msgspec
 import structlog
+from multidict import istr
 
 from gateway import dispatch, watch
 from gateway.access import check_models, check_route
@@ -41,7 +44,7 @@ from gateway.exchange import (
 from gateway.incoming import admit_body, asked_models, parse_body
 from gateway.streaming import ByteStream, EventStream
 from gateway.taps import TapChain
-from gateway.upstream import UpstreamReply, error_from, error_from_body, read_whole
+from gateway.upstream import UpstreamReply, error_from, error_from_body
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
@@ -50,11 +53,15 @@ if TYPE_CHECKING:
     from multidict import CIMultiDict
 
     from gateway.exchange import Attempt, Exchange
+    from gateway.routes import Handler
     from gateway.streaming import ReplyStream
     from gateway.tasks import Tasks
     from gateway.upstream import UpstreamClient, UpstreamResponse
 
 log = structlog.get_logger("gateway.pipeline")
+
+_REQUEST_ID, _ATTEMPTS, _MODEL = istr("x-request-id"), istr("x-xenios-attempts"), istr("x-xenios-model")
+_CONTENT_TYPE, _GENERATION_ID = istr("Content-Type"), istr("X-Generation-Id")
 
 EVENT_STREAM = "text/event-stream"
 ERROR_BODY_LIMIT = 1 << 20
@@ -119,7 +126,7 @@ class Run:
         self.tasks = tasks
         self.correct = correct
         self.hooks = exchange.snapshot.hooks
-        self.watch = Watch(exchange.snapshot.settings.server.request_timeout)
+        self.watch = Watch(exchange.snapshot.settings.server.request_timeout, exchange.snapshot.derived.soonest_limit)
         self._response: UpstreamResponse | None = None
         self._record: AttemptRecord | None = None
         self._stream: ReplyStream | None = None
@@ -161,11 +168,13 @@ class Run:
         if route.body != "none":
             await self._read_body()
         if route.handler is not None:
-            exchange.reply = await route.handler(exchange)
+            exchange.reply = await self._handle(route.handler)
             await self._send_whole(exchange.reply)
             return
         admit_body(exchange)
-        await dispatch.run_all(exchange, hooks.prepare_request)
+        if hooks.prepare_request:
+            await dispatch.run_all(exchange, hooks.prepare_request)
+            exchange.stream = exchange.dialect.wants_stream(exchange.body)
         exchange.decision = await self._decide()
         check_models(exchange, exchange.decision)
         await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
@@ -180,6 +189,26 @@ class Run:
         exchange.reply = Reply(reply.status, reply.body, _client_headers(reply.headers))
         self._end_attempt()
         await self._answer_whole(exchange.reply)
+
+    async def _handle(self, handler: Handler) -> Reply:
+        """A route's own handler: what fails, or takes too long, is named as a hook would be."""
+        exchange, route = self.exchange, self.exchange.route
+        impl = dispatch.Impl(route.plugin, f"{route.method} {route.path}", handler)
+        exchange.running = impl.where
+        try:
+            reply: object = await handler(exchange)
+            if not isinstance(reply, Reply):
+                raise TypeError(f"returned {type(reply).__name__} where Reply is due")  # noqa: TRY301 - failed like others
+        except (GatewayError, ClientGone):
+            exchange.running = None
+            raise
+        except Exception as error:
+            impl.failed(error, exchange)
+            exchange.error_by = repr(impl)
+            exchange.running = None
+            raise GatewayError from error
+        exchange.running = None
+        return reply
 
     async def _authenticate(self) -> None:
         exchange, impls = self.exchange, self.hooks.authenticate
@@ -239,21 +268,25 @@ class Run:
         exchange.attempts.append(record)
         self._record = record
         dispatch.run_sync(exchange, self.hooks.attempt_started, record)
-        exchange.running = None
+        # While the upstream is waited for no plugin runs; afterwards the layer that called does again.
+        layer, exchange.running = exchange.running, None
         self.watch.wait(watch.FIRST_EVENT, attempt.limits.first_event)
         try:
             reply = await self._first_content(record, upstream)
         except UpstreamError as error:
             self._fail_attempt(error)
+            exchange.running = layer
             raise
         except asyncio.CancelledError:
             if self.watch.take(watch.FIRST_EVENT) is None:
                 raise
+            exchange.running = layer
             late = UpstreamError(Cause.TIMEOUT, "The upstream's answer took too long to begin.")
             self._fail_attempt(late)
             raise late from None
         finally:
             self.watch.rest()
+        exchange.running = layer
         record.first_content = time.monotonic()
         if exchange.first_content is None:
             exchange.first_content = record.first_content
@@ -265,14 +298,14 @@ class Run:
         response = await upstream.transport.send("POST", path, attempt.headers, attempt.body)
         self._response = response
         record.status = response.status
-        record.generation_id = response.headers.get("X-Generation-Id")
+        record.generation_id = response.headers.get(_GENERATION_ID)
         if response.status >= 400:
-            body = await read_whole(response, ERROR_BODY_LIMIT)
+            body = await response.read(ERROR_BODY_LIMIT)
             raise error_from_body(response.status, body, response.headers, secret)
         if response.status != 200:
             raise UpstreamError(Cause.BAD_REPLY, f"The upstream answered with HTTP {response.status}.")
         reply = UpstreamReply(200, response.headers, record)
-        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        kind = response.headers.get(_CONTENT_TYPE, "").partition(";")[0].strip().lower()
         if dialect.reply == "binary" and kind not in {"application/json", "text/html"}:
             reply.stream = ByteStream(response)
             await reply.stream.first_content()
@@ -305,7 +338,7 @@ class Run:
         )
 
     async def _whole_body(self, response: UpstreamResponse, record: AttemptRecord, secret: str) -> bytes:
-        body = (await read_whole(response, self.exchange.snapshot.settings.upstream.max_reply)).lstrip()
+        body = (await response.read(self.exchange.snapshot.settings.upstream.max_reply)).lstrip()
         try:
             head = msgspec.json.decode(body, type=_Head)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -357,15 +390,20 @@ class Run:
         stream = self._stream
         if stream is not None and record.first_content is not None:
             self._meter(record, stream.usage)
-        if cause is not None and record.first_content is not None and record.usage.source is Source.UNKNOWN:
-            self._estimate(record, stream)
+        if cause is not None and record.first_content is not None:
+            partial = isinstance(stream, EventStream) and not stream.usage_is_final
+            if partial or record.usage.source is Source.UNKNOWN:
+                self._estimate(record, stream)
         dispatch.run_sync(self.exchange, self.hooks.attempt_finished, record)
 
     def _estimate(self, record: AttemptRecord, stream: ReplyStream | None) -> None:
-        """A stream cut before its usage came: what was seen, until the upstream tells the truth."""
-        characters = self.exchange.dialect.input_characters(self.exchange.body)
-        seen = getattr(stream, "events", 0)
-        record.usage = Usage(input_tokens=characters // 4 + 1, output_tokens=seen, source=Source.ESTIMATE)
+        """A stream cut before its last usage came: what was told and seen, until the upstream tells the truth."""
+        told = record.usage
+        if told.input_tokens is None:
+            characters = self.exchange.dialect.input_characters(self.exchange.body)
+            told = Usage(input_tokens=characters // 4 + 1)
+        seen = max(told.output_tokens or 0, getattr(stream, "events", 0))
+        record.usage = msgspec.structs.replace(told, output_tokens=seen, source=Source.ESTIMATE)
         catalogue = self.exchange.snapshot.services.catalogue
         cost = catalogue.cost(record.target.upstream, record.target.model, record.usage)
         record.cost = Cost(cost.pico_usd, Source.ESTIMATE) if cost.pico_usd is not None else cost
@@ -478,10 +516,10 @@ class Run:
         exchange = self.exchange
         exchange.status = status
         out = exchange.reply_headers
-        for name, value in headers.items():
-            if name not in out:
-                out.add(name, value)
-        out["x-request-id"] = exchange.request_id
+        if out:
+            headers = {name: value for name, value in headers.items() if name not in out}
+        out.extend(headers)
+        out[_REQUEST_ID] = exchange.request_id
         if exchange.dialect.anthropic:
             out["request-id"] = exchange.request_id
         if exchange.route.proxied:
@@ -492,13 +530,13 @@ class Run:
     def _say(self, out: CIMultiDict[str]) -> None:
         """Which model served and how many attempts it took."""
         exchange = self.exchange
-        out["x-xenios-attempts"] = str(len(exchange.attempts))
+        out[_ATTEMPTS] = str(len(exchange.attempts))
         if exchange.decision is not None and exchange.decision.rule:
-            out["x-xenios-rule"] = exchange.decision.rule
+            out["x-xenios-rule"] = _header_text(exchange.decision.rule)
         if exchange.attempts:
             # The model that answered, or on an error the one that was tried last.
             last = exchange.attempts[-1].target
-            out["x-xenios-model"] = last.model
+            out[_MODEL] = _header_text(last.model)
             if exchange.snapshot.upstreams[last.upstream].simulated:
                 out["x-xenios-simulated"] = "1"
 
@@ -629,6 +667,10 @@ class _Recorded:
         body, self._body = self._body, b""
         return body
 
+    async def read(self, limit: int) -> bytes:
+        del limit
+        return await self.chunk()
+
     def close(self) -> None:
         self._body = b""
 
@@ -637,31 +679,47 @@ def _layer(
     exchange: Exchange, impl: dispatch.Impl, call_next: Callable[[Attempt], Awaitable[UpstreamReply]]
 ) -> Callable[[Attempt], Awaitable[UpstreamReply]]:
     async def layer(attempt: Attempt) -> UpstreamReply:
-        exchange.running = impl.where
+        outer, exchange.running = exchange.running, impl.where
         try:
             reply: object = await impl.call(exchange, attempt, call_next)
-        except (GatewayError, ClientGone):
+            if not isinstance(reply, UpstreamReply):
+                raise TypeError(f"returned {type(reply).__name__} where UpstreamReply is due")  # noqa: TRY301 - as others
+        except ClientGone:
+            raise
+        except GatewayError as error:
+            if not isinstance(error, UpstreamError):
+                exchange.error_by = exchange.error_by or repr(impl)
+            exchange.running = outer
             raise
         except Exception as error:
             impl.failed(error, exchange)
-            exchange.error_by = f"{impl.plugin}.{impl.hook}"
+            exchange.error_by = repr(impl)
+            exchange.running = outer
             raise PluginError from error
-        if not isinstance(reply, UpstreamReply):
-            impl.failed(TypeError(f"returned {type(reply).__name__} where UpstreamReply is due"), exchange)
-            raise PluginError
+        exchange.running = outer
         return reply
 
     return layer
 
 
+def _header_text(text: str) -> str:
+    """A name that a client may have invented, as a header can carry it: no control character, not a megabyte of it."""
+    return text if len(text) <= 200 and text.isascii() and text.isprintable() else quote(text[:200], safe="/:@ ")
+
+
 def _client_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Of an upstream's reply headers those that a client may see."""
-    named = {n.strip().lower() for n in headers.get("Connection", "").split(",")} if "Connection" in headers else ()
-    return {
-        name: value
-        for name, value in headers.items()
-        if (low := name.lower()) not in _DROPPED and not low.startswith(_DROPPED_PREFIXES) and low not in named
-    }
+    passed = {name: value for name, value in headers.items() if _passes(name)}
+    if "Connection" in headers:
+        for name in headers["Connection"].split(","):
+            passed.pop(next((p for p in passed if p.lower() == name.strip().lower()), ""), None)
+    return passed
+
+
+@functools.lru_cache(maxsize=512)
+def _passes(name: str) -> bool:
+    low = name.lower()
+    return low not in _DROPPED and not low.startswith(_DROPPED_PREFIXES)
 
 
 def _outcome(error: GatewayError) -> Outcome:

@@ -275,11 +275,12 @@ def _order_problems(found: Sequence[Blueprint], entries: Sequence[PluginEntry], 
 
 def construct(blueprints: Sequence[Blueprint], services: Services, carry: Sequence[Instance] = ()) -> list[Instance]:
     """Instances in YAML order; one of `carry` is used again where use, id and config are equal."""
-    kept = {i.blueprint.identity: i for i in carry} if carry else {}
+    kept = {i.id: i for i in carry}
     out: list[Instance] = []
     for blueprint in blueprints:
-        old = kept.get(blueprint.identity)
-        if old is None:
+        old = kept.get(blueprint.id)
+        # compared, not hashed: a config may hold dicts
+        if old is None or old.blueprint.identity != blueprint.identity:
             try:
                 old = Instance(blueprint, blueprint.cls(blueprint.config, services.of(blueprint.id)))
             except Exception as error:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import secrets
 import time
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.client_exceptions import ClientConnectionError
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
+from multidict import istr
 
 from gateway.dialects import PLAIN_DIALECT
-from gateway.errors import BadRequest, GatewayError, RequestTimeout, TooLarge
-from gateway.exchange import Credentials, Exchange, RequestView
+from gateway.errors import BadRequest, GatewayError, RequestTimeout, TooLarge, UnsupportedMedia
+from gateway.exchange import Credentials, Exchange, RequestView, new_id
 from gateway.pipeline import ClientGone, Run
 from gateway.routes import Route
 from gateway.watch import SHUTDOWN
@@ -42,8 +42,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway.server")
 
 SERVER_NAME = "xenios"
+_X_REQUEST_ID, _X_API_KEY, _API_KEY = istr("X-Request-Id"), istr("X-Api-Key"), istr("Api-Key")
+_ONCE = (hdrs.AUTHORIZATION, _X_API_KEY, hdrs.HOST)
 LINGER_SECONDS = 3.0
 PIECE = 256 * 1024
+_ENCODINGS = frozenset({"gzip", "deflate", "identity"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 _TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
@@ -66,7 +69,7 @@ class _Sent:
 class _Connection(RequestHandler):
     """One client connection, with a time limit for each request's head, and quiet about malformed input."""
 
-    __slots__ = ("_head_timer", "_limits")
+    __slots__ = ("_head_timer", "_limits", "peer")
 
     def __init__(
         self, manager: _Listener, *, loop: asyncio.AbstractEventLoop, limits: ServerSettings, **kwargs: Any
@@ -74,9 +77,11 @@ class _Connection(RequestHandler):
         super().__init__(manager, loop=loop, **kwargs)
         self._limits = limits
         self._head_timer: asyncio.TimerHandle | None = None
+        self.peer: tuple[Any, ...] | str | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.peer = transport.get_extra_info("peername")
         manager = self._manager
         if manager is not None and len(manager.connections) > self._limits.max_connections:
             transport.write(_TOO_MANY)  # type: ignore[attr-defined]  # a stream transport
@@ -100,6 +105,13 @@ class _Connection(RequestHandler):
             self.transport.write(_HEAD_LATE)
             self.force_close()
 
+    def close(self) -> None:
+        """No further request. An idle connection is closed now: aiohttp's own leaves it open until the process ends."""
+        idle = self._waiter is not None
+        super().close()
+        if idle and self.transport is not None:
+            self.transport.close()
+
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -115,7 +127,10 @@ class _Connection(RequestHandler):
     ) -> web.StreamResponse:
         """A request that is not HTTP. aiohttp's own page and log line hold the input, secrets included."""
         del message
-        log.warning("bad_http_request", status=status, error=type(exc).__name__, remote=request.remote)
+        if status >= 500:
+            log.error("request_crashed", exc_info=exc)
+        else:
+            log.warning("bad_http_request", status=status, error=type(exc).__name__, remote=request.remote)
         if request.writer.output_size > 0:
             raise ConnectionError
         error = GatewayError() if status >= 500 else BadRequest("The request is not valid HTTP.", status=status)
@@ -130,6 +145,8 @@ class _Connection(RequestHandler):
 
     def log_exception(self, *_: Any, **kw: Any) -> None:
         error = kw.get("exc_info")
+        if isinstance(error, web.RequestPayloadError):
+            return  # the client was told; aiohttp meets it again when it drains the body
         log.error("connection_failed", error=type(error).__name__ if error else None, exc_info=error or None)
 
     def log_debug(self, *args: Any, **kw: Any) -> None: ...
@@ -160,13 +177,16 @@ class _Inbound:
     def __init__(self, request: web.BaseRequest, seconds: float) -> None:
         self._request = request
         self._seconds = seconds
-        self.content_type = request.headers.get("Content-Type", "")
+        self.content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
 
     async def read(self, limit: int) -> bytes:
         """The whole body. Raises TooLarge, RequestTimeout or BadRequest."""
         length = self._request.content_length
         if length is not None and length > limit:
             raise TooLarge(f"The body has {length} bytes; this gateway takes {limit}.")
+        encoding = self._request.headers.get("Content-Encoding")
+        if encoding is not None and encoding.strip().lower() not in _ENCODINGS:
+            raise UnsupportedMedia(f"Send the body as it is, or compressed with gzip; not {encoding[:100]!r}.")
         content = self._request.content
         try:
             await self._continue()
@@ -191,7 +211,7 @@ class _Inbound:
 
     async def _continue(self) -> None:
         """Clients with large bodies ask before they send (curl above 1 MiB)."""
-        expect = self._request.headers.get("Expect")
+        expect = self._request.headers.get(hdrs.EXPECT)
         if expect is None:
             return
         if expect.lower() != "100-continue":
@@ -217,7 +237,7 @@ class _Client:
         self.keep_alive = request.keep_alive and not closing
 
     async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
-        headers["Content-Length"] = str(len(body))
+        headers[hdrs.CONTENT_LENGTH] = str(len(body))
         writer = self._writer
         try:
             await self._head(status, headers)
@@ -234,11 +254,11 @@ class _Client:
             raise ClientGone from error
 
     async def start(self, status: int, headers: CIMultiDict[str]) -> None:
-        headers["Cache-Control"] = "no-cache"
+        headers[hdrs.CACHE_CONTROL] = "no-cache"
         headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
         if self._request.version >= (1, 1):
             self._writer.enable_chunking()
-            headers["Transfer-Encoding"] = "chunked"
+            headers[hdrs.TRANSFER_ENCODING] = "chunked"
         else:
             self.keep_alive = False  # HTTP/1.0: the end of the body is the end of the connection
         try:
@@ -248,13 +268,16 @@ class _Client:
             raise ClientGone from error
 
     async def _head(self, status: int, headers: CIMultiDict[str]) -> None:
-        headers["Date"] = _now()
-        headers["Server"] = SERVER_NAME
+        headers[hdrs.DATE] = _now()
+        headers[hdrs.SERVER] = SERVER_NAME
         version = self._request.version
+        if hdrs.CONNECTION in headers or not self._request.content.is_eof():
+            # refused for its framing, or before its body came: what follows on this connection is no request
+            self.keep_alive = False
         if not self.keep_alive:
-            headers["Connection"] = "close"
+            headers[hdrs.CONNECTION] = "close"
         elif version < (1, 1):
-            headers["Connection"] = "keep-alive"
+            headers[hdrs.CONNECTION] = "keep-alive"
         line = f"HTTP/{version[0]}.{version[1]} {status} {_PHRASES.get(status, 'Status')}"
         await self._writer.write_headers(line, headers)
 
@@ -334,17 +357,18 @@ class Server:
     async def _handle(self, request: web.BaseRequest) -> _Sent:
         snapshot = self._current()
         route, params, fault = _route(snapshot, request)
+        raw_path = request.raw_path
         view = RequestView(
             request.method,
             request.path,
             request.headers,
-            query_string=request.query_string,
-            remote=request.remote,
+            query_string=raw_path.partition("?")[2] if "?" in raw_path else "",
+            remote=getattr(request.protocol, "peer", None),
             http_version=request.version,
         )
         view.path_params = params
-        exchange = Exchange("req_" + secrets.token_hex(12), view, snapshot, route)
-        asked_id = request.headers.get("X-Request-Id")
+        exchange = Exchange(new_id(), view, snapshot, route)
+        asked_id = request.headers.get(_X_REQUEST_ID)
         if asked_id is not None and _REQUEST_ID.fullmatch(asked_id):
             exchange.request_id = asked_id
         if fault is None:
@@ -387,16 +411,20 @@ def _route(snapshot: Snapshot, request: web.BaseRequest) -> tuple[Route, dict[st
 
 def _check_head(request: web.BaseRequest) -> None:
     headers = request.headers
-    for name in ("Authorization", "X-Api-Key", "Host"):
+    for name in ("Authorization", "X-Api-Key", "Api-Key", "Host"):
         if len(headers.getall(name, ())) > 1:
             raise BadRequest(f"The header {name} stands twice.")
+    coding = headers.get(hdrs.TRANSFER_ENCODING)
+    if coding is not None and coding.lower() != "chunked":
+        close = {"Connection": "close"}
+        raise BadRequest("Transfer-Encoding: only chunked is known.", status=501, headers=close)
 
 
 def _credentials(request: web.BaseRequest) -> Credentials:
-    authorization = request.headers.get("Authorization", "")
+    authorization = request.headers.get(hdrs.AUTHORIZATION, "")
     scheme, _, token = authorization.partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
-    api_key = (request.headers.get("X-Api-Key") or request.headers.get("Api-Key") or "").strip()
+    api_key = (request.headers.get(_X_API_KEY) or request.headers.get(_API_KEY) or "").strip()
     return Credentials(bearer=_usable(bearer), api_key=_usable(api_key))
 
 

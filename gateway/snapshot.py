@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from multidict import istr
 
 from gateway import outgoing
-from gateway.dialects import DIALECTS, PLAIN_DIALECT
+from gateway.dialects import COMMON_HEADERS, DIALECTS, PLAIN_DIALECT
+from gateway.exchange import Limits
+from gateway.incoming import closed_fields
 from gateway.plugins import PluginStartError, compile_hooks, construct
 from gateway.routes import Router
 
@@ -27,6 +30,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Derived:
+    """What would otherwise be worked out for each request."""
+
+    soonest_limit: float  # the shortest time limit there is, in seconds
+    limits: Limits
+    closed_fields: frozenset[str]  # body fields that are taken out
+    forwarded: Mapping[str, tuple[istr, ...]]  # endpoint → request headers that may pass
+
+    @classmethod
+    def of(cls, settings: Settings) -> Derived:
+        policy = settings.upstream
+        limits = Limits(policy.first_event_timeout, policy.stall_timeout)
+        return cls(
+            soonest_limit=min(policy.first_event_timeout, policy.stall_timeout, settings.server.write_timeout),
+            limits=limits,
+            closed_fields=closed_fields(policy.client_may),
+            forwarded={
+                d.endpoint: tuple(map(istr, (*COMMON_HEADERS, *d.headers, *policy.forward_headers)))
+                for d in DIALECTS.values()
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Settings, plugin instances, compiled hooks, routes and upstreams that belong together."""
 
@@ -38,7 +65,7 @@ class Snapshot:
     services: Services
     hash: str
     loopback: bool
-    extras: dict[str, Any] = field(default_factory=dict)
+    derived: Derived
 
     def attempt_for(self, exchange: Exchange, target: Target) -> Attempt:
         return outgoing.attempt_for(exchange, target)
@@ -101,6 +128,7 @@ def build(
         services=services,
         hash=config_hash(settings, blueprints),
         loopback=is_loopback(settings.server.host),
+        derived=Derived.of(settings),
     )
 
 

@@ -24,7 +24,7 @@ _COLON = ord(":")  # a line that begins with one is a comment
 # A line may end in LF, CRLF or CR (WHATWG HTML, server-sent events); an event ends with an empty line.
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
 _EVENT_END = re.compile(_LINE_END + _LINE_END)
-_COMMENT_LINE = re.compile(rb"^:[^\r\n]*" + _LINE_END, re.MULTILINE)
+_COMMENT_LINE = re.compile(rb"(?<![^\r\n]):[^\r\n]*" + _LINE_END)  # `^` knows no CR
 
 
 class ReplyStream(Protocol):
@@ -74,6 +74,8 @@ class Splitter:
 
 def _last_end(data: bytes) -> int:
     end = 0
+    if data.endswith(b"\r\n\r"):
+        data = data[:-1]  # half of a CRLF: its other half belongs to the same event
     for found in _EVENT_END.finditer(data):
         end = found.end()
     return end
@@ -85,6 +87,10 @@ def split_events(block: bytes) -> Iterator[Event]:
     for found in _EVENT_END.finditer(block):
         yield Event(block[start : found.end()])
         start = found.end()
+
+
+def _has_comment(block: bytes) -> bool:
+    return block[0] == _COLON or b"\n:" in block or b"\r:" in block
 
 
 class EventStream:
@@ -115,6 +121,11 @@ class EventStream:
         self._held: list[Event] = []
         self._finish_seen = False
         self._error: UpstreamError | None = None
+
+    @property
+    def usage_is_final(self) -> bool:
+        """The usage told so far is the whole answer's: Anthropic's stream begins with a count that goes on."""
+        return self.usage is not None and self._finish_seen
 
     async def first_content(self) -> None:
         """Read to the first content event; it and the preamble wait for `next_block`. Raises UpstreamError."""
@@ -156,15 +167,20 @@ class EventStream:
         if self._held:
             held, self._held = self._held, []
             return self._pass(held)
-        chunk = await self._response.chunk()
+        try:
+            chunk = await self._response.chunk()
+        except UpstreamError:
+            if self._finish_seen and not self._grammar.needs_done:
+                return self._at_end()  # the client has the whole answer; an error after it would belie that
+            raise
         if not chunk:
             return self._at_end()
         block = self._splitter.feed(chunk)
         if not block:
             return b""
-        if self.tap is None and block[0] != _COLON and b"\n:" not in block and self._notable.search(block) is None:
+        if self.tap is None and not _has_comment(block) and self._notable.search(block) is None:
             self.last = block
-            self.events += block.count(b"\n\n")
+            self.events += block.count(b"\n\n") or len(_EVENT_END.findall(block))
             return block
         return self._pass(split_events(block))
 
@@ -172,7 +188,7 @@ class EventStream:
         """Each event classified and tapped; what stands before an error still goes out, the error comes next."""
         out: list[bytes] = []
         for event in events:
-            if event.startswith(b":") or event.find(b"\n:") > 0 or event.find(b"\r:") > 0:
+            if _has_comment(event):
                 event = Event(_COMMENT_LINE.sub(b"", event))  # noqa: PLW2901 - the same event without its comments
                 if not event.strip():
                     continue

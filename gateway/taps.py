@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gateway import dispatch
 from gateway.errors import PluginError
 from gateway.exchange import Event, Outcome
 
@@ -26,22 +27,26 @@ class TapChain:
     @classmethod
     def open(cls, exchange: Exchange, impls: Impls, stream: EventStream) -> TapChain | None:
         """Ask each plugin; None, and no work per event, if none is interested."""
-        taps: list[tuple[Impl, Tap]] = []
+        chain = cls(exchange, [])
         for impl in impls:
             if not impl.applies(exchange):
                 continue
+            dispatch.running[0] = impl.where
             try:
                 tap = impl.call(exchange)
-            except Exception as error:
-                impl.failed(error, exchange)
-                if _guards(impl):
-                    raise PluginError from error
+            except Exception as error:  # noqa: BLE001 - judged by the plugin's policy
+                try:
+                    chain._failed(impl, error)
+                except PluginError:
+                    chain.close(Outcome.PLUGIN_ERROR)
+                    raise
                 continue
+            finally:
+                dispatch.running[0] = None
             if tap is not None:
-                taps.append((impl, tap))
-        if not taps:
+                chain._taps.append((impl, tap))
+        if not chain._taps:
             return None
-        chain = cls(exchange, taps)
         stream.tap, stream.flush = chain.event, chain.flush
         return chain
 
@@ -52,15 +57,15 @@ class TapChain:
     def flush(self) -> bytes:
         """A clean end: each tap's last words go through the taps after it."""
         out: list[Event] = []
-        taps, self._taps = self._taps, []
-        for index, (impl, tap) in enumerate(taps):
+        while self._taps:
+            (impl, tap), *self._taps = self._taps
             try:
                 last = [_event(e) for e in tap.end(Outcome.OK)]
             except Exception as error:  # noqa: BLE001 - judged by the plugin's policy
                 self._failed(impl, error)
                 continue
             if impl.rewrites:
-                out += self._through(taps[index + 1 :], last)
+                out += self._through(self._taps, last)
         return b"".join(out)
 
     def close(self, outcome: Outcome) -> None:
@@ -75,7 +80,8 @@ class TapChain:
     def _through(self, taps: list[tuple[Impl, Tap]], events: list[Event]) -> list[Event]:
         for impl, tap in taps:
             if not events:
-                return events
+                break
+            dispatch.running[0] = impl.where
             try:
                 if impl.rewrites:
                     events = [out for event in events for out in _outputs(tap.event(event))]
@@ -84,9 +90,11 @@ class TapChain:
                         tap.event(event)
             except Exception as error:  # noqa: BLE001 - judged by the plugin's policy
                 self._failed(impl, error)
+        dispatch.running[0] = None
         return events
 
     def _failed(self, impl: Impl, error: Exception) -> None:
+        dispatch.running[0] = None
         impl.failed(error, self._exchange)
         self._taps = [(i, t) for i, t in self._taps if i is not impl]
         if _guards(impl):

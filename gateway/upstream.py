@@ -33,6 +33,9 @@ class UpstreamResponse(Protocol):
         Raises UpstreamError(TRUNCATED) if the connection ends before the body does.
         """
 
+    async def read(self, limit: int) -> bytes:
+        """The whole body. Raises as `chunk`, and UpstreamError(BAD_REPLY) if it is longer than `limit` bytes."""
+
     @property
     def complete(self) -> bool:
         """The whole body has been received."""
@@ -78,16 +81,20 @@ class UpstreamReply:
     stream: ReplyStream | None = None
 
 
-async def read_whole(response: UpstreamResponse, limit: int) -> bytes:
-    """The whole body; UpstreamError(BAD_REPLY) if it is longer than `limit` bytes."""
+async def read_chunks(response: UpstreamResponse, limit: int) -> bytes:
+    """The whole body by its chunks, for transports that have no shorter way."""
     parts: list[bytes] = []
     size = 0
     while chunk := await response.chunk():
         size += len(chunk)
         if size > limit:
-            raise UpstreamError(Cause.BAD_REPLY, f"The upstream's reply is larger than {limit} bytes.")
+            raise too_large(limit)
         parts.append(chunk)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def too_large(limit: int) -> UpstreamError:
+    return UpstreamError(Cause.BAD_REPLY, f"The upstream's reply is larger than {limit} bytes.")
 
 
 # --- failures that the upstream reports itself ----------------------------------------------------------------------
@@ -131,6 +138,7 @@ _BY_STATUS = {
     429: Cause.RATE_LIMIT,
 }
 _CONTEXT = re.compile(r"context.{0,20}(length|window)|maximum context|prompt is too long", re.IGNORECASE)
+_NO_SUCH_MODEL = re.compile(r"not a valid model id", re.IGNORECASE)
 _DEFAULT_STATUS = {
     Cause.AUTH: 401,
     Cause.PAYMENT: 402,
@@ -167,6 +175,8 @@ def error_from(
         cause = Cause.INVALID_REQUEST  # a guardrail or a permission of ours, not moderation
     if seen == 400 and cause is None and _CONTEXT.search(message):
         cause = Cause.CONTEXT_LENGTH
+    if seen == 400 and cause is None and _NO_SUCH_MODEL.search(message):
+        cause = Cause.MODEL_NOT_FOUND  # OpenRouter says it with 400 and in words alone
     if cause is None and seen is not None:
         cause = _BY_STATUS.get(seen) or (Cause.SERVER_ERROR if seen >= 500 else Cause.INVALID_REQUEST)
     cause = cause or Cause.SERVER_ERROR

@@ -39,14 +39,18 @@ class Watch:
         "expired",
     )
 
-    def __init__(self, seconds: float) -> None:
-        """`seconds` until the exchange's deadline. Belongs to the running task."""
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, seconds: float, soonest: float | None = None) -> None:
+        """`seconds` until the exchange's deadline; no limit shorter than `soonest` is to be expected.
+
+        Belongs to the running task.
+        """
+        self._loop = loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         if task is None:  # pragma: no cover - a coroutine always runs in one
             raise RuntimeError("A Watch needs a running task.")
         self._task = task
-        self._deadline = self._loop.time() + seconds
+        now = loop.time()
+        self._deadline = now + seconds
         self._due = _FAR
         self._closed = False
         self._what: str | None = None
@@ -54,8 +58,9 @@ class Watch:
         self._on_beat: Callable[[], None] | None = None
         self._interval = 0.0
         self._next_beat = _FAR
-        self._armed = self._deadline
-        self._handle: asyncio.TimerHandle | None = self._loop.call_at(self._deadline, self._fire)
+        # Armed a little early: the limits that come later are then due after it, and need no timer of their own.
+        self._armed = self._deadline if soonest is None else now + min(seconds, soonest)
+        self._handle: asyncio.TimerHandle | None = loop.call_at(self._armed, self._fire)
 
     def wait(self, what: str, seconds: float | None) -> None:
         """From now on the exchange waits for `what`, at most `seconds`."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import ssl
 import zlib
 from typing import TYPE_CHECKING
 
 import aiohttp
+from aiohttp.payload import BytesPayload
 from yarl import URL
 
 from gateway.errors import Cause, UpstreamError
+from gateway.upstream import read_chunks, too_large
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,13 +20,13 @@ if TYPE_CHECKING:
 
     from multidict import CIMultiDictProxy
 
-_SKIPPED = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+LARGE = 1 << 20  # aiohttp warns of larger bodies given as bytes
 
 
 class AiohttpResponse:
     """One reply of aiohttp's client behind `UpstreamResponse`."""
 
-    __slots__ = ("_content", "_inflate", "_limit", "_response", "headers", "status")
+    __slots__ = ("_content", "_inflate", "_inflating", "_limit", "_response", "headers", "status")
 
     def __init__(self, response: aiohttp.ClientResponse, inflate_limit: int) -> None:
         self._response = response
@@ -32,6 +35,7 @@ class AiohttpResponse:
         self.headers: CIMultiDictProxy[str] = response.headers
         self._limit = inflate_limit
         self._inflate = _inflater(response.headers.get("Content-Encoding"))
+        self._inflating = False
 
     async def chunk(self) -> bytes:
         try:
@@ -40,9 +44,23 @@ class AiohttpResponse:
             raise UpstreamError(Cause.TRUNCATED, "The upstream's reply was cut off.") from error
         except (aiohttp.ClientError, OSError) as error:
             raise UpstreamError(Cause.TRUNCATED, "The connection to the upstream was lost during its reply.") from error
-        if self._inflate is None or not data:
+        if self._inflate is None:
             return data
+        if not data:
+            if self._inflating and not self._inflate.eof:
+                raise UpstreamError(Cause.TRUNCATED, "The upstream's compressed reply was cut off.")
+            return data
+        self._inflating = True
         return await self._inflated(data)
+
+    async def read(self, limit: int) -> bytes:
+        content = self._content
+        if self._inflate is None and content.is_eof():  # a small reply has arrived with its head
+            data = content.read_nowait()
+            if len(data) <= limit:
+                return data
+            raise too_large(limit)
+        return await read_chunks(self, limit)
 
     async def _inflated(self, data: bytes) -> bytes:
         """A reply compressed though we didn't ask for it; a bomb ends at the limit."""
@@ -106,7 +124,6 @@ class AiohttpTransport:
             connector=aiohttp.TCPConnector(limit=self._max_connections, ttl_dns_cache=300, ssl=tls),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            skip_auto_headers=_SKIPPED,
             trust_env=False,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
             # A header line of an upstream may be long (rate-limit policies, tracing); 16 KiB is not.
@@ -122,8 +139,10 @@ class AiohttpTransport:
             url = URL(self._base + path)
             if len(self._urls) < 64:
                 self._urls[path] = url
+        # As a payload at once: aiohttp would look for the right kind in its registry.
+        data = body if body is None else BytesPayload(body) if len(body) <= LARGE else io.BytesIO(body)
         try:
-            response = await session.request(method, url, data=body, headers=headers, allow_redirects=False)
+            response = await session.request(method, url, data=data, headers=headers, allow_redirects=False)
         except aiohttp.ClientConnectorDNSError as error:
             raise UpstreamError(Cause.CONNECTION, "The upstream's name can't be resolved.") from error
         except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError) as error:

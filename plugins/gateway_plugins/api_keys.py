@@ -155,10 +155,10 @@ class Config(BaseModel):
             ("hash", [entry.hash for entry in self.keys]),
             ("key", [entry.env and _from_environment(entry.env) for entry in self.keys]),
         ):
-            seen: dict[str, str] = {}
+            seen: dict[str, KeyEntry] = {}
             for entry, value in zip(self.keys, values, strict=True):
-                if value is not None and seen.setdefault(value, entry.id) is not entry.id:
-                    raise ValueError(f"two entries have the same {what}: {seen[value]!r} and {entry.id!r}")
+                if value is not None and seen.setdefault(value, entry) is not entry:
+                    raise ValueError(f"two entries have the same {what}: {seen[value].id!r} and {entry.id!r}")
         return self
 
 

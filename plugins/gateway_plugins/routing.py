@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 HEADER = "X-Xenios-Task"
 PREFIX = "task/"
+_REMEMBERED = 1000
+_REMEMBERED_LENGTH = 200
 # What a target may not set: it would be asked for something else than the client, who waits in another dialect.
 _FIXED = frozenset({"model", "models", "fallbacks", "stream"})
 
@@ -193,18 +195,21 @@ class _Rule:
         return Decision(asked, targets, alias=asked, rule=self.name, reasons=(f"rule {self.name} ({self.glob})",))
 
 
-@dataclass(frozen=True, slots=True)
 class _Task:
-    name: str
-    targets: tuple[Target, ...]
-    defaults: Mapping[str, Any]
+    def __init__(self, name: str, targets: tuple[Target, ...], defaults: Mapping[str, Any]) -> None:
+        self._name = name
+        self._targets = targets
+        self._defaults = defaults
+        self._with_defaults = self._targets_with(defaults)
 
     def decide(self, asked: str, body: Mapping[str, Any], how: str) -> Decision:
-        targets = self.targets
-        missing = {name: value for name, value in self.defaults.items() if name not in body}
-        if missing:
-            targets = tuple(replace(t, overrides={**missing, **t.overrides}) for t in targets)
-        return Decision(asked, targets, task=self.name, reasons=(f"task {self.name}, by {how}",))
+        targets = self._with_defaults
+        if not self._defaults.keys().isdisjoint(body):
+            targets = self._targets_with({name: value for name, value in self._defaults.items() if name not in body})
+        return Decision(asked, targets, task=self._name, reasons=(f"task {self._name}, by {how}",))
+
+    def _targets_with(self, missing: Mapping[str, Any]) -> tuple[Target, ...]:
+        return tuple(Target(t.model, t.upstream, {**missing, **t.overrides}, t.strip) for t in self._targets)
 
 
 class Plugin:
@@ -241,6 +246,7 @@ class Plugin:
         self._pattern = (
             re.compile("|".join(f"({fnmatch.translate(rule.glob)})" for rule in self._rules)) if self._rules else None
         )
+        self._ruled: dict[str, _Rule | None] = {}
         # What GET /v1/models lists beside the upstreams' models.
         self.listed_models: tuple[str, ...] = (*self._aliases, *(PREFIX + name for name in self._tasks))
 
@@ -257,8 +263,8 @@ class Plugin:
             return alias
         if asked.startswith(PREFIX):
             return self._task(asked[len(PREFIX) :], "model", exchange).decide(asked, body, "model")
-        found = self._pattern.fullmatch(asked) if self._pattern else None
-        return self._rules[(found.lastindex or 1) - 1].decide(asked) if found else None
+        rule = self._ruled[asked] if asked in self._ruled else self._match(asked)
+        return rule.decide(asked) if rule is not None else None
 
     @hookimpl
     async def explain(self, exchange: Exchange) -> Sequence[str] | None:
@@ -270,6 +276,16 @@ class Plugin:
             return ["nothing matches: the asked model at the default upstream"]
         places = ", then ".join(f"{target.model} at {target.upstream}" for target in decision.targets)
         return [f"{'; '.join(decision.reasons)}: {places}"]
+
+    def _match(self, asked: str) -> _Rule | None:
+        """The first rule that matches, remembered: a hundred globs cost 20 µs. Clients choose the names: bounded."""
+        found = self._pattern.fullmatch(asked) if self._pattern else None
+        rule = self._rules[(found.lastindex or 1) - 1] if found else None
+        if len(asked) <= _REMEMBERED_LENGTH:
+            if len(self._ruled) >= _REMEMBERED:
+                self._ruled.clear()
+            self._ruled[asked] = rule
+        return rule
 
     def _task(self, name: str, param: str, exchange: Exchange) -> _Task:
         task = self._tasks.get(name)

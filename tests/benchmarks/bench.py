@@ -38,7 +38,6 @@ NOISY = 0.15  # cores that strangers use
 UPSTREAM_KEY = "sk-or-bench"
 MODEL = "openai/mock"
 PEPPER = "a-pepper-for-the-benchmark-only"
-KEY = "xen_bench_0123456789abcdef0123456789abcdef"
 pause = threading.Event().wait  # seconds
 
 
@@ -201,9 +200,9 @@ class Target:
         lines = 0
         with self.out.open("rb") as out:
             for line in out:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, AttributeError, KeyError):
                     entry = json.loads(line)
-                    lines += isinstance(entry, dict) and b"chat/completions" in line and "status" in entry
+                    lines += entry.get("event") == "request" and entry["path"].endswith("/chat/completions")
         self.log_lines = lines
 
 
@@ -250,12 +249,13 @@ def xenios_config(home, upstream_port, key_hash):
 
 
 def xenios_key(config):
-    """A key and its hash as `xenios keys hash` prints it under the configuration's pepper."""
-    command = xenios("keys", "hash", KEY, "--config", config)
+    """A new key and its hash under the configuration's pepper."""
+    command = xenios("keys", "hash", "--new", "--config", config)
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, cwd=config.parent)
-    if done.returncode != 0:
-        raise RuntimeError(f"xenios keys hash: exit {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    return KEY, done.stdout.split()[-1]
+    found = re.search(r"^key:\s+(\S+).*^hash:\s+(\S+)", done.stdout, re.MULTILINE | re.DOTALL)
+    if not found:
+        raise RuntimeError(f"xenios keys hash: exit {done.returncode}: {(done.stderr or done.stdout).strip()[-200:]}")
+    return found[1], found[2]
 
 
 def xenios_target(slug, label, folder, upstream_port, plugins):
@@ -635,7 +635,7 @@ def run(args, folder):
             target.stop()
         stop(rig.mock)
     for target in targets:
-        if target.logs and target.out.is_file():
+        if target.logs and target.answered and target.out.is_file():
             target.count_log_lines()
     return targets
 

@@ -34,13 +34,12 @@ def services(bootstrap_key_hash=None, settings=settings(), log=None):  # noqa: B
 
 
 def exchange(body=None, *, headers=None, principal=None, bearer=None, api_key=None, endpoint="chat/completions"):
-    snapshot = SimpleNamespace(
-        attempt_for=lambda _, target: Attempt(target, b"{}", {}, Limits()), settings=settings()
-    )
+    snapshot = SimpleNamespace(attempt_for=lambda _, target: Attempt(target, b"{}", {}, Limits()), settings=settings())
     route = Route("POST", f"/v1/{endpoint}", endpoint, DIALECTS[endpoint])
     view = RequestView("POST", route.path, CIMultiDictProxy(CIMultiDict(headers or {})), remote="192.0.2.7")
     made = Exchange(f"req_{next(_numbers)}", view, snapshot, route)
     made.body = {"model": "openai/gpt-5-mini", "messages": []} if body is None else body
+    made.stream = made.dialect.wants_stream(made.body)
     made.principal = principal
     made.credentials = Credentials(bearer, api_key)
     return made
