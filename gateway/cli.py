@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -278,13 +279,17 @@ def _banner(worker: Worker, key: str | None, key_file: str | None) -> str:
             "Set OPENROUTER_API_KEY and start again for real models.",
         )
         lines += [bar, *(f"# {line:<76} #" for line in text), bar]
-    token = key or "$XENIOS_KEY"
+    # Without a key to show: double quotes, in which a shell puts the variable's value.
+    bearer = f"'Authorization: Bearer {key}'" if key else '"Authorization: Bearer $XENIOS_KEY"'
+    python_key = repr(key) if key else "os.environ['XENIOS_KEY']"
+    imports = "from openai import OpenAI" if key else "import os; from openai import OpenAI"
+    model = "task/chat" if "task/chat" in worker.snapshot.names() else "anthropic/claude-haiku-4.5"
     if key is not None:
         lines.append(f"Key (admin):  {key}")
     elif key_file is not None:
-        lines.append(f"Key (admin):  in {key_file} (--show-key prints it)")
+        lines.append(f"Key (admin):  export XENIOS_KEY=$(cat {shlex.quote(key_file)})   # --show-key prints it")
     curl = (
-        f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {token}' -H 'Content-Type: application/json' "
+        f"curl {url}/v1/chat/completions -H {bearer} -H 'Content-Type: application/json' "
         """-d '{"model": "anthropic/claude-haiku-4.5", "messages": [{"role": "user", "content": "Hello"}]}'"""
     )
     messages = "[{'role': 'user', 'content': 'Hello'}]"
@@ -295,8 +300,8 @@ def _banner(worker: Worker, key: str | None, key_file: str | None) -> str:
         curl,
         "",
         "Or in Python (pip install openai), streamed:",
-        f"from openai import OpenAI; client = OpenAI(base_url={url + '/v1'!r}, api_key={token!r})",
-        f"stream = client.chat.completions.create(model='task/chat', messages={messages}, stream=True)",
+        f"{imports}; client = OpenAI(base_url={url + '/v1'!r}, api_key={python_key})",
+        f"stream = client.chat.completions.create(model={model!r}, messages={messages}, stream=True)",
         "for chunk in stream: print(chunk.choices[0].delta.content or '', end='', flush=True)",
         "",
     ]

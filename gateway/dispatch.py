@@ -61,6 +61,7 @@ class Impl:
             plugin=self.plugin,
             hook=self.hook,
             request_id=exchange.request_id if exchange else None,
+            credentials=exchange.credentials if exchange else None,  # the log takes them out of the traceback
             exc_info=error,
         )
 

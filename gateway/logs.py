@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +12,36 @@ import msgspec
 import structlog
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from gateway.settings import LogSettings
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+# Keys by their scannable prefixes, bearer tokens, JWTs.
+_KEY = re.compile(r"(\bsk-[A-Za-z0-9]+-|\b[Bb]earer +|\beyJ)[A-Za-z0-9_.~+/=-]{12,}")
+_hidden: set[str] = set()
+
+
+def hide(secrets: Iterable[str]) -> None:
+    """These never stand in a logged traceback, whoever put them into an exception's message."""
+    for secret in secrets:
+        if len(secret) >= 8:
+            _hidden.update((secret, msgspec.json.encode(secret)[1:-1].decode()))
+
+
+def scrub(text: str, *more: str | None) -> str:
+    """The text without what looks like a key, without what `hide` was told, and without `more`."""
+    for secret in (*_hidden, *more):
+        if secret:
+            text = text.replace(secret, "***")
+    return _KEY.sub(r"\1***", text)
 
 
 def setup(settings: LogSettings) -> None:
-    """Log to standard error: standard output belongs to the access log and the banner."""
+    """Log to standard error: standard output belongs to the access log."""
     pretty = settings.format == "pretty" or (settings.format == "auto" and sys.stderr.isatty())
     renderers: list[Any] = (
-        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        [structlog.dev.ConsoleRenderer(exception_formatter=_plain_traceback)]
         if pretty
         else [structlog.processors.dict_tracebacks, _json_line]
     )
@@ -36,17 +58,45 @@ def setup(settings: LogSettings) -> None:
         cache_logger_on_first_use=False,
     )
     # Libraries that log by themselves (aiohttp, asyncio) say only what is worse than a warning.
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s", force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Scrubbed("%(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
+class _Scrubbed(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return scrub(super().format(record))
+
+
 def _shown_exceptions(*, pretty: bool) -> Any:
-    """Tracebacks without local variables: those hold prompts and keys."""
+    """Tracebacks without local variables, which hold prompts and keys, and without keys in their messages."""
     transform = structlog.tracebacks.ExceptionDictTransformer(show_locals=False, max_frames=12)
     formatter = structlog.processors.ExceptionRenderer(transform)
-    return (lambda _logger, _name, event: event) if pretty else formatter
+
+    def show(logger: Any, name: str, event: Any) -> Any:
+        credentials = event.pop("credentials", None)
+        if pretty or not event.get("exc_info"):
+            return event
+        event = formatter(logger, name, event)
+        tokens = (credentials.bearer, credentials.api_key) if credentials is not None else ()
+        event["exception"] = _scrubbed_json(event.get("exception"), tokens)
+        return event
+
+    return show
+
+
+def _scrubbed_json(frames: Any, tokens: tuple[str | None, ...]) -> Any:
+    try:
+        return msgspec.Raw(scrub(msgspec.json.encode(frames, enc_hook=str).decode(), *tokens).encode())
+    except (UnicodeEncodeError, TypeError, ValueError, RecursionError):
+        return scrub(ascii(frames), *tokens)
+
+
+def _plain_traceback(out: Any, exc_info: Any) -> None:
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    out.write(scrub(text.getvalue()))
 
 
 def _json_line(_logger: Any, _name: str, event: Any) -> str:

@@ -72,6 +72,8 @@ def _content(route: Route) -> dict[str, Any]:
     if route.proxied:
         schema["properties"] = {"model": {"type": "string", "minLength": 1}}
         schema["required"] = list(route.dialect.required)
+    elif route.dialect.endpoint:
+        schema["required"] = [name for name in route.dialect.required if name != "model"]
     content = {"application/json": {"schema": schema}}
     if route.dialect.request == "multipart":
         form = {"type": "object", "required": ["model", "file"], "properties": {

@@ -55,7 +55,7 @@ class Blueprint:
     @property
     def identity(self) -> tuple[str, str, str, BaseModel]:
         """Equal in two configurations: a reload carries the instance over, state and all."""
-        return (self.use, self.id, repr(self.entry.when), self.config)
+        return (self.use, self.id, repr((self.entry.when, self.entry.on_error)), self.config)
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from gateway.dialects import DIALECTS
 from gateway.errors import BadRequest, Cause, UpstreamError
 from gateway.exchange import Exchange, Reply, RequestView, new_id
 from gateway.health import Health
+from gateway.logs import hide
 from gateway.pipeline import Run
 from gateway.plugins import close_all, open_all, read_plugins
 from gateway.server import Server
@@ -150,6 +151,7 @@ class Worker:
         policy = self._loaded.settings.upstream
         simulated = _simulates(settings)
         secret = settings.api_key.get_secret_value() if settings.api_key else ""
+        hide((secret, self._identity.pepper))
         base = self._simulator.url if simulated and self._simulator else settings.base_url
         headers: dict[str, str] = {
             **{istr(name): value for name, value in settings.headers.items()},
@@ -160,13 +162,16 @@ class Worker:
         }
         if secret or simulated:
             headers[hdrs.AUTHORIZATION] = f"Bearer {secret or 'simulated'}"
-        transport = AiohttpTransport(
-            base,
-            connect_timeout=policy.connect_timeout,
-            max_connections=policy.max_connections,
-            max_reply=policy.max_reply,
-            ca_file=settings.ca_file,
-        )
+        try:
+            transport = AiohttpTransport(
+                base,
+                connect_timeout=policy.connect_timeout,
+                max_connections=policy.max_connections,
+                max_reply=policy.max_reply,
+                ca_file=settings.ca_file,
+            )
+        except OSError as error:
+            raise StartError(f"upstreams.{name}.ca_file: {settings.ca_file} can't be used: {error}.") from error
         return UpstreamClient(name, settings, transport, simulated, headers, secret)
 
     async def _fetch_models(self, name: str) -> bytes:

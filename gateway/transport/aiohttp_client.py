@@ -114,14 +114,14 @@ class AiohttpTransport:
         self._connect_timeout = connect_timeout
         self._max_connections = max_connections
         self._max_reply = max_reply
-        self._ca_file = ca_file
+        # Loading the certificates takes a tenth of a second: not while requests wait. Raises OSError.
+        self._tls = ssl.create_default_context(cafile=ca_file) if base_url.startswith("https:") else None
         self._urls: dict[str, URL] = {}
         self._session: aiohttp.ClientSession | None = None
 
     def _open(self) -> aiohttp.ClientSession:
-        tls = ssl.create_default_context(cafile=str(self._ca_file) if self._ca_file else None)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._max_connections, ttl_dns_cache=300, ssl=tls),
+            connector=aiohttp.TCPConnector(limit=self._max_connections, ttl_dns_cache=300, ssl=self._tls or True),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,
