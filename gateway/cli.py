@@ -81,7 +81,7 @@ def check(config: ConfigOption = None) -> None:
     path = _config_path(config)
     blueprints, problems, _ = _examine(path)
     _stop_on(problems)
-    typer.echo(f"{path}: fine, {len(blueprints)} plugins.")
+    typer.echo(f"{path}: fine, {len(blueprints)} plugin{'' if len(blueprints) == 1 else 's'}.")
 
 
 @app.command(short_help="List the plugins, their hooks and the call order.")

@@ -486,7 +486,10 @@ class Exchange:
 
     @property
     def asked_model(self) -> str:
-        return self.decision.asked if self.decision else str(self.body.get("model") or "")
+        if self.decision:
+            return self.decision.asked
+        model = self.body.get("model")
+        return model if isinstance(model, str) else ""  # whatever else stands there is logged by nobody
 
     @property
     def served(self) -> Target | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import re
 import sys
@@ -41,7 +40,7 @@ def setup(settings: LogSettings) -> None:
     """Log to standard error: standard output belongs to the access log."""
     pretty = settings.format == "pretty" or (settings.format == "auto" and sys.stderr.isatty())
     renderers: list[Any] = (
-        [structlog.dev.ConsoleRenderer(exception_formatter=_plain_traceback)]
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if pretty
         else [structlog.processors.dict_tracebacks, _json_line]
     )
@@ -72,15 +71,16 @@ class _Scrubbed(logging.Formatter):
 def _shown_exceptions(*, pretty: bool) -> Any:
     """Tracebacks without local variables, which hold prompts and keys, and without keys in their messages."""
     transform = structlog.tracebacks.ExceptionDictTransformer(show_locals=False, max_frames=12)
-    formatter = structlog.processors.ExceptionRenderer(transform)
+    formatter = structlog.processors.format_exc_info if pretty else structlog.processors.ExceptionRenderer(transform)
 
     def show(logger: Any, name: str, event: Any) -> Any:
         credentials = event.pop("credentials", None)
-        if pretty or not event.get("exc_info"):
+        if not event.get("exc_info"):
             return event
         event = formatter(logger, name, event)
         tokens = (credentials.bearer, credentials.api_key) if credentials is not None else ()
-        event["exception"] = _scrubbed_json(event.get("exception"), tokens)
+        shown = event.get("exception")
+        event["exception"] = scrub(shown, *tokens) if isinstance(shown, str) else _scrubbed_json(shown, tokens)
         return event
 
     return show
@@ -91,12 +91,6 @@ def _scrubbed_json(frames: Any, tokens: tuple[str | None, ...]) -> Any:
         return msgspec.Raw(scrub(msgspec.json.encode(frames, enc_hook=str).decode(), *tokens).encode())
     except (UnicodeEncodeError, TypeError, ValueError, RecursionError):
         return scrub(ascii(frames), *tokens)
-
-
-def _plain_traceback(out: Any, exc_info: Any) -> None:
-    text = io.StringIO()
-    structlog.dev.plain_traceback(text, exc_info)
-    out.write(scrub(text.getvalue()))
 
 
 def _json_line(_logger: Any, _name: str, event: Any) -> str:
