@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
@@ -64,6 +65,8 @@ _REQUEST_ID, _ATTEMPTS, _MODEL = istr("x-request-id"), istr("x-xenios-attempts")
 _CONTENT_TYPE, _GENERATION_ID = istr("Content-Type"), istr("X-Generation-Id")
 
 EVENT_STREAM = "text/event-stream"
+# Those that are worth telling; what else an upstream writes there may be anything.
+_MEDIA_TYPE = re.compile(r"(text/(html|plain|xml)|application/(xml|octet-stream|problem\+json|x-ndjson))")
 ERROR_BODY_LIMIT = 1 << 20
 # Not the client's business, or wrong once the body went through us.
 _DROPPED = frozenset(
@@ -318,9 +321,8 @@ class Run:
             and dialect.grammar.needs_done
             and kind != "application/json"
         ):
-            raise UpstreamError(
-                Cause.BAD_REPLY, f"The upstream answered a stream with {kind[:80] or 'no content type'}."
-            )
+            shown = kind if _MEDIA_TYPE.fullmatch(kind) else "no content type"
+            raise UpstreamError(Cause.BAD_REPLY, f"The upstream answered a stream with {shown}.")
         else:
             reply.body = await self._whole_body(response, record, secret)
         return reply

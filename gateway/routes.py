@@ -48,7 +48,9 @@ class RouteTable:
         self._patterns = tuple(r for r in routes if r.pattern is not None)
 
     def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
-        """`path` is decoded. Raises NotFound or MethodNotAllowed (with `Allow`)."""
+        """`path` is decoded. HEAD finds the route of GET. Raises NotFound or MethodNotAllowed (with `Allow`)."""
+        if method == "HEAD":
+            method = "GET"
         route = self._exact.get((method, path))
         if route is not None:
             return route, {}

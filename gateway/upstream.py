@@ -185,15 +185,17 @@ def error_from(
         message = "The upstream refused the gateway's own key. The operator has to look at its api_key."
     elif cause is Cause.PAYMENT:
         message = f"The gateway's account at the upstream can't pay for this: {message}"
+    param = error.get("param")
+    param = param[:200] if isinstance(param, str) else None
     if secret:
         message = message.replace(secret, "***")
-    param = error.get("param")
+        param = param and param.replace(secret, "***")
     return UpstreamError(
         cause,
         message,
         upstream_status=seen or _DEFAULT_STATUS.get(cause),
         retry_after=retry_after(retry),
-        param=param if isinstance(param, str) else None,
+        param=param,
     )
 
 

@@ -94,8 +94,10 @@ def _inflater(encoding: str | None) -> zlib._Decompress | None:
             return None
         case "gzip" | "deflate":
             return zlib.decompressobj(wbits=47)
-        case other:
-            raise UpstreamError(Cause.BAD_REPLY, f"The upstream compressed its reply with {other[:40]!r}.")
+        case _:
+            raise UpstreamError(
+                Cause.BAD_REPLY, "The upstream compressed its reply in a way that it was not asked for."
+            )
 
 
 class AiohttpTransport:
