@@ -39,7 +39,7 @@ from gateway.exchange import (
 from gateway.hookspecs import Tap, hookimpl
 from gateway.routes import Router
 from gateway.services import Services
-from gateway.settings import Upstream
+from gateway.settings import Upstream, UpstreamName
 from gateway.units import Duration, Size
 from gateway.upstream import UpstreamReply
 
@@ -80,6 +80,7 @@ __all__ = [
     "Unavailable",
     "Upstream",
     "UpstreamError",
+    "UpstreamName",
     "UpstreamReply",
     "Usage",
     "__version__",

@@ -60,19 +60,19 @@ class Grammar:
 
 def _error_of(data: Any) -> Mapping[str, Any] | None:
     """The error that stands in a body or an event, in any of the shapes in which upstreams put it, else None."""
-    if not isinstance(data, Mapping):
+    if not isinstance(data, dict):
         return None
     error = data.get("error")
     if error:
-        return error if isinstance(error, Mapping) else {"message": str(error)}
+        return error if isinstance(error, dict) else {"message": str(error)}
     choices = data.get("choices")
     if isinstance(choices, list):
         for choice in choices:
-            if not isinstance(choice, Mapping):
+            if not isinstance(choice, dict):
                 continue
             inner = choice.get("error")
             if inner:
-                return inner if isinstance(inner, Mapping) else {"message": str(inner)}
+                return inner if isinstance(inner, dict) else {"message": str(inner)}
             if choice.get("finish_reason") == "error":
                 return {"message": "The model's provider ended the answer with an error."}
     return None
@@ -234,7 +234,7 @@ def _count(value: Any) -> int | None:
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _characters(value: Any, depth: int = 0) -> int:
@@ -259,7 +259,7 @@ _DELTA_CONTENT = (
 
 
 def _responses_reply_error(data: Any) -> Mapping[str, Any] | None:
-    if isinstance(data, Mapping) and data.get("status") == "failed":
+    if isinstance(data, dict) and data.get("status") == "failed":
         return {
             "message": "The upstream failed.",
             "error_type": data.get("error_type"),

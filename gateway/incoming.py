@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gateway.exchange import Exchange, JsonObject
 
 MULTIPART_PARTS = 256
+_MISSING: tuple[Any, ...] = (None, "")
 # Fields by which other gateways were made to send their key elsewhere.
 NEVER = ("api_base", "base_url", "api_key")
 # `upstream.client_may` → the body fields that it stands for.
@@ -150,16 +151,15 @@ def admit_body(exchange: Exchange) -> None:
     if not isinstance(body.get("fallbacks") or [], list):
         raise BadRequest("`fallbacks` must be a list.", param="fallbacks")
     for name in dialect.required:
-        if name == "model" and models:
-            continue  # OpenRouter's clients may name several instead of one
-        if body.get(name) in (None, ""):
+        # OpenRouter's clients may name several models instead of one
+        if body.get(name) in _MISSING and not (name == "model" and models):
             raise BadRequest(f"The field `{name}` is missing.", param=name, code="missing_required_parameter")
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise BadRequest("`model` must be a string.", param="model", code="invalid_type")
-    for name, message in dialect.refused.items():
+    for name in dialect.refused:
         if body.get(name):
-            raise BadRequest(message, param=name, code="unsupported_parameter")
+            raise BadRequest(dialect.refused[name], param=name, code="unsupported_parameter")
     if "presets" not in may or "auto_routers" not in may:
         for asked in asked_models(body):
             _check_special(asked, may)
@@ -167,15 +167,18 @@ def admit_body(exchange: Exchange) -> None:
 
 def asked_models(body: JsonObject) -> list[str]:
     """Every model that the body names: `model`, and OpenRouter's own fallbacks."""
-    fallbacks = body.get("fallbacks")
+    model, models, fallbacks = body.get("model"), body.get("models"), body.get("fallbacks")
+    if not models and not fallbacks:
+        return [str(model)] if model else []
     listed = [f.get("model") if isinstance(f, dict) else f for f in fallbacks] if isinstance(fallbacks, list) else []
-    return [str(m) for m in (body.get("model"), *(body.get("models") or ()), *listed) if m]
+    return [str(m) for m in (model, *(models or ()), *listed) if m]
 
 
 def _check_special(model: str, may: Sequence[str]) -> None:
     """A preset or an auto-router lets its owner choose model and price."""
-    preset = model.startswith("@preset/") or "@preset/" in model
-    if preset and "presets" not in may:
+    if "@preset/" not in model and "auto" not in model and "openrouter/" not in model:
+        return
+    if "@preset/" in model and "presets" not in may:
         raise BadRequest("Presets are not allowed on this gateway.", param="model", code="model_not_allowed")
     if "auto_routers" not in may and _AUTO.match(model):
         raise BadRequest("Automatic routers are not allowed on this gateway.", param="model", code="model_not_allowed")

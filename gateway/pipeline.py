@@ -129,7 +129,7 @@ class Run:
         self.tasks = tasks
         self.correct = correct
         self.hooks = exchange.snapshot.hooks
-        self.watch = Watch(exchange.snapshot.settings.server.request_timeout, exchange.snapshot.derived.soonest_limit)
+        self.watch = Watch(exchange.snapshot.settings.server.request_timeout)
         self._response: UpstreamResponse | None = None
         self._record: AttemptRecord | None = None
         self._stream: ReplyStream | None = None
@@ -165,7 +165,8 @@ class Run:
 
     async def _answer(self) -> None:
         exchange, hooks, route = self.exchange, self.hooks, self.exchange.route
-        await dispatch.run_all(exchange, hooks.request_received)
+        if hooks.request_received:
+            await dispatch.run_all(exchange, hooks.request_received)
         await self._authenticate()
         check_route(exchange)
         if route.body != "none":
@@ -180,11 +181,13 @@ class Run:
             exchange.stream = exchange.dialect.wants_stream(exchange.body)
         exchange.decision = await self._decide()
         check_models(exchange, exchange.decision)
-        await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
-        hit: Reply | None = await dispatch.run_first(exchange, hooks.lookup_response, ignorable=True, returns=Reply)
-        if hit is not None:
-            await self._answer_hit(hit)
-            return
+        if hooks.check_request:
+            await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
+        if hooks.lookup_response:
+            hit: Reply | None = await dispatch.run_first(exchange, hooks.lookup_response, ignorable=True, returns=Reply)
+            if hit is not None:
+                await self._answer_hit(hit)
+                return
         reply = await self._through_the_onion()
         if reply.stream is not None:
             await self._relay(reply.stream, _client_headers(reply.headers))
@@ -426,7 +429,8 @@ class Run:
         await self._answer_whole(hit)
 
     async def _answer_whole(self, reply: Reply) -> None:
-        await dispatch.run_all(self.exchange, self.hooks.transform_response)
+        if self.hooks.transform_response:
+            await dispatch.run_all(self.exchange, self.hooks.transform_response)
         await self._send_whole(self.exchange.reply or reply)
 
     async def _send_whole(self, reply: Reply) -> None:
@@ -636,7 +640,7 @@ class Run:
         exchange.finished = time.monotonic()
         _sum_up(exchange)
         if self.hooks.request_finished:
-            self.tasks.spawn(dispatch.run_finished(exchange, self.hooks.request_finished), "request_finished")
+            self.tasks.defer(dispatch.run_finished, exchange, self.hooks.request_finished)
 
 
 class Corrector(Protocol):

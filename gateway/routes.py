@@ -47,6 +47,10 @@ class RouteTable:
         self._exact = {(r.method, r.path): r for r in routes if r.pattern is None}
         self._patterns = tuple(r for r in routes if r.pattern is not None)
 
+    def exact(self, method: str, raw_path: str) -> Route | None:
+        """The route whose path is literally what was sent: most are."""
+        return self._exact.get((method, raw_path))
+
     def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
         """`path` is decoded. HEAD finds the route of GET. Raises NotFound or MethodNotAllowed (with `Allow`)."""
         if method == "HEAD":

@@ -43,7 +43,7 @@ log = structlog.get_logger("gateway.server")
 
 SERVER_NAME = "xenios"
 _X_REQUEST_ID, _X_API_KEY, _API_KEY = istr("X-Request-Id"), istr("X-Api-Key"), istr("Api-Key")
-_ONCE = (hdrs.AUTHORIZATION, _X_API_KEY, hdrs.HOST)
+_ONCE = (hdrs.AUTHORIZATION, _X_API_KEY, _API_KEY, hdrs.HOST)
 LINGER_SECONDS = 3.0
 PIECE = 256 * 1024
 _ENCODINGS = frozenset({"gzip", "deflate", "identity"})
@@ -356,11 +356,16 @@ class Server:
 
     async def _handle(self, request: web.BaseRequest) -> _Sent:
         snapshot = self._current()
-        route, params, fault = _route(snapshot, request)
-        raw_path = request.raw_path
+        method, raw_path, fault = request.method, request.raw_path, None
+        path = raw_path
+        params: dict[str, str] = {}
+        route = snapshot.routes.exact(method, raw_path) if _is_sound(request) else None
+        if route is None:
+            path = request.path
+            route, params, fault = _route(snapshot, request)
         view = RequestView(
-            request.method,
-            request.path,
+            method,
+            path,
             request.headers,
             query_string=raw_path.partition("?")[2] if "?" in raw_path else "",
             remote=getattr(request.protocol, "peer", None),
@@ -409,9 +414,18 @@ def _route(snapshot: Snapshot, request: web.BaseRequest) -> tuple[Route, dict[st
     return Route(request.method, path, path, PLAIN_DIALECT, refuse, access="public", body="none"), {}, fault
 
 
+def _is_sound(request: web.BaseRequest) -> bool:
+    """Nothing in the head that `_check_head` would refuse."""
+    getall = request.headers.getall
+    for name in _ONCE:
+        if len(getall(name, ())) > 1:
+            return False
+    return hdrs.TRANSFER_ENCODING not in request.headers
+
+
 def _check_head(request: web.BaseRequest) -> None:
     headers = request.headers
-    for name in ("Authorization", "X-Api-Key", "Api-Key", "Host"):
+    for name in _ONCE:
         if len(headers.getall(name, ())) > 1:
             raise BadRequest(f"The header {name} stands twice.")
     coding = headers.get(hdrs.TRANSFER_ENCODING)

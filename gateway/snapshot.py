@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 class Derived:
     """What would otherwise be worked out for each request."""
 
-    soonest_limit: float  # the shortest time limit there is, in seconds
     limits: Limits
     closed_fields: frozenset[str]  # body fields that are taken out
     forwarded: Mapping[str, tuple[istr, ...]]  # endpoint → request headers that may pass
@@ -43,7 +42,6 @@ class Derived:
         policy = settings.upstream
         limits = Limits(policy.first_event_timeout, policy.stall_timeout)
         return cls(
-            soonest_limit=min(policy.first_event_timeout, policy.stall_timeout, settings.server.write_timeout),
             limits=limits,
             closed_fields=closed_fields(policy.client_may),
             forwarded={

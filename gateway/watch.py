@@ -1,13 +1,14 @@
-"""One timer per exchange for everything that must not take too long.
+"""Everything about an exchange that must not take too long, without a timer for each exchange.
 
-The exchange says what it waits for and how long that may take; that costs two attribute writes, no timer. The one timer
-looks at what is due, cancels the exchange's task if something is, and sets itself to the next moment that matters.
+The exchange says what it waits for and how long that may take: two attribute writes. One wheel per event loop
+looks at all exchanges every `TICK` and cancels the task of one over its limit.
 """
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +19,7 @@ STALL = "stall"
 WRITE = "write"
 SHUTDOWN = "shutdown"
 
+TICK = 0.1  # seconds: how late a limit may be noticed
 _FAR = float("inf")
 
 
@@ -25,52 +27,38 @@ class Watch:
     """Deadline, time limits, commit time and keep-alives of one exchange. Times are the loop's."""
 
     __slots__ = (
-        "_armed",
-        "_closed",
         "_deadline",
         "_due",
-        "_handle",
         "_interval",
         "_loop",
         "_next_beat",
         "_on_beat",
         "_task",
         "_what",
+        "_wheel",
         "expired",
     )
 
-    def __init__(self, seconds: float, soonest: float | None = None) -> None:
-        """`seconds` until the exchange's deadline; no limit shorter than `soonest` is to be expected.
-
-        Belongs to the running task.
-        """
+    def __init__(self, seconds: float) -> None:
+        """`seconds` until the exchange's deadline. Belongs to the running task."""
         self._loop = loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         if task is None:  # pragma: no cover - a coroutine always runs in one
             raise RuntimeError("A Watch needs a running task.")
         self._task = task
-        now = loop.time()
-        self._deadline = now + seconds
-        self._due = _FAR
-        self._closed = False
+        self._deadline = loop.time() + seconds
+        self._due = self._next_beat = _FAR
         self._what: str | None = None
         self.expired: str | None = None
         self._on_beat: Callable[[], None] | None = None
         self._interval = 0.0
-        self._next_beat = _FAR
-        # Armed a little early: the limits that come later are then due after it, and need no timer of their own.
-        self._armed = self._deadline if soonest is None else now + min(seconds, soonest)
-        self._handle: asyncio.TimerHandle | None = loop.call_at(self._armed, self._fire)
+        self._wheel = _wheels.get(loop) or _new_wheel(loop)
+        self._wheel.add(self)
 
     def wait(self, what: str, seconds: float | None) -> None:
         """From now on the exchange waits for `what`, at most `seconds`."""
         self._what = what
-        if seconds is None:
-            self._due = _FAR
-            return
-        self._due = self._loop.time() + seconds
-        if self._due < self._armed:
-            self._arm(self._due)
+        self._due = _FAR if seconds is None else self._loop.time() + seconds
 
     def rest(self) -> None:
         """It waits for nothing that has a limit of its own."""
@@ -81,8 +69,6 @@ class Watch:
         """Call after `first` seconds of silence and then after each `interval`; `touch` restarts the silence."""
         self._on_beat, self._interval = call, interval
         self._next_beat = self._loop.time() + first
-        if self._next_beat < self._armed:
-            self._arm(self._next_beat)
 
     def touch(self) -> None:
         """Something was sent: the silence starts anew."""
@@ -109,29 +95,52 @@ class Watch:
         return reason if self._task.uncancel() == 0 else None
 
     def close(self) -> None:
-        self._closed = True
+        self._wheel.remove(self)
         self._on_beat = None
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
 
-    def _arm(self, when: float) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-        self._armed = when
-        if when < _FAR and not self._closed:
-            self._handle = self._loop.call_at(when, self._fire)
+    def is_due(self, now: float) -> bool:
+        return now >= self._due or now >= self._next_beat or now >= self._deadline
 
-    def _fire(self) -> None:
-        now = self._loop.time()
+    def fire(self, now: float) -> None:
         if now >= self._deadline:
             self._deadline = _FAR
             self.expire(DEADLINE)
         elif now >= self._due:
-            what, self._due = self._what, _FAR
-            self.expire(what or DEADLINE)
+            self._due = _FAR
+            self.expire(self._what or DEADLINE)
         if now >= self._next_beat and self._on_beat is not None:
             self._next_beat = now + self._interval
             self._on_beat()
-        self._arm(min(self._deadline, self._due, self._next_beat))
+
+
+class _Wheel:
+    """Turns while there is somebody to watch."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._watches: set[Watch] = set()
+        self._turning = False
+
+    def add(self, watch: Watch) -> None:
+        self._watches.add(watch)
+        if not self._turning:
+            self._turning = True
+            self._loop.call_later(TICK, self._turn)
+
+    def remove(self, watch: Watch) -> None:
+        self._watches.discard(watch)
+
+    def _turn(self) -> None:
+        now = self._loop.time()
+        for watch in [w for w in self._watches if w.is_due(now)]:
+            watch.fire(now)
+        self._turning = bool(self._watches)
+        if self._turning:
+            self._loop.call_later(TICK, self._turn)
+
+
+_wheels: WeakKeyDictionary[asyncio.AbstractEventLoop, _Wheel] = WeakKeyDictionary()
+
+
+def _new_wheel(loop: asyncio.AbstractEventLoop) -> _Wheel:
+    return _wheels.setdefault(loop, _Wheel(loop))

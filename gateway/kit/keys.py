@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import binascii
-import hashlib
 import hmac
 import re
 import secrets
@@ -32,7 +31,7 @@ def is_well_formed(key: str) -> bool:
 
 def hash_key(key: str, pepper: str) -> str:
     """What is stored: `hmac-sha256:` and 64 hex digits. A random key of 256 bits needs no slow hash."""
-    return HASH_PREFIX + hmac.new(pepper.encode(), key.encode(), hashlib.sha256).hexdigest()
+    return HASH_PREFIX + hmac.digest(pepper.encode(), key.encode(), "sha256").hex()
 
 
 def is_hash(text: str) -> bool:

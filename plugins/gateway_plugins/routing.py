@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from gateway import BadRequest, Decision, GatewayError, Target, hookimpl
+from gateway import BadRequest, Decision, GatewayError, Target, UpstreamName, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +59,7 @@ class TargetEntry(BaseModel):
     model: str | None = Field(
         None, min_length=1, description="The upstream's name of the model. Required; in a rule: default the asked one."
     )
-    upstream: str | None = Field(
+    upstream: UpstreamName | None = Field(
         None, description="Name in `upstreams`. Default: catalogue.overrides' for this model, else upstream.default."
     )
     set: _Parameters = Field({}, description="Body fields that are set, whatever the client sent. Default none.")
@@ -173,7 +173,7 @@ class Config(BaseModel):
             yield from ((f"task {name!r}", None, entry) for entry in task.use)
 
     def faults(self, upstreams: Sequence[str]) -> list[str]:
-        """What is wrong with it beside these upstreams."""
+        """What is wrong with it beside these upstreams. Of a YAML file `UpstreamName` has said it, with the line."""
         return [
             f"{where}: there is no upstream {entry.upstream!r} (known: {', '.join(upstreams)})"
             for where, _, entry in self._entries()

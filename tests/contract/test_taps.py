@@ -104,6 +104,7 @@ async def test_events_that_nobody_changes_leave_as_they_came():
             assert tap_of(gw).seen == events[:-1]
 
 
+@pytest.mark.promise("P1.bytes")
 async def test_what_a_tap_returns_counts_only_if_it_says_that_it_rewrites():
     """A plugin that only watches can't change a stream by mistake, whatever it returns."""
 

@@ -55,6 +55,7 @@ async def lines(path, *exchanges, **options):
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
+@pytest.mark.promise("P8.log")
 async def test_a_line_says_all_about_one_request(tmp_path):
     """One line answers: who, what, which model, how much, how long, at what cost. Never the prompt or the key."""
     made = finished(
@@ -79,6 +80,7 @@ async def test_a_line_says_all_about_one_request(tmp_path):
     assert CANARY not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.promise("P8.log")
 async def test_failed_attempts_are_listed(tmp_path):
     """After a fallback the line names each model that was tried, and why it failed."""
     made = finished()

@@ -116,6 +116,17 @@ def test_only_a_test_that_fails_by_itself_proves_a_clause(result, faults):
     assert all(text.startswith(start) for text, start in zip(found, faults, strict=True))
 
 
+def test_a_test_that_fails_anyway_proves_nothing():
+    """What fails on the code as it is can't notice a break."""
+    clause = PROMISES.clauses["P1.bytes"]
+    baseline = results(a="failed")
+    baseline.clauses = {"t.py::a": [clause.name]}
+    assert check.judge(clause, baseline, {HERE / "x.patch": results(a="failed")}) == [
+        "t.py::a fails on the code as it is",
+        "x.patch: no test fails",
+    ]
+
+
 def test_tests_of_a_copy_run_against_the_copy_and_not_the_installed_gateway(tmp_path):
     """Tests, and processes that they start, import the broken code, though the real one is installed."""
     for name in ("gateway", "plugins/gateway_plugins", "tests/promises"):
