@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import structlog
 
 from gateway.errors import GatewayError, PluginError
+from gateway.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,14 +177,22 @@ def first_sync(exchange: Exchange, impls: Impls, *arguments: Any, returns: type 
 
 async def run_finished(exchange: Exchange, impls: Impls) -> None:
     """`request_finished`: every plugin, each within its own deadline, whatever the others do."""
-    for impl in impls:
-        if impl.when is not None and not impl.applies(exchange):
-            continue
-        try:
-            async with asyncio.timeout(FINISH_SECONDS):
+    watch = Watch()
+    try:
+        for impl in impls:
+            if impl.when is not None and not impl.applies(exchange):
+                continue
+            watch.wait("request_finished", FINISH_SECONDS)
+            try:
                 await impl.call(exchange)
-        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
-            impl.failed(error, exchange)
+            except asyncio.CancelledError:
+                if watch.take() is None:
+                    raise
+                impl.failed(TimeoutError(f"took longer than {FINISH_SECONDS} s"), exchange)
+            except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+                impl.failed(error, exchange)
+    finally:
+        watch.close()
 
 
 async def run_corrected(impls: Impls, correction: Correction) -> None:

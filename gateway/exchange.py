@@ -183,18 +183,19 @@ class Limits:
     stall: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """What is to be sent to one target. Immutable: a layer that changes it makes another (`dataclasses.replace`)."""
+class Attempt(msgspec.Struct, frozen=True):
+    """What is to be sent to one target. Immutable: a layer that changes it makes another by `replace`."""
 
     target: Target
     body: bytes
     headers: Mapping[str, str]
     limits: Limits
 
+    def replace(self, **changes: Any) -> Attempt:
+        return msgspec.structs.replace(self, **changes)
 
-@dataclass(slots=True)
-class AttemptRecord:
+
+class AttemptRecord(msgspec.Struct, eq=False):
     """What became of one attempt. Times are `time.monotonic()` seconds."""
 
     attempt: Attempt
@@ -256,7 +257,7 @@ class Reply:
     ) -> None:
         """Give `body` (bytes) or `data` (JSON, encoded when it is sent)."""
         self.status = status
-        self.headers: CIMultiDict[str] = CIMultiDict(headers or {})
+        self.headers: CIMultiDict[str] = headers if isinstance(headers, CIMultiDict) else CIMultiDict(headers or ())
         self._body = body
         self._data = data
         self._dirty = body is None

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import msgspec
 import structlog
-from multidict import istr
+from multidict import CIMultiDict, istr
 
 from gateway import dispatch, watch
 from gateway.access import check_models, check_route
@@ -51,8 +51,6 @@ from gateway.watch import Watch
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from multidict import CIMultiDict
-
     from gateway.exchange import Attempt, Exchange
     from gateway.routes import Handler
     from gateway.streaming import ReplyStream
@@ -62,7 +60,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway.pipeline")
 
 _REQUEST_ID, _ATTEMPTS, _MODEL = istr("x-request-id"), istr("x-xenios-attempts"), istr("x-xenios-model")
-_CONTENT_TYPE, _GENERATION_ID = istr("Content-Type"), istr("X-Generation-Id")
+_CONTENT_TYPE, _GENERATION_ID, _CONNECTION = istr("Content-Type"), istr("X-Generation-Id"), istr("Connection")
 
 EVENT_STREAM = "text/event-stream"
 # Those that are worth telling; what else an upstream writes there may be anything.
@@ -244,7 +242,7 @@ class Run:
         decision: Decision | None = await dispatch.run_first(exchange, self.hooks.choose_targets, returns=Decision)
         if decision is None:
             asked = asked_models(exchange.body)[0]
-            decision = Decision(asked, (Target(asked, exchange.snapshot.settings.upstream.default),))
+            decision = _undecided(asked, exchange.snapshot.settings.upstream.default)
         for target in decision.targets:
             if target.upstream not in exchange.snapshot.upstreams:
                 raise PluginError(f"The decision names the upstream {target.upstream!r}, which does not exist.")
@@ -523,8 +521,9 @@ class Run:
         exchange.status = status
         out = exchange.reply_headers
         if out:
-            headers = {name: value for name, value in headers.items() if name not in out}
-        out.extend(headers)
+            out.extend({name: value for name, value in headers.items() if name not in out})
+        else:
+            out = exchange.reply_headers = headers if isinstance(headers, CIMultiDict) else CIMultiDict(headers)
         out[_REQUEST_ID] = exchange.request_id
         if exchange.dialect.anthropic:
             out["request-id"] = exchange.request_id
@@ -643,6 +642,12 @@ class Run:
             self.tasks.defer(dispatch.run_finished, exchange, self.hooks.request_finished)
 
 
+@functools.lru_cache(maxsize=1024)
+def _undecided(asked: str, upstream: str) -> Decision:
+    """What nobody decided otherwise: the asked model at the default upstream."""
+    return Decision(asked, (Target(asked, upstream),))
+
+
 class Corrector(Protocol):
     """Takes note that the true usage of an attempt is to be asked for."""
 
@@ -713,12 +718,12 @@ def _header_text(text: str) -> str:
     return text if len(text) <= 200 and text.isascii() and text.isprintable() else quote(text[:200], safe="/:@ ")
 
 
-def _client_headers(headers: Mapping[str, str]) -> dict[str, str]:
+def _client_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """Of an upstream's reply headers those that a client may see."""
-    passed = {name: value for name, value in headers.items() if _passes(name)}
-    if "Connection" in headers:
-        for name in headers["Connection"].split(","):
-            passed.pop(next((p for p in passed if p.lower() == name.strip().lower()), ""), None)
+    passed = CIMultiDict((name, value) for name, value in headers.items() if _passes(name))
+    if _CONNECTION in headers:
+        for name in headers[_CONNECTION].split(","):
+            passed.popall(name.strip(), None)
     return passed
 
 

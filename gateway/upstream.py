@@ -70,8 +70,7 @@ class UpstreamClient:
         return self.settings.kind
 
 
-@dataclass(slots=True)
-class UpstreamReply:
+class UpstreamReply(msgspec.Struct, eq=False):
     """What `call_next` returns: a whole body, or a stream that stands at its first content event."""
 
     status: int

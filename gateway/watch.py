@@ -39,8 +39,8 @@ class Watch:
         "expired",
     )
 
-    def __init__(self, seconds: float) -> None:
-        """`seconds` until the exchange's deadline. Belongs to the running task."""
+    def __init__(self, seconds: float = _FAR) -> None:
+        """`seconds` until the deadline of all. Belongs to the running task; `close` it."""
         self._loop = loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         if task is None:  # pragma: no cover - a coroutine always runs in one

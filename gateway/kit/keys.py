@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import functools
 import hmac
 import re
 import secrets
@@ -31,7 +32,15 @@ def is_well_formed(key: str) -> bool:
 
 def hash_key(key: str, pepper: str) -> str:
     """What is stored: `hmac-sha256:` and 64 hex digits. A random key of 256 bits needs no slow hash."""
-    return HASH_PREFIX + hmac.digest(pepper.encode(), key.encode(), "sha256").hex()
+    keyed = _keyed(pepper).copy()
+    keyed.update(key.encode())
+    return HASH_PREFIX + keyed.hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _keyed(pepper: str) -> hmac.HMAC:
+    """Setting up an HMAC costs more than using it."""
+    return hmac.new(pepper.encode(), digestmod="sha256")
 
 
 def is_hash(text: str) -> bool:

@@ -9,9 +9,11 @@ next ones are dropped, and a line `lines_dropped` counts them.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import queue
 import select
+import stat
 import threading
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -130,7 +132,7 @@ class Plugin:
             "ts": self._time(exchange.started_at + finished - started),
             "level": level,
             "event": "request",
-            "request_id": _clean(exchange.request_id),
+            "request_id": exchange.id if exchange.request_id == exchange.id else _cleaned(exchange.request_id),
             "id": exchange.id,
             "method": _clean(exchange.request.method),
             "endpoint": exchange.endpoint,
@@ -186,12 +188,16 @@ def _ms(start: float, end: float | None) -> float | None:
     return None if end is None else round((end - start) * 1000, 1)
 
 
-def _clean(text: str) -> str:
+def _cleaned(text: str) -> str:
     """Text that others chose: cut short, and nothing in it that steers a terminal, breaks a line or isn't UTF-8."""
     text = text[:LONGEST]
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+# Names of models, principals and addresses come again and again.
+_clean = functools.lru_cache(maxsize=4096)(_cleaned)
 
 
 def _open(path: Path | None) -> int | None:
@@ -209,6 +215,7 @@ class _Writer:
 
     def __init__(self, descriptor: int | None) -> None:
         self._fd = descriptor
+        self._is_pipe = descriptor is not None and stat.S_ISFIFO(os.fstat(descriptor).st_mode)
         self._batches: queue.SimpleQueue[Sequence[bytes] | None] = queue.SimpleQueue()
         # Each counter has one writing thread.
         self._put = 0
@@ -234,7 +241,7 @@ class _Writer:
 
     def _run(self) -> None:
         while (lines := self._batches.get()) is not None:
-            for piece, count in _pieces(lines):
+            for piece, count in _pieces(lines) if self._is_pipe else [(b"".join(lines), len(lines))]:
                 if not self._write(piece):
                     self.lines_lost += count
                 self._done += count
