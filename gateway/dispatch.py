@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import structlog
 
 from gateway.errors import GatewayError, PluginError
-from gateway.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.exchange import Correction, Exchange, Principal
+    from gateway.watch import Watch
 
 log = structlog.get_logger("gateway.plugins")
 
@@ -175,24 +175,21 @@ def first_sync(exchange: Exchange, impls: Impls, *arguments: Any, returns: type 
     return None
 
 
-async def run_finished(exchange: Exchange, impls: Impls) -> None:
-    """`request_finished`: every plugin, each within its own deadline, whatever the others do."""
-    watch = Watch()
-    try:
-        for impl in impls:
-            if impl.when is not None and not impl.applies(exchange):
-                continue
-            watch.wait("request_finished", FINISH_SECONDS)
-            try:
-                await impl.call(exchange)
-            except asyncio.CancelledError:
-                if watch.take() is None:
-                    raise
-                impl.failed(TimeoutError(f"took longer than {FINISH_SECONDS} s"), exchange)
-            except Exception as error:  # noqa: BLE001 - isolated, whatever it is
-                impl.failed(error, exchange)
-    finally:
-        watch.close()
+async def run_finished(exchange: Exchange, impls: Impls, watch: Watch) -> None:
+    """`request_finished`: every plugin, each within its own deadline by `watch`, whatever the others do."""
+    for impl in impls:
+        if impl.when is not None and not impl.applies(exchange):
+            continue
+        watch.wait("request_finished", FINISH_SECONDS)
+        try:
+            await impl.call(exchange)
+        except asyncio.CancelledError:
+            if watch.take() is None:
+                raise
+            impl.failed(TimeoutError(f"took longer than {FINISH_SECONDS} s"), exchange)
+        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+            impl.failed(error, exchange)
+    watch.rest()
 
 
 async def run_corrected(impls: Impls, correction: Correction) -> None:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from gateway.exchange import Attempt, Exchange
+    from gateway.finisher import Finisher
     from gateway.routes import Handler
     from gateway.streaming import ReplyStream
     from gateway.tasks import Tasks
@@ -118,13 +119,16 @@ class Run:
         exchange: Exchange,
         client: Client,
         inbound: Inbound,
+        *,
         tasks: Tasks,
+        finisher: Finisher,
         correct: Corrector | None = None,
     ) -> None:
         self.exchange = exchange
         self.client = client
         self.inbound = inbound
         self.tasks = tasks
+        self.finisher = finisher
         self.correct = correct
         self.hooks = exchange.snapshot.hooks
         self.watch = Watch(exchange.snapshot.settings.server.request_timeout)
@@ -639,7 +643,7 @@ class Run:
         exchange.finished = time.monotonic()
         _sum_up(exchange)
         if self.hooks.request_finished:
-            self.tasks.defer(dispatch.run_finished, exchange, self.hooks.request_finished)
+            self.finisher.put(exchange, self.hooks.request_finished)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from multidict import CIMultiDict
 
     from gateway.exchange import Reply
+    from gateway.finisher import Finisher
     from gateway.pipeline import Corrector
     from gateway.settings import ServerSettings
     from gateway.snapshot import Snapshot
@@ -313,9 +314,12 @@ def _now() -> str:
 class Server:
     """Listens, hands each request to the pipeline with the snapshot in force, and drains."""
 
-    def __init__(self, current: Callable[[], Snapshot], tasks: Tasks, correct: Corrector | None = None) -> None:
+    def __init__(
+        self, current: Callable[[], Snapshot], tasks: Tasks, finisher: Finisher, correct: Corrector | None = None
+    ) -> None:
         self._current = current
         self._tasks = tasks
+        self._finisher = finisher
         self._correct = correct
         self._listener: _Listener | None = None
         self._sockets: asyncio.Server | None = None
@@ -383,8 +387,9 @@ class Server:
             exchange,
             client,
             _Inbound(request, snapshot.settings.server.body_timeout),
-            self._tasks,
-            self._correct,
+            tasks=self._tasks,
+            finisher=self._finisher,
+            correct=self._correct,
         )
         self._runs.add(run)
         try:

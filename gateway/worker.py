@@ -23,6 +23,7 @@ from gateway.corrections import Corrections
 from gateway.dialects import DIALECTS
 from gateway.errors import BadRequest, Cause, UpstreamError
 from gateway.exchange import Exchange, Reply, RequestView, new_id
+from gateway.finisher import Finisher
 from gateway.health import Health
 from gateway.logs import hide
 from gateway.pipeline import Run
@@ -69,10 +70,11 @@ class Worker:
         self._identity = identity
         self._data_dir = data_dir
         self._tasks = Tasks()
+        self._finisher = Finisher(self._tasks)
         self._simulator: Simulator | None = None
         self._snapshot: Snapshot | None = None
         self.corrections = Corrections(lambda: self.snapshot)
-        self.server = Server(lambda: self.snapshot, self._tasks, self.corrections)
+        self.server = Server(lambda: self.snapshot, self._tasks, self._finisher, self.corrections)
         self.port = 0
 
     @property
@@ -107,7 +109,7 @@ class Worker:
             await open_all(snapshot.instances)
             stack.push_async_callback(self._close_plugins, snapshot)
             await stack.enter_async_context(self.corrections.lifespan())
-            stack.push_async_callback(self._tasks.drain, dispatch.FINISH_SECONDS + 1)
+            stack.push_async_callback(self._finish_all)
             self.port = await self.server.start(settings.server.host, settings.server.port)
             stack.push_async_callback(self._drain, settings)
             stack.enter_context(watchdog(asyncio.get_running_loop()))
@@ -115,6 +117,11 @@ class Worker:
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLD)
             yield self
+
+    async def _finish_all(self) -> None:
+        """Every `request_finished` that is due has run, or had its time."""
+        self._finisher.drain()
+        await self._tasks.drain(dispatch.FINISH_SECONDS + 1)
 
     async def _drain(self, settings: Settings) -> None:
         cut = await self.server.drain(settings.server.drain_delay, settings.server.drain_timeout)
@@ -203,7 +210,10 @@ class Worker:
         exchange.request_id = parent.request_id
         exchange.principal = principal
         client = _Collected()
-        await Run(exchange, client, _Submitted(raw), self._tasks, self.corrections).run()
+        run = Run(
+            exchange, client, _Submitted(raw), tasks=self._tasks, finisher=self._finisher, correct=self.corrections
+        )
+        await run.run()
         return client.reply()
 
 

@@ -234,9 +234,7 @@ class TestSeen:
         )
 
         async def ask():
-            async with http.post(
-                f"{upstream.url}/chat/completions", json={**CHAT, "stream": True}
-            ) as response:
+            async with http.post(f"{upstream.url}/chat/completions", json={**CHAT, "stream": True}) as response:
                 assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
         await asyncio.gather(*(ask() for _ in range(50)))
@@ -544,9 +542,7 @@ class TestStream:
                 assert end == "reset"
             else:
                 assert end != "reset"
-        assert got.endswith(
-            b"b\r\ndata: one\n\n\r\n0\r\n\r\n" if end == "clean" else b"b\r\ndata: one\n\n\r\n"
-        )
+        assert got.endswith(b"b\r\ndata: one\n\n\r\n0\r\n\r\n" if end == "clean" else b"b\r\ndata: one\n\n\r\n")
         assert upstream.seen[0].finished.is_set()
 
     @pytest.mark.parametrize("end", ["cut", "reset"])
@@ -651,9 +647,7 @@ class TestOpenAI:
         """OpenAI's SDK reads embeddings, images, speech and transcriptions."""
         async with openai_client(upstream) as client:
             embedded = await client.embeddings.create(model="m", input=["a", "b"])
-            floats = await client.embeddings.create(
-                model="m", input="a", encoding_format="float", dimensions=2
-            )
+            floats = await client.embeddings.create(model="m", input="a", encoding_format="float", dimensions=2)
             image = await client.images.generate(model="m", prompt="a dot", n=2)
             speech = await client.audio.speech.create(model="m", voice="alloy", input="Hi")
             text = await client.audio.transcriptions.create(model="m", file=("a.wav", b"RIFF"))
@@ -783,9 +777,10 @@ class TestBuilders:
 
     async def test_whole_tool_call_in_one_delta(self):
         """A tool call comes in one delta or in several, as some models do the one and some the other."""
-        assert [
-            sum("tool_calls" in str(step) for step in tool_call_events(finish=None, pieces=n)) for n in (1, 3)
-        ] == [1, 4]
+        assert [sum("tool_calls" in str(step) for step in tool_call_events(finish=None, pieces=n)) for n in (1, 3)] == [
+            1,
+            4,
+        ]
 
     async def test_usage(self):
         """Usage is the default at a cost, the test's own, or missing; cost can be missing by itself."""

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import structlog
-from gateway_plugins import access_log
 from plugin_objects import exchange, services, settings
 from pydantic import ValidationError
 
@@ -24,6 +23,7 @@ from gateway import (
     Unauthenticated,
     Usage,
 )
+from gateway_plugins import access_log
 
 CANARY = "canary-7f3a"
 

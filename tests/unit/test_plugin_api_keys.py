@@ -1,10 +1,10 @@
 import pytest
-from gateway_plugins import api_keys
 from plugin_objects import PEPPER, exchange, services
 from pydantic import ValidationError
 
 from gateway import Principal, Unauthenticated
 from gateway.kit import hash_key, new_key
+from gateway_plugins import api_keys
 
 KEY = new_key()
 HASH = hash_key(KEY, PEPPER)

@@ -1,9 +1,9 @@
 import pytest
-from gateway_plugins import fallback
 from plugin_objects import exchange, services
 from pydantic import ValidationError
 
 from gateway import Cause, Decision, RateLimited, Target, UpstreamError
+from gateway_plugins import fallback
 
 A, B, C, D = (Target(name, "openrouter") for name in "abcd")
 

@@ -1,11 +1,11 @@
 import jsonschema
 import pytest
-from gateway_plugins import routing
 from plugin_objects import exchange, services, settings
 from pydantic import ValidationError
 
 from gateway import BadRequest, Principal, Scopes, Target
 from gateway.settings import load_text
+from gateway_plugins import routing
 
 TWO = settings(
     upstreams={

@@ -59,9 +59,7 @@ async def client(sim):
 
 @pytest.fixture
 async def claude(sim):
-    async with anthropic.AsyncAnthropic(
-        base_url=sim.url.removesuffix("/v1"), api_key="k", max_retries=0
-    ) as made:
+    async with anthropic.AsyncAnthropic(base_url=sim.url.removesuffix("/v1"), api_key="k", max_retries=0) as made:
         yield made
 
 
@@ -122,10 +120,7 @@ async def test_openrouter_sdk_reads_all(sim):
     async with sdk:
         chat = await sdk.chat.send_async(model="anthropic/claude-opus-4.5", messages=MESSAGES, max_tokens=50)
         assert chat.choices[0].finish_reason == "stop"
-        chunks = [
-            item
-            async for item in await sdk.chat.send_async(model="xenios/sim", messages=MESSAGES, stream=True)
-        ]
+        chunks = [item async for item in await sdk.chat.send_async(model="xenios/sim", messages=MESSAGES, stream=True)]
         assert chunks[-1].usage.cost > 0
         found = await sdk.models.list_async()
         assert any(item.id == "anthropic/claude-opus-4.5" for item in found.result.data)
@@ -137,17 +132,10 @@ async def test_openrouter_sdk_reads_all(sim):
         image = await sdk.images.generate_async(model="openai/gpt-image-1", prompt="a fox", n=2)
         assert len(image.data) == 2
         parts = [
-            item
-            async for item in await sdk.images.generate_async(
-                model="openai/gpt-image-1", prompt="a", stream=True
-            )
+            item async for item in await sdk.images.generate_async(model="openai/gpt-image-1", prompt="a", stream=True)
         ]
-        assert [item.TYPE if hasattr(item, "TYPE") else item.type for item in parts][
-            -1
-        ] == "image_generation.completed"
-        made = await sdk.embeddings.generate_async(
-            model="openai/text-embedding-3-small", input="x", dimensions=8
-        )
+        assert [item.TYPE if hasattr(item, "TYPE") else item.type for item in parts][-1] == "image_generation.completed"
+        made = await sdk.embeddings.generate_async(model="openai/text-embedding-3-small", input="x", dimensions=8)
         assert len(made.data[0].embedding) == 8
         heard = await sdk.stt.create_transcription_async(
             model="openai/whisper-1",
@@ -216,9 +204,7 @@ async def test_chat_tools(sim, client, streamed):
 
 async def test_chat_parse(sim, client):
     """Structured output parses into the model that was asked for, recursion included."""
-    answer = await client.chat.completions.parse(
-        model="openai/gpt-4o", messages=MESSAGES, response_format=Person
-    )
+    answer = await client.chat.completions.parse(model="openai/gpt-4o", messages=MESSAGES, response_format=Person)
     assert isinstance(answer.choices[0].message.parsed, Person)
     loose = await client.chat.completions.create(
         model="openai/gpt-4o", messages=MESSAGES, response_format={"type": "json_object"}
@@ -244,17 +230,14 @@ async def test_completions(sim, client):
     """The legacy endpoint answers whole and streamed alike."""
     whole = await client.completions.create(model="xenios/sim", prompt="Once upon")
     parts = [
-        part
-        async for part in await client.completions.create(model="xenios/sim", prompt="Once upon", stream=True)
+        part async for part in await client.completions.create(model="xenios/sim", prompt="Once upon", stream=True)
     ]
     assert "".join(choice.text for part in parts for choice in part.choices) == whole.choices[0].text
 
 
 async def test_embeddings(sim, client):
     """Vectors come as floats and as base64, of the size asked, and depend on the text."""
-    got = await client.embeddings.create(
-        model="openai/text-embedding-3-small", input=["a", "b"], dimensions=64
-    )
+    got = await client.embeddings.create(model="openai/text-embedding-3-small", input=["a", "b"], dimensions=64)
     assert [len(item.embedding) for item in got.data] == [64, 64]
     assert got.data[0].embedding != got.data[1].embedding
     floats = await client.embeddings.create(
@@ -267,9 +250,7 @@ async def test_responses(sim, client):
     """The Responses stream numbers its events without a gap and ends in the object that the whole call returns."""
     whole = await client.responses.create(model="openai/gpt-4o", input="Hello", reasoning={"effort": "low"})
     seen = []
-    async with client.responses.stream(
-        model="openai/gpt-4o", input="Hello", reasoning={"effort": "low"}
-    ) as got:
+    async with client.responses.stream(model="openai/gpt-4o", input="Hello", reasoning={"effort": "low"}) as got:
         async for item in got:
             seen.append(item)  # noqa: PERF401
         final = await got.get_final_response()
@@ -438,15 +419,11 @@ async def test_models_list_falls_over(http, sim):
         http, sim, "chat/completions", "xenios/sim-fail-503", models=["xenios/sim-ctx", "openai/gpt-4o"]
     )
     assert json.loads(raw)["model"] == "openai/gpt-4o"
-    _, _, raw = await post(
-        http, sim, "messages", "xenios/sim-fail-503", fallbacks=[{"model": "xenios/sim-b"}]
-    )
+    _, _, raw = await post(http, sim, "messages", "xenios/sim-fail-503", fallbacks=[{"model": "xenios/sim-b"}])
     assert json.loads(raw)["model"] == "xenios/sim-b"
 
 
-@pytest.mark.parametrize(
-    "path", [*PATHS, "embeddings", "rerank", "images", "audio/speech", "audio/transcriptions"]
-)
+@pytest.mark.parametrize("path", [*PATHS, "embeddings", "rerank", "images", "audio/speech", "audio/transcriptions"])
 async def test_fail(http, sim, path):
     """`fail-N` answers N in the dialect's error shape on each endpoint."""
     status, headers, raw = await post(http, sim, path, "xenios/sim-fail-429")
@@ -468,9 +445,7 @@ async def test_refusals(http, sim):
     assert json.loads(raw)["error"]["code"] == status == 402
 
 
-@pytest.mark.parametrize(
-    "word, expected", [("7", "7"), ("huge", "99999999999"), ("negative", "-30"), ("none", None)]
-)
+@pytest.mark.parametrize("word, expected", [("7", "7"), ("huge", "99999999999"), ("negative", "-30"), ("none", None)])
 async def test_retry_after(http, sim, word, expected):
     """`retry-V` chooses the Retry-After header."""
     _, headers, _ = await post(http, sim, "chat/completions", f"xenios/sim-fail-429-retry-{word}")
@@ -494,9 +469,7 @@ async def test_no_headers(http, sim, word):
     """`reset` and `close` end the connection before any header."""
     with pytest.raises(aiohttp.ClientConnectionError) as caught:
         await post(http, sim, "chat/completions", f"xenios/sim-{word}")
-    reset = isinstance(caught.value, ConnectionResetError) or isinstance(
-        caught.value.__cause__, ConnectionResetError
-    )
+    reset = isinstance(caught.value, ConnectionResetError) or isinstance(caught.value.__cause__, ConnectionResetError)
     assert reset == (word == "reset")
 
 
@@ -547,9 +520,7 @@ async def test_lost_mid_stream(http, sim, path, word):
 @pytest.mark.parametrize("path", PATHS)
 async def test_stall(http, sim, path):
     """`stallmid` falls silent after half of the content until its client leaves, who is billed for what was sent."""
-    async with http.post(
-        f"{sim.url}/{path}", json=body_for(path, "xenios/sim-n10-b4-stallmid", stream=True)
-    ) as reply:
+    async with http.post(f"{sim.url}/{path}", json=body_for(path, "xenios/sim-n10-b4-stallmid", stream=True)) as reply:
         generation = sim.generations[reply.headers["X-Generation-Id"]]
         await sim.until(lambda: generation.sent == 5)
         with pytest.raises(TimeoutError):
@@ -621,10 +592,7 @@ async def test_usage_words(http, sim):
         _, _, raw = await post(http, sim, "chat/completions", f"xenios/sim-{word}")
         assert json.loads(raw).get("usage", {}).get("completion_tokens") == tokens
         raw, _ = await stream(http, sim, "chat/completions", f"xenios/sim-{word}")
-        assert (
-            next((item["usage"]["completion_tokens"] for item in events(raw) if "usage" in item), None)
-            == tokens
-        )
+        assert next((item["usage"]["completion_tokens"] for item in events(raw) if "usage" in item), None) == tokens
     assert deltas(raw) == ""
     for path in ("responses", "messages"):
         raw, _ = await stream(http, sim, path, "xenios/sim-empty")

@@ -79,9 +79,7 @@ def test_size(written, size):
     jsonschema.validate({"room": written}, Limits.model_json_schema())
 
 
-@pytest.mark.parametrize(
-    "written", ["", "20M", "20 MiB", "MiB", "-1kB", "0.3B", "1.0001kB", "2Mbit", "9" * 30]
-)
+@pytest.mark.parametrize("written", ["", "20M", "20 MiB", "MiB", "-1kB", "0.3B", "1.0001kB", "2Mbit", "9" * 30])
 def test_not_a_size(written):
     """What is not a size, or could mean two sizes, is refused with the ways to write one."""
     with pytest.raises(ValueError) as caught:
