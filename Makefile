@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_REQUIRE_VIRTUALENV = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-full lint types layers unit bench promises promises-check schema lock clean
+.PHONY: help setup run test test-full coverage lint types layers unit bench promises promises-check schema lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,14 @@ layers: $(VENV)/.test
 
 unit: $(VENV)/.test
 	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
+
+test-full: lint types layers coverage promises-check  ## What takes longer too: coverage (at least 90 %), every promise's break
+
+coverage: $(VENV)/.test  ## All tests under branch coverage, the processes that they start included
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report --fail-under=90
 
 bench: $(VENV)/.test  ## Measure against a bare aiohttp proxy; options as ARGS='--quick'
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)

@@ -69,7 +69,11 @@ async def test_a_foreign_token_is_left_to_others():
         assert await who(keys, token) is None
 
 
-@pytest.mark.parametrize("token", [KEY[:-1], KEY + "x", KEY[:20] + ("a" if KEY[20] != "a" else "b") + KEY[21:]])
+@pytest.mark.parametrize(
+    "token",
+    [KEY[:-1], KEY + "x", KEY[:20] + ("a" if KEY[20] != "a" else "b") + KEY[21:]],
+    ids=["cut short", "too long", "mistyped"],  # the key is random: each test process would name its tests otherwise
+)
 async def test_a_typo_is_named_as_one(token):
     """A key of ours that was cut short or mistyped is told so, which an unknown one is not."""
     with pytest.raises(Unauthenticated, match="typo") as caught:
