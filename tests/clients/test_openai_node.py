@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ INSTALLED = FOLDER / "node_modules"
 def run(*command: str) -> str:
     environment = plain_environment()
     environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    # A network with a certificate authority of its own has told pip about it; Node wants to be told apart.
+    for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        if name in os.environ:
+            environment.setdefault("NODE_EXTRA_CA_CERTS", os.environ[name])
     done = subprocess.run(
         command, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=110, check=False
     )
