@@ -138,6 +138,7 @@ class Run:
         self._taps: TapChain | None = None
         self._starting: asyncio.Task[None] | None = None
         self._beating = False
+        self._over = False  # nothing may be written any more: the connection may serve the next request
 
     # --- top to bottom -----------------------------------------------------------------------------------------------
 
@@ -450,7 +451,7 @@ class Run:
         if self._starting is not None:
             await self._starting
         await self.client.write(b"data: " + body.replace(b"\n", b" ") + b"\n\n")
-        await self.client.end()
+        await self._end_stream()
 
     async def _relay(self, stream: ReplyStream, headers: Mapping[str, str]) -> None:
         """A stream from its first content to its clean end. Raises UpstreamError, PluginError or ClientGone."""
@@ -477,7 +478,7 @@ class Run:
         if self._taps is not None:
             self._taps.close(Outcome.OK)
         self.watch.rest()
-        await client.end()
+        await self._end_stream()
 
     async def _start_stream(self, status: int, headers: Mapping[str, str]) -> None:
         """The head of the streamed reply, once: now, or already after `stream_commit_after`."""
@@ -487,6 +488,10 @@ class Run:
         out = self._head(status, headers)
         self.exchange.client_started = self.exchange.streamed = True
         await self.client.start(status, out)
+
+    async def _end_stream(self) -> None:
+        self._over = True
+        await self.client.end()
 
     def _beat(self, first: float) -> None:
         self.watch.beat(first, self.exchange.snapshot.settings.server.keepalive_interval, self._on_silence)
@@ -512,7 +517,7 @@ class Run:
     async def _keep_alive(self) -> None:
         grammar = self.exchange.dialect.grammar
         try:
-            if grammar is not None:
+            if grammar is not None and not self._over:
                 await self.client.write(grammar.keep_alive)
         except ClientGone:
             pass
@@ -600,7 +605,7 @@ class Run:
         last = self._stream.last if self._stream is not None else b""
         self.watch.wait(watch.WRITE, exchange.snapshot.settings.server.write_timeout)
         await self.client.write(grammar.error(error, last, exchange.request_id))
-        await self.client.end()
+        await self._end_stream()
 
     async def _send_error(self, error: GatewayError) -> None:
         exchange = self.exchange

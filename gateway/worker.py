@@ -112,10 +112,10 @@ class Worker:
             stack.push_async_callback(self._finish_all)
             self.port = await self.server.start(settings.server.host, settings.server.port)
             stack.push_async_callback(self._drain, settings)
-            stack.enter_context(watchdog(asyncio.get_running_loop()))
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLD)
+            stack.enter_context(watchdog(asyncio.get_running_loop()))
             yield self
 
     async def _finish_all(self) -> None:

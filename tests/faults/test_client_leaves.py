@@ -340,7 +340,7 @@ async def test_the_true_cost_of_a_left_stream_is_learnt_once(soon):
         assert correction.cost.pico_usd == round(0.0123 * 10**12)
         assert (correction.usage.input_tokens, correction.usage.output_tokens) == (10, 5)
         assert correction.usage.source is correction.cost.source is Source.UPSTREAM
-        await asyncio.sleep(0.2)
+        assert (await gw.chat()).status == 200  # a whole exchange later it has not come again
         assert watcher.corrections.empty()
         asked = [seen for seen in gw.upstream.seen if seen.endpoint == "generation"]
         assert [seen.query for seen in asked] == ["id=gen-77"]

@@ -23,6 +23,7 @@ from gateway.kit.upstream import (
     message_events,
     response_events,
 )
+from gateway.pipeline import Run
 from gateway_plugins.fallback import Plugin as Fallback
 from tests.faults.endpoints import BODIES, Two
 
@@ -257,3 +258,22 @@ async def test_a_commit_runs_response_started_once():
             await reading.rest()
         await gw.finished()
     assert seen == [200]
+
+
+async def test_a_keep_alive_that_comes_too_late_is_not_sent():
+    """A keep-alive that was due just when the stream ended does not get into the next reply on the connection."""
+    async with Gateway.test() as gw:
+        runs = []
+
+        class Watched(Run):
+            async def _end_stream(self):
+                runs.append(self)
+                await super()._end_stream()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gateway.server.Run", Watched)
+            first = await gw.chat(stream=True)
+            await runs[0]._keep_alive()
+            second = await gw.chat()
+        assert first.body.endswith(b"data: [DONE]\n\n")
+        assert (second.status, second.data["object"]) == (200, "chat.completion")
