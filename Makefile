@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_REQUIRE_VIRTUALENV = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-full coverage lint types layers unit bench promises promises-check schema lock clean
+.PHONY: help setup run test test-full coverage full lint types layers unit bench promises promises-check schema lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -44,13 +44,17 @@ layers: $(VENV)/.test
 unit: $(VENV)/.test
 	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
 
-test-full: lint types layers coverage promises-check  ## What takes longer too: coverage (at least 90 %), every promise's break
+test-full: lint types layers coverage full promises-check  ## What takes longer too: coverage, streams, every promise's break
 
-coverage: $(VENV)/.test  ## All tests under branch coverage, the processes that they start included
+# Processes that tests start are measured too.
+coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branches
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -n 2 --dist loadfile
-	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage run -m pytest -m "not full" -n 2 --dist loadfile
+	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=90
+
+full: $(VENV)/.test  ## The tests that take minutes: many streams at once, a hammering
+	@$(BIN)/python -m pytest -m full
 
 bench: $(VENV)/.test  ## Measure against a bare aiohttp proxy; options as ARGS='--quick'
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
@@ -59,7 +63,7 @@ promises: $(VENV)/.test  ## Which promises are proven, by which test
 	@$(BIN)/python -m tests.promises.report
 
 promises-check: $(VENV)/.test  ## Break the code for each promise and see its test fail
-	@$(BIN)/python -m tests.promises.check $(ARGS)
+	@$(BIN)/python -m tests.promises.check -j 2 $(ARGS)
 
 schema: $(VENV)/.run  ## Write config/schema.json anew
 	@$(BIN)/xenios schema > config/schema.json

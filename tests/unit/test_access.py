@@ -1,0 +1,148 @@
+import pytest
+from plugin_objects import exchange
+
+from gateway.access import check_models, check_route, may_see
+from gateway.errors import Forbidden, ModelNotFound
+from gateway.exchange import Decision, Principal, Scopes, Target
+from gateway.routes import Route
+
+OPUS, SONNET, GPT = "anthropic/opus", "anthropic/sonnet", "openai/gpt"
+
+
+def asking(access="principal", *, proxied=True, principal=None, **body):
+    made = exchange({"model": GPT, **body}, principal=principal)
+
+    async def handler(_):
+        raise AssertionError
+
+    old = made.route
+    made.route = Route("POST", old.path, old.endpoint, old.dialect, None if proxied else handler, access)
+    return made
+
+
+def who(admin=False, **scopes):
+    return Principal("p", admin=admin, scopes=Scopes(**{k: tuple(v) for k, v in scopes.items()}))
+
+
+def decided(asked=GPT, *models, task=None, alias=None):
+    return Decision(asked, tuple(Target(m, "openrouter") for m in models or (asked,)), task=task, alias=alias)
+
+
+@pytest.mark.parametrize(
+    "access, principal, words",
+    [
+        ("public", None, None),
+        ("public", who(endpoints=["embeddings"]), None),
+        ("principal", None, "may not do that"),
+        ("principal", who(), None),
+        ("principal", who(endpoints=["embeddings"]), "may not use chat/completions"),
+        ("principal", who(endpoints=["embeddings", "chat/*"]), None),
+        ("principal", who(endpoints=[]), "may not use chat/completions"),
+        ("admin", None, "may not do that"),
+        ("admin", who(), "needs an admin key"),
+        ("admin", who(admin=True), None),
+        ("admin", who(admin=True, endpoints=["embeddings"]), "may not use"),
+    ],
+)
+def test_a_route_is_for_whom_its_rule_names(access, principal, words):
+    """Nobody gets past a route's access rule, nor past the endpoints of the key."""
+    asked = asking(access, principal=principal)
+    if words is None:
+        check_route(asked)
+        return
+    with pytest.raises(Forbidden, match=words) as caught:
+        check_route(asked)
+    assert caught.value.status_code == 403
+
+
+def test_scopes_of_endpoints_are_for_what_is_proxied():
+    """A key for embeddings alone can still list models."""
+    check_route(asking(proxied=False, principal=who(endpoints=["embeddings"])))
+
+
+def allowed(scopes, decision, **body):
+    try:
+        check_models(asking(principal=who(**scopes), **body), decision)
+    except ModelNotFound as error:
+        return (error.status_code, error.param, error.should_retry) != (404, "model", False)
+    return True
+
+
+@pytest.mark.parametrize(
+    "scopes, decision, expected",
+    [
+        ({}, decided(), True),
+        ({"models": [GPT]}, decided(), True),
+        ({"models": ["openai/*"]}, decided(), True),
+        ({"models": ["anthropic/*"]}, decided(), False),
+        ({"models": []}, decided(), False),
+        # one list given: nothing beside what the lists name
+        ({"aliases": ["fast"]}, decided(), False),
+        ({"tasks": ["chat"]}, decided(), False),
+        ({"endpoints": ["*"]}, decided(), True),
+        # an alias grants its targets
+        ({"aliases": ["fast"]}, decided("fast", OPUS, SONNET, alias="fast"), True),
+        ({"aliases": ["f*"]}, decided("fast", OPUS, alias="fast"), True),
+        ({"aliases": ["slow"]}, decided("fast", OPUS, alias="fast"), False),
+        ({"models": ["fast"]}, decided("fast", OPUS, alias="fast"), True),
+        ({"models": ["anthropic/*"]}, decided("fast", OPUS, SONNET, alias="fast"), True),
+        ({"models": [OPUS]}, decided("fast", OPUS, SONNET, alias="fast"), False),
+        ({"tasks": ["fast"]}, decided("fast", OPUS, alias="fast"), False),
+        # so does a task
+        ({"tasks": ["chat"]}, decided(GPT, OPUS, task="chat"), True),
+        ({"tasks": ["chat"]}, decided(GPT, OPUS, task="summary"), False),
+        ({"models": [OPUS]}, decided(GPT, OPUS, task="chat"), True),
+        ({"models": [GPT]}, decided(GPT, OPUS, task="chat"), False),
+        ({"aliases": ["chat"]}, decided(GPT, OPUS, task="chat"), False),
+        ({"tasks": ["chat"]}, decided("fast", OPUS, task="summary", alias="chat"), False),
+        # a raw model must be granted itself, wherever a rule sends it
+        ({"models": [OPUS]}, decided(GPT, OPUS), False),
+        ({"models": [GPT]}, decided(GPT, OPUS), True),
+    ],
+)
+def test_scopes_say_what_may_be_asked(scopes, decision, expected):
+    """A key gets the models, aliases and tasks that it was granted, and no other."""
+    assert allowed(scopes, decision) is expected
+
+
+@pytest.mark.parametrize("body", [{"models": [GPT, OPUS]}, {"fallbacks": [{"model": OPUS}]}, {"fallbacks": [OPUS]}])
+def test_each_model_that_openrouter_might_take_must_be_granted(body):
+    """`models[]` and `fallbacks[]` are no way around a scope."""
+    assert not allowed({"models": [GPT]}, decided(), **body)
+    assert allowed({"models": [GPT, OPUS]}, decided(), **body)
+    assert not allowed({"aliases": ["fast"]}, decided("fast", GPT, alias="fast"), **body)
+    assert allowed({}, decided(), **body)
+
+
+def test_who_has_no_principal_has_no_scopes():
+    """Without an authenticate plugin everything may be asked."""
+    check_models(asking(principal=None), decided())
+
+
+@pytest.mark.parametrize(
+    "decision, named",
+    [
+        (decided("m" * 500), "m" * 200),
+        (decided("fast", OPUS, alias="quick"), "quick"),
+        (decided("fast", OPUS, alias="quick", task="chat"), "chat"),
+    ],
+)
+def test_the_refusal_names_what_was_asked_for(decision, named):
+    """The refusal says the same as for a model that does not exist, in the client's own word."""
+    with pytest.raises(ModelNotFound, match=f"The model '{named}' does not exist or this key has no access"):
+        check_models(asking(principal=who(models=[])), decision)
+
+
+@pytest.mark.parametrize(
+    "scopes, seen",
+    [
+        ({}, [OPUS, GPT, "fast"]),
+        ({"models": ["openai/*"]}, [GPT]),
+        ({"models": ["openai/*"], "aliases": ["fast"]}, [GPT, "fast"]),
+        ({"aliases": ["f*"]}, ["fast"]),
+        ({"tasks": ["*"]}, []),
+    ],
+)
+def test_a_listing_shows_what_may_be_asked(scopes, seen):
+    """A model list holds nothing that the key can't use."""
+    assert [m for m in (OPUS, GPT, "fast") if may_see(who(**scopes).scopes, m)] == seen

@@ -1,0 +1,275 @@
+import contextlib
+import json
+import re
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plugin_objects import exchange, settings
+
+from gateway.errors import BadRequest, TooLarge, UnsupportedMedia
+from gateway.exchange import Form, FormFile
+from gateway.incoming import (
+    CHOOSING_FIELDS,
+    MULTIPART_PARTS,
+    NEVER,
+    admit_body,
+    asked_models,
+    closed_fields,
+    json_form_value,
+    parse_body,
+    parse_form,
+    parse_object,
+)
+
+ALL = [*CHOOSING_FIELDS, "auto_routers"]
+TRANSCRIPTS = "audio/transcriptions"
+
+
+def form(*parts, boundary="b"):
+    """A multipart body: (name, value) or (name, filename, type, bytes)."""
+    out = b""
+    for part in parts:
+        name, value = part[0], part[-1]
+        extra = f'; filename="{part[1]}"' if len(part) == 4 else ""
+        kind = f"Content-Type: {part[2]}\r\n" if len(part) == 4 and part[2] else ""
+        out += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{extra}\r\n{kind}\r\n'.encode()
+        out += (value if isinstance(value, bytes) else value.encode()) + b"\r\n"
+    return out + f"--{boundary}--\r\n".encode()
+
+
+def admitted(body, client_may=ALL, endpoint="chat/completions"):
+    made = exchange(body, endpoint=endpoint)
+    known = settings(upstream={"client_may": list(client_may)})
+    made.snapshot = SimpleNamespace(settings=known, derived=SimpleNamespace(closed_fields=closed_fields(client_may)))
+    admit_body(made)
+    return made
+
+
+def refusal(call, *args, error=BadRequest, **kwargs):
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    return caught.value
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.text(st.characters(codec="utf-8")), json_values), st.booleans())
+def test_every_json_object_is_read(body, ascii_only):
+    """Whatever valid JSON object a client sends is read as it was meant."""
+    assert parse_object(json.dumps(body, ensure_ascii=ascii_only).encode()) == body
+
+
+@given(st.binary(max_size=40) | st.text('{}[]",:0ntf\\u ', max_size=40).map(str.encode))
+def test_any_bytes_are_read_or_refused(raw):
+    """No body makes the gateway fail: it is an object or a 400."""
+    with contextlib.suppress(BadRequest):
+        assert isinstance(parse_object(raw), dict)
+
+
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        (b"", "has no body"),
+        (b" \r\n\t", "has no body"),
+        (b"[1]", "must be a JSON object"),
+        (b'"text"', "must be a JSON object"),
+        (b"null", "must be a JSON object"),
+        (b'{"a": NaN}', "not valid JSON"),
+        (b'{"a": Infinity}', "not valid JSON"),
+        (b'{"a": 1e999}', "not valid JSON"),
+        (b'{"a": "\\ud800"}', "not valid JSON"),
+        (b'\xef\xbb\xbf{"a": 1}', "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON: .*UTF-8"),
+        (b'{"a": 1,}', "not valid JSON"),
+        (b'{"a": 1} x', "not valid JSON"),
+        (b'{"a": ' * 5000, "nested too deeply"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(raw, words):
+    """A client is told what is wrong with its body, without its content."""
+    error = refusal(parse_object, raw)
+    assert re.search(words, error.message), error.message
+    assert " - at " not in error.message
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "", "Application/JSON ", "application/vnd.api+json"])  # fmt: skip
+def test_json_is_known_by_its_type(kind):
+    """JSON's content type may have parameters, be in capitals, or be missing."""
+    made = exchange({})
+    made.raw_body = b'{"model": "m", "stream": true}'
+    parse_body(made, kind)
+    assert (made.body, made.stream, made.form) == ({"model": "m", "stream": True}, True, None)
+
+
+@pytest.mark.parametrize("endpoint, kind, due", [
+    ("chat/completions", "text/plain", "Send Content-Type: application/json"),
+    ("chat/completions", "multipart/form-data; boundary=b", "Send Content-Type: application/json"),
+    (TRANSCRIPTS, "audio/wav", "Send Content-Type: multipart/form-data or application/json"),
+])  # fmt: skip
+def test_another_type_is_refused(endpoint, kind, due):
+    """A body that is not what the endpoint takes is told which it takes."""
+    made = exchange({}, endpoint=endpoint)
+    made.raw_body = form(("model", "m"))
+    error = refusal(parse_body, made, kind, error=UnsupportedMedia)
+    assert error.message.startswith(due)
+    assert (error.status_code, repr(kind.partition(";")[0]) in error.message) == (415, True)
+
+
+def test_a_form_becomes_a_body():
+    """Form fields are body fields; lists collect; files stay beside."""
+    raw = form(("model", "m"), ("include[]", "a"), ("include[]", "b"), ("stream", "true"), ("file", "a.wav", "audio/wav", b"\0RIFF\r\n"), ("other", "b.bin", "", b""))  # fmt: skip
+    made = exchange({}, endpoint=TRANSCRIPTS)
+    made.raw_body = raw
+    parse_body(made, 'multipart/form-data; boundary="b"')
+    assert made.body == {"model": "m", "include[]": ["a", "b"], "stream": "true"}
+    assert made.stream
+    assert made.form.files == [
+        FormFile("file", "a.wav", "audio/wav", b"\0RIFF\r\n"),
+        FormFile("other", "b.bin", "application/octet-stream", b""),
+    ]
+    assert made.form.fields[0] == ("model", "m")
+
+
+@pytest.mark.parametrize("boundary", ["b", "a-b_c.1", "x" * 70])
+def test_a_boundary_is_found_quoted_or_not(boundary):
+    """Clients write the boundary in either way, before or after other parameters."""
+    raw = form(("model", "m"), boundary=boundary)
+    for parameters in (f" boundary={boundary}", f'boundary="{boundary}"', f"charset=utf-8; boundary={boundary}; a=b"):
+        assert parse_form(raw, parameters) == Form([("model", "m")], [])
+
+
+@pytest.mark.parametrize("parts, words, param", [
+    ([("model", "a"), ("model", "b")], "'model' stands twice", "model"),
+    ([("model[]", "a")], "'model' can't be a list", "model"),
+    ([("model[x]", "a")], "'model' can't be a list", "model"),
+    ([("api_key[]", "a")], "'api_key' can't be a list", "api_key"),
+    ([("provider[order]", "a")], "'provider' can't be a list", "provider"),
+    ([("model", "f", "text/plain", b"a")], "'model' can't be a file", "model"),
+    ([("models[]", "f", "text/plain", b"a")], "'models[]' can't be a file", "models[]"),
+    ([("x", "a"), ("x", "f", "text/plain", b"a")], "'x' can't be a file", "x"),
+])  # fmt: skip
+def test_a_form_that_two_readers_could_read_differently_is_refused(parts, words, param):
+    """Which of two fields an upstream would take is anybody's guess: a scope must not hang on it."""
+    made = exchange({}, endpoint=TRANSCRIPTS)
+    made.raw_body = form(*parts)
+    error = refusal(parse_body, made, "multipart/form-data; boundary=b")
+    assert words in error.message
+    assert error.param == param
+
+
+def test_a_broken_form_is_refused():
+    """A form without boundary, end or header, or with too many parts, is the client's mistake."""
+    raw = form(("model", "m"))
+    assert "no boundary" in refusal(parse_form, raw, "").message
+    for broken in (raw[:-8], b"", b"x" + raw, form(("model", b"\xff\xfe"))):
+        assert "broken" in refusal(parse_form, broken, "boundary=b").message
+    many = [(f"f{n}", "v") for n in range(MULTIPART_PARTS)]
+    assert len(parse_form(form(*many), "boundary=b").fields) == MULTIPART_PARTS
+    error = refusal(parse_form, form(*many, ("more", "v")), "boundary=b", error=TooLarge)
+    assert error.status_code == 413
+
+
+def test_fields_that_send_a_key_elsewhere_never_pass():
+    """`api_base`, `base_url` and `api_key` are taken out whoever may do what, and the reply says so."""
+    made = admitted({"model": "m", "messages": [1], "api_key": "x", "base_url": "y", "api_base": "z", "other": 1})
+    assert made.body == {"model": "m", "messages": [1], "other": 1}
+    assert made.reply_headers["x-xenios-removed"] == "api_base, api_key, base_url"
+
+
+@pytest.mark.parametrize("permission", CHOOSING_FIELDS)
+def test_a_choosing_field_passes_only_where_it_is_allowed(permission):
+    """A client chooses models and prices only by the fields that `client_may` lists."""
+    [name] = CHOOSING_FIELDS[permission]
+    body = {"model": "m", "messages": [1], name: ["v"]}
+    kept = admitted(dict(body), [permission, "auto_routers", "presets"])
+    assert kept.body == body
+    assert "x-xenios-removed" not in kept.reply_headers
+    others = [p for p in ALL if p != permission]
+    assert name not in admitted(dict(body), others).body
+    assert closed_fields(others) == {*NEVER, name}
+    assert closed_fields(ALL) == set(NEVER)
+
+
+@pytest.mark.parametrize("endpoint, body, param, code", [
+    ("chat/completions", {"messages": [1]}, "model", "missing_required_parameter"),
+    ("chat/completions", {"model": "", "messages": [1]}, "model", "missing_required_parameter"),
+    ("chat/completions", {"model": None, "messages": [1]}, "model", "missing_required_parameter"),
+    ("chat/completions", {"model": "m"}, "messages", "missing_required_parameter"),
+    ("chat/completions", {"models": ["m"]}, "messages", "missing_required_parameter"),
+    ("embeddings", {"model": "m", "input": ""}, "input", "missing_required_parameter"),
+    ("chat/completions", {"model": 7, "messages": [1]}, "model", "invalid_type"),
+    ("chat/completions", {"model": ["m"], "messages": [1]}, "model", "invalid_type"),
+    ("chat/completions", {"model": "m", "messages": [1], "models": "m"}, "models", "invalid_request"),
+    ("chat/completions", {"model": "m", "messages": [1], "models": ["m", 1]}, "models", "invalid_request"),
+    ("chat/completions", {"model": "m", "messages": [1], "fallbacks": "m"}, "fallbacks", "invalid_request"),
+    ("responses", {"model": "m", "background": True}, "background", "unsupported_parameter"),
+])  # fmt: skip
+def test_what_is_missing_or_wrong_is_named(endpoint, body, param, code):
+    """A field that is missing or of the wrong type is named in the error."""
+    error = refusal(admitted, body, endpoint=endpoint)
+    assert (error.param, error.error_code, error.status_code) == (param, code, 400)
+    assert f"`{param}`" in error.message or error.message.startswith("Background")
+
+
+@pytest.mark.parametrize("body", [
+    {"models": ["m"], "messages": [1]},
+    {"model": "", "models": ["m"], "messages": [1]},
+    {"model": "m", "messages": [1], "fallbacks": None, "models": None},
+    {"model": "m", "messages": []},
+    {"model": "m", "messages": [1], "fallbacks": [{"model": "n"}]},
+])  # fmt: skip
+def test_what_is_there_is_enough(body):
+    """Several models instead of one, an explicit null, an empty list: what an upstream may judge, it judges."""
+    assert admitted(dict(body)).body == body
+    assert admitted({"model": "m", "input": "x", "background": False}, endpoint="responses").body["background"] is False
+
+
+PRESETS = ["@preset/mine", "openai/gpt-5@preset/mine"]
+AUTO = ["openrouter/auto", "openrouter/bodybuilder", "openrouter/pareto", "vendor/auto", "openrouter/auto:online"]
+PLAIN = ["openai/gpt-5", "openrouter/automatic", "auto", "vendor/auto-1", "openrouter/other", "preset/mine"]
+
+
+@pytest.mark.parametrize("where", ["model", "models", "fallbacks"])
+@pytest.mark.parametrize("model, needed", [*((m, "presets") for m in PRESETS), *((m, "auto_routers") for m in AUTO), *((m, None) for m in PLAIN)])  # fmt: skip
+def test_presets_and_auto_routers_need_a_permission(model, needed, where):
+    """A preset or an auto-router lets somebody else choose model and price, wherever it is named."""
+    body = {"model": "m", "messages": [1], where: model if where == "model" else [model]}
+    assert admitted(dict(body)).body == body
+    assert needed is None or admitted(dict(body), ["models", "fallbacks", needed])
+    without = [p for p in ALL if p != needed]
+    if needed is None:
+        admitted(dict(body), ["models", "fallbacks"])
+        return
+    error = refusal(admitted, dict(body), without)
+    assert (error.error_code, error.param, "not allowed" in error.message) == ("model_not_allowed", "model", True)
+
+
+@pytest.mark.parametrize("body, models", [
+    ({}, []),
+    ({"model": "a"}, ["a"]),
+    ({"model": "a", "models": ["b", "", "c"]}, ["a", "b", "c"]),
+    ({"models": ["b"]}, ["b"]),
+    ({"model": "a", "fallbacks": [{"model": "b"}, "c", {}, None]}, ["a", "b", "c"]),
+    ({"model": "a", "fallbacks": {"model": "b"}}, ["a"]),
+    ({"model": "a", "models": ["b"], "fallbacks": ["c"]}, ["a", "b", "c"]),
+])  # fmt: skip
+def test_every_model_that_is_named_is_found(body, models):
+    """Scopes and prices see each model that OpenRouter might take."""
+    assert asked_models(body) == models
+
+
+def test_a_value_of_a_plugin_becomes_a_forms_text():
+    """A form holds text: what a plugin sets otherwise is written as JSON."""
+    assert json_form_value("text") == "text"
+    assert msgspec.json.decode(json_form_value({"a": [1, True]})) == {"a": [1, True]}
+    assert json_form_value(False) == "false"

@@ -1,0 +1,206 @@
+"""Limits of one exchange. Times that the wheel is told are passed in; where it turns by itself, tests wait for events."""
+
+import asyncio
+
+import pytest
+
+from gateway.watch import DEADLINE, FIRST_EVENT, SHUTDOWN, STALL, TICK, Watch, _wheels
+
+SOON = TICK / 10
+
+
+def started(coro):
+    return asyncio.get_running_loop().create_task(coro)
+
+
+async def forever():
+    await asyncio.Event().wait()
+
+
+async def ended_by(prepare, seconds=1000.0):
+    """Why a task that waits for ever was ended."""
+
+    async def run():
+        watch = Watch(seconds)
+        try:
+            prepare(watch)
+            await forever()
+        except asyncio.CancelledError:
+            return watch.take()
+        finally:
+            watch.close()
+
+    async with asyncio.timeout(5):
+        return await started(run())
+
+
+async def test_a_deadline_ends_the_exchange():
+    """An exchange over its deadline ends, whatever it waits for."""
+    assert await ended_by(lambda _: None, SOON) == DEADLINE
+    assert await ended_by(lambda w: w.wait(STALL, None), SOON) == DEADLINE
+    assert await ended_by(lambda w: w.wait(STALL, 100), SOON) == DEADLINE
+
+
+async def test_what_is_waited_for_too_long_ends_the_exchange():
+    """The reason is what the exchange waited for last."""
+
+    def prepare(watch):
+        watch.wait(FIRST_EVENT, SOON)
+        assert watch.waiting_for == FIRST_EVENT
+        watch.wait(STALL, SOON)
+
+    assert await ended_by(prepare) == STALL
+
+
+async def test_a_limit_holds_only_while_it_is_waited_for():
+    """What came in time, and what has no limit, ends nothing."""
+    watch = Watch(1000)
+    now = asyncio.get_running_loop().time()
+    watch.wait(STALL, 5)
+    assert not watch.is_due(now + 4)
+    assert watch.is_due(now + 6)
+    watch.rest()
+    assert (watch.waiting_for, watch.is_due(now + 6)) == (None, False)
+    watch.wait(STALL, 5)
+    watch.wait(FIRST_EVENT, None)
+    assert (watch.waiting_for, watch.is_due(now + 6)) == (FIRST_EVENT, False)
+    assert watch.is_due(now + 1001)
+    watch.close()
+
+
+async def test_without_a_deadline_nothing_is_due():
+    """A watch that was given no limit never fires."""
+    watch = Watch()
+    assert not watch.is_due(asyncio.get_running_loop().time() + 1e9)
+    watch.close()
+
+
+async def test_silence_is_broken_at_intervals():
+    """Keep-alives come after the first silence and then at each interval; what was sent starts it anew."""
+    watch, beats = Watch(1000), []
+    now = asyncio.get_running_loop().time()
+    watch.beat(10, 3, lambda: beats.append(1))
+    assert not watch.is_due(now + 9)
+    assert watch.is_due(now + 11)
+    watch.fire(now + 11)
+    assert len(beats) == 1
+    assert not watch.is_due(now + 13.9)
+    assert watch.is_due(now + 14)
+    watch.touch()
+    assert not watch.is_due(now + 2.9)
+    assert watch.is_due(now + 3.1)
+    watch.fire(now + 2.9)
+    assert len(beats) == 1
+    watch.fire(now + 14)
+    assert len(beats) == 2
+    watch.close()
+    watch.fire(now + 20)
+    assert len(beats) == 2
+    assert watch.expired is None
+
+
+async def test_the_wheel_beats_by_itself():
+    """Nobody has to turn the wheel."""
+    watch, beaten = Watch(1000), asyncio.Event()
+    watch.beat(SOON, SOON, beaten.set)
+    async with asyncio.timeout(5):
+        await beaten.wait()
+        beaten.clear()
+        await beaten.wait()
+    watch.close()
+
+
+async def test_a_limit_is_told_once():
+    """A deadline that fired does not cancel the exchange's clean-up again."""
+
+    async def run():
+        watch = Watch(10)
+        now = asyncio.get_running_loop().time()
+        watch.wait(STALL, 5)
+        told = []
+        for later in (6, 6, 11, 11):
+            watch.fire(now + later)
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                told.append(watch.take())
+        watch.close()
+        return told
+
+    assert await started(run()) == [STALL, DEADLINE]
+
+
+@pytest.mark.parametrize("first", ["the client", "the limit"])
+async def test_a_client_that_leaves_is_no_limit(first):
+    """A cancellation from outside is told apart from one of ours, also when both come at once."""
+    watches = []
+
+    async def run():
+        watches.append(Watch(1000))
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            return watches[0].take()
+        finally:
+            watches[0].close()
+
+    for both in (False, True):
+        watches.clear()
+        task = started(run())
+        await asyncio.sleep(0)
+        acts = [task.cancel, *([lambda: watches[0].expire(SHUTDOWN)] if both else [])]
+        for act in acts if first == "the client" else reversed(acts):
+            act()
+        # what is left of the cancellation is whoever's who waits for the task
+        assert await task is None
+        assert task.cancelling() == 1
+
+
+async def test_a_reason_can_be_left_for_the_caller_outside():
+    """`take(only)` takes its own reason and no other."""
+
+    async def run():
+        watch = Watch(1000)
+        watch.expire(SHUTDOWN)
+        watch.expire(STALL)  # the first reason stays
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            inner = watch.take(STALL), watch.take(FIRST_EVENT)
+            return inner, watch.take(SHUTDOWN), watch.take(), asyncio.current_task().cancelling()
+        finally:
+            watch.close()
+
+    assert await started(run()) == ((None, None), SHUTDOWN, None, 0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_the_wheel_stands_still_without_watches(count):
+    """An idle gateway has no timer that wakes it, and keeps no exchange that has ended."""
+    watches = [Watch(1000) for _ in range(count)]
+    wheel = _wheels[asyncio.get_running_loop()]
+    assert wheel._turning
+    assert len(wheel._watches) == count
+    for watch in watches:
+        watch.close()
+        watch.close()  # twice does no harm
+    assert not wheel._watches
+    async with asyncio.timeout(5):
+        while wheel._turning:
+            await asyncio.sleep(0.01)
+    assert await ended_by(lambda _: None, SOON) == DEADLINE  # and turns again
+
+
+async def test_a_closed_watch_ends_nothing():
+    """An exchange that ended in time is not cancelled afterwards."""
+
+    async def run():
+        Watch(0).close()
+        other, turned = Watch(1000), asyncio.Event()
+        other.beat(0, 1000, turned.set)
+        await turned.wait()
+        other.close()
+        return "whole"
+
+    async with asyncio.timeout(5):
+        assert await started(run()) == "whole"
