@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_REQUIRE_VIRTUALENV = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-full coverage full lint types layers unit bench promises promises-check schema lock clean
+.PHONY: help setup run test test-full coverage full mutation lint types layers unit bench promises promises-check schema lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -44,7 +44,7 @@ layers: $(VENV)/.test
 unit: $(VENV)/.test
 	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
 
-test-full: lint types layers coverage full promises-check  ## What takes longer too: coverage, streams, every promise's break
+test-full: lint types layers coverage full promises-check mutation  ## What takes longer too (about 30 minutes)
 
 # Processes that tests start are measured too.
 coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branches
@@ -55,6 +55,9 @@ coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branc
 
 full: $(VENV)/.test  ## The tests that take minutes: many streams at once, a hammering
 	@$(BIN)/python -m pytest -m full
+
+mutation: $(VENV)/.test  ## Change the core's logic in 1,900 places and see unit tests fail
+	@$(BIN)/python -m tests.mutation
 
 bench: $(VENV)/.test  ## Measure against a bare aiohttp proxy; options as ARGS='--quick'
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)

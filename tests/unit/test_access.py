@@ -39,7 +39,7 @@ def decided(asked=GPT, *models, task=None, alias=None):
         ("principal", who(endpoints=["embeddings", "chat/*"]), None),
         ("principal", who(endpoints=[]), "may not use chat/completions"),
         ("admin", None, "may not do that"),
-        ("admin", who(), "needs an admin key"),
+        ("admin", who(), "^This needs an admin key.$"),
         ("admin", who(admin=True), None),
         ("admin", who(admin=True, endpoints=["embeddings"]), "may not use"),
     ],

@@ -164,6 +164,14 @@ def test_an_error_in_any_shape_is_one(step, dialect, message):
         assert marked(dialect, {"error": harmless, "type": "x"}).error is None
 
 
+def test_anthropics_finish_is_a_stop_reason():
+    """Only the event that names the stop reason finishes a message."""
+    assert marked(MESSAGES, {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}).finish
+    assert not marked(MESSAGES, {"type": "message_delta", "delta": {"stop_reason": None}}).finish
+    assert not marked(MESSAGES, {"type": "content_block_delta", "delta": {"stop_reason": "x"}}).finish
+    assert marked(MESSAGES, {"type": "message_delta", "usage": "many"}).usage is None
+
+
 def test_a_failed_responses_kind_is_kept():
     """`error_type`, by which a failure is classed, is found beside the error too."""
     assert marked(RESPONSES, response_failed(3)).error["error_type"] == "server"
@@ -191,6 +199,7 @@ def test_a_200_that_holds_an_error_is_found(dialect, body, message):
     assert (found["message"] if found else None) == message
     if body == {"status": "failed", "error": {"message": "x"}}:
         assert found == {"message": "x", "error_type": None}
+        assert dialect.reply_error({**body, "error_type": "server"})["error_type"] == "server"
 
 
 # --- requests
@@ -235,8 +244,10 @@ def test_the_output_cap_is_found():
     assert DIALECTS["embeddings"].output_cap({"max_tokens": 5}) is None
 
 
-def nested(depth):
-    return "x" if depth == 0 else [nested(depth - 1)]
+def nested(depth, kind=list):
+    if depth == 0:
+        return "x"
+    return [nested(depth - 1)] if kind is list else {"a": nested(depth - 1, dict)}
 
 
 @pytest.mark.parametrize("endpoint, body, count", [
@@ -248,6 +259,8 @@ def nested(depth):
     ("embeddings", {}, 0),
     ("embeddings", {"input": nested(32)}, 1),
     ("embeddings", {"input": nested(34)}, 0),
+    ("embeddings", {"input": nested(32, dict)}, 1),
+    ("embeddings", {"input": nested(34, dict)}, 0),
 ])  # fmt: skip
 def test_characters_of_the_input_are_counted(endpoint, body, count):
     """Text that a model reads is counted, wherever it is nested; files, numbers and endless nests are not."""

@@ -138,6 +138,13 @@ def test_a_form_written_anew_is_read_the_same(body, files):
     assert found.files == given_files
 
 
+def test_a_boundary_cant_be_guessed():
+    """Nobody can write a part of a form into the content of a file."""
+    kinds = {write_form({}, Form([], []))[1] for _ in range(20)}
+    assert len(kinds) == 20
+    assert all(len(kind.partition("boundary=")[2]) >= 32 for kind in kinds)
+
+
 def test_a_name_cant_break_out_of_its_header():
     """Quotes and line ends in names are written as browsers write them."""
     raw, _ = write_form({'a"\r\nX: y': "v"}, Form([], [FormFile("f", 'n"\r\n.wav', "t/x\r\nX: y", b"z")]))

@@ -66,6 +66,18 @@ def test_half_an_event_waits():
     assert splitter.rest() == b""
 
 
+def test_what_is_whole_leaves_at_once():
+    """No event waits for the next one: all that are whole leave with the piece that completed them."""
+    for end in ENDS:
+        splitter = Splitter(LIMIT)
+        whole = b"data: 1" + end * 2 + b"data: 2" + end * 2
+        assert splitter.feed(whole + b"data: 3") == whole
+        assert splitter.feed(end) == b""
+    splitter = Splitter(LIMIT)
+    assert splitter.feed(b"data: 1\r\n\r\ndata: 2\r\n\r") == b"data: 1\r\n\r\n"
+    assert splitter.feed(b"\n") == b"data: 2\r\n\r\n"
+
+
 @pytest.mark.parametrize("size, fits", [(10, True), (11, False)])
 @pytest.mark.parametrize("before", [b"", b"data: 1\n\n"])
 def test_an_endless_event_is_cut_off(size, fits, before):
@@ -81,23 +93,24 @@ def test_an_endless_event_is_cut_off(size, fits, before):
 
 
 class Response:
-    """Chunks, then what `end` says: the body's complete end or its loss."""
+    """Chunks, then the body's complete end, its loss, or silence, for which nobody may wait."""
 
-    def __init__(self, *chunks, lost=False):
-        self._chunks, self._lost = list(chunks), lost
+    def __init__(self, *chunks, lost=False, silent=False):
+        self._chunks, self._lost, self._silent = list(chunks), lost, silent
 
     async def chunk(self):
         if self._chunks:
             return self._chunks.pop(0)
+        assert not self._silent
         if self._lost:
             raise UpstreamError(Cause.TRUNCATED, "lost")
         return b""
 
 
-def stream(endpoint, *chunks, lost=False, forward_usage=True, max_event=LIMIT, secret=""):
+def stream(endpoint, *chunks, forward_usage=True, max_event=LIMIT, secret="", **end):
     grammar = DIALECTS[endpoint].grammar
     return EventStream(
-        Response(*chunks, lost=lost), grammar, forward_usage=forward_usage, max_event=max_event, secret=secret
+        Response(*chunks, **end), grammar, forward_usage=forward_usage, max_event=max_event, secret=secret
     )
 
 
@@ -165,6 +178,9 @@ async def test_comments_inside_an_event_are_dropped():
         b'data: {"choices":[{"delta":{"content":"x"}}]}\n\ndata: {"choices":[{"delta":{"content":"y"}}]}\r\n\r\ndata:'
     )
     assert found.events == 2 + 2  # [DONE] is an end, not an event that was passed on
+    odd = b'data: {"choices":[]}\r: f\r\r'
+    found = stream("chat/completions", raw, odd, *chat(comments=False)[-3:])
+    assert b": f" not in await relayed(found)
 
 
 async def test_the_preamble_waits_for_the_first_content():
@@ -196,18 +212,21 @@ async def test_what_comes_with_the_first_content_is_kept():
         ([*chat()[:2], *data("[DONE]")], Cause.TRUNCATED, "before any content"),
         ([*chat()[:2], b"data: {half\n\n"], Cause.BAD_REPLY, "not JSON"),
         ([*chat()[:2], b"data: []\n\n"], Cause.BAD_REPLY, "not JSON"),
-        ([*chat()[:2], *data(chat_error(429, "Slow down"))], Cause.RATE_LIMIT, "Slow down"),
+        ([*chat()[:2], *data(chat_error(429, "Slow down"))], Cause.RATE_LIMIT, "Slow [*]{3}"),
         ([b"data: " + b" " * PREAMBLE_LIMIT + b"{}\n\n"], Cause.BAD_REPLY, "No content within"),
+        ([b"data: " + b" " * (PREAMBLE_LIMIT // 2) + b"{}\n\n"] * 2, Cause.BAD_REPLY, "No content within"),
         ([b"x" * 2000], Cause.BAD_REPLY, "larger than 1000"),
     ],
-    ids=["empty", "role only", "done", "half", "array", "error", "long preamble", "long event"],
+    ids=["empty", "role only", "done", "half", "array", "error", "long preamble", "much preamble", "long event"],
 )
 async def test_a_stream_that_fails_before_content_is_an_error(chunks, cause, words):
     """A stream without content is a failure that another model can make good."""
     limit = 1000 if words.startswith("larger") else LIMIT
+    silent = bool(chunks) and chunks != chat()[:2]  # what is wrong is told at once
     with pytest.raises(UpstreamError, match=words) as caught:
-        await stream("chat/completions", *chunks, max_event=limit).first_content()
+        await stream("chat/completions", *chunks, max_event=limit, silent=silent, secret="down").first_content()
     assert caught.value.cause is cause
+    assert "down" not in caught.value.message
 
 
 async def test_a_preamble_up_to_its_limit_is_fine():
@@ -234,13 +253,14 @@ async def test_a_truncated_chat_never_ends_cleanly(lost, kept):
     found = stream("chat/completions", *sent, lost=lost)
     out, error = await failure(found)
     assert error.cause is Cause.TRUNCATED
+    assert error.message == ("lost" if lost else "The upstream ended the stream without finishing the answer.")
     assert out == b"".join(sent[1:])  # all but the comment
     assert not found.finished
 
 
 async def test_done_without_a_finish_reason_is_a_truncation():
     """[DONE] alone doesn't make an answer whole."""
-    found = stream("chat/completions", *chat(finish=None))
+    found = stream("chat/completions", *chat(finish=None), silent=True)
     out, error = await failure(found)
     assert (error.cause, b"[DONE]" in out) == (Cause.TRUNCATED, False)
     assert "without finishing" in error.message
@@ -257,6 +277,7 @@ async def test_a_finished_response_needs_no_done(lost):
     assert flushed == [1]
     out, error = await failure(stream("responses", *steps[:-1], lost=lost))
     assert (out, error.cause) == (b"".join(steps[:-1]), Cause.TRUNCATED)
+    assert (error.message == "lost") is lost
 
 
 @pytest.mark.parametrize(
