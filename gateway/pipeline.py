@@ -362,6 +362,8 @@ class Run:
         self._meter(record, usage)
         if error is not None:
             raise error_from(error, secret=secret)
+        if secret and secret.encode() in body:
+            raise UpstreamError(Cause.BAD_REPLY, "The upstream's reply held what must not be passed on.")
         if self.exchange.stream and self.exchange.dialect.grammar and self.exchange.dialect.grammar.needs_done:
             raise UpstreamError(Cause.BAD_REPLY, "The upstream answered a stream with a whole body.")
         return body

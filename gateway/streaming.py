@@ -118,6 +118,7 @@ class EventStream:
         self._forward_usage = forward_usage
         self._splitter = Splitter(max_event)
         self._secret = secret
+        self._key = secret.encode()
         self._held: list[Event] = []
         self._finish_seen = False
         self._error: UpstreamError | None = None
@@ -178,7 +179,12 @@ class EventStream:
         block = self._splitter.feed(chunk)
         if not block:
             return b""
-        if self.tap is None and not _has_comment(block) and self._notable.search(block) is None:
+        if (
+            self.tap is None
+            and not _has_comment(block)
+            and self._notable.search(block) is None
+            and not (self._key and self._key in block)
+        ):
             self.last = block
             self.events += block.count(b"\n\n") or len(_EVENT_END.findall(block))
             return block
@@ -205,6 +211,9 @@ class EventStream:
                     break
                 if mark.usage_only and not self._forward_usage:
                     continue
+            if self._key and self._key in event:  # an upstream that repeats our own key is not passed on
+                self._error = UpstreamError(Cause.BAD_REPLY, "The upstream's stream held what must not be passed on.")
+                break
             self.last = event
             self.events += 1
             if self.tap is None:
