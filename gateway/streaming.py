@@ -211,7 +211,7 @@ class EventStream:
                     break
                 if mark.usage_only and not self._forward_usage:
                     continue
-            if self._key and self._key in event:  # an upstream that repeats our own key is not passed on
+            if self._key and event.find(self._key) >= 0:  # an upstream that repeats our own key is not passed on
                 self._error = UpstreamError(Cause.BAD_REPLY, "The upstream's stream held what must not be passed on.")
                 break
             self.last = event
