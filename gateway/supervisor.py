@@ -54,7 +54,7 @@ def data_dir(path: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataDirError(
-                f"Another xenios uses the data directory {path}; set server.data_dir (or XENIOS_DATA_DIR) to another."
+                f"Another xenios uses the data directory {path}; set server.data_dir to another."
             ) from error
         yield path
     finally:
