@@ -54,7 +54,8 @@ def data_dir(path: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataDirError(
-                f"Another xenios uses the data directory {path}; set server.data_dir to another."
+                f"Another xenios uses the data directory {path}; set server.data_dir to another "
+                "(with the default configuration: XENIOS_DATA_DIR)."
             ) from error
         yield path
     finally:
