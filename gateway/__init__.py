@@ -38,9 +38,10 @@ from gateway.exchange import (
 )
 from gateway.hookspecs import Tap, hookimpl
 from gateway.routes import Router
+from gateway.scoping import compile_when
 from gateway.services import Services
-from gateway.settings import Upstream, UpstreamName
-from gateway.units import Duration, Size
+from gateway.settings import Upstream, UpstreamName, When
+from gateway.units import Duration, Size, format_duration
 from gateway.upstream import UpstreamReply
 
 __all__ = [
@@ -83,6 +84,9 @@ __all__ = [
     "UpstreamName",
     "UpstreamReply",
     "Usage",
+    "When",
     "__version__",
+    "compile_when",
+    "format_duration",
     "hookimpl",
 ]

@@ -221,10 +221,11 @@ def settings_schema(*, others: bool = False) -> dict[str, Any]:
 
 
 def _serve(loaded: Loaded, *, show_key: bool, new_key: bool) -> int:
+    from gateway.errors import StartError
     from gateway.plugins import PluginStartError
     from gateway.settings import ConfigError
     from gateway.supervisor import DataDirError, data_dir, identity
-    from gateway.worker import StartError, Worker
+    from gateway.worker import Worker
 
     settings = loaded.settings
     try:

@@ -33,6 +33,10 @@ class Cause(StrEnum):
     ABANDONED = "abandoned"  # ours: deadline, shutdown or a plugin gave it up
 
 
+class StartError(Exception):
+    """The configuration can't be served; the message says what to change."""
+
+
 class GatewayError(Exception):
     """The gateway could not answer this request."""
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from gateway.dialects import Dialect
     from gateway.errors import Cause, GatewayError
+    from gateway.kit.ledger import Admission, Rule
     from gateway.routes import Route
     from gateway.snapshot import Snapshot
 
@@ -389,6 +390,7 @@ class Exchange:
 
     __slots__ = (
         "_context",
+        "admission",
         "attempts",
         "body",
         "client_started",
@@ -411,6 +413,7 @@ class Exchange:
         "request",
         "request_id",
         "route",
+        "rules",
         "running",
         "scope_memo",
         "snapshot",
@@ -458,6 +461,9 @@ class Exchange:
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None
         self.error_by: str | None = None
+        # What the request counts for, named by plugins in `check_request`; what came of it, once all were asked.
+        self.rules: list[Rule] | None = None
+        self.admission: Admission | None = None
         self.usage = UNKNOWN_USAGE
         self.cost = UNKNOWN_COST
         self.started = time.monotonic()
@@ -475,6 +481,12 @@ class Exchange:
     def set(self, key: ContextKey[T], value: T) -> T:
         self._context[key] = value
         return value
+
+    def hold(self, *rules: Rule) -> None:
+        """In `check_request`: limits that this request counts for. All plugins' are admitted together, or none is."""
+        if self.rules is None:
+            self.rules = []
+        self.rules.extend(rules)
 
     def attempt(self, target: Target) -> Attempt:
         """What would be sent to this target, with the body as it stands."""

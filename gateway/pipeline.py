@@ -43,6 +43,7 @@ from gateway.exchange import (
     Usage,
 )
 from gateway.incoming import admit_body, asked_models, parse_body
+from gateway.kit import ledger
 from gateway.streaming import ByteStream, EventStream
 from gateway.taps import TapChain
 from gateway.upstream import UpstreamReply, error_from, error_from_body
@@ -186,6 +187,8 @@ class Run:
         check_models(exchange, exchange.decision)
         if hooks.check_request:
             await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
+            if exchange.rules:
+                exchange.admission = await ledger.admit(exchange.snapshot.services.ledger, exchange.id, exchange.rules)
         if hooks.lookup_response:
             hit: Reply | None = await dispatch.run_first(exchange, hooks.lookup_response, ignorable=True, returns=Reply)
             if hit is not None:
@@ -649,6 +652,8 @@ class Run:
         exchange.credentials = None
         exchange.finished = time.monotonic()
         _sum_up(exchange)
+        if exchange.admission is not None:
+            ledger.settle(exchange.snapshot.services.ledger, exchange.admission, exchange)
         if self.hooks.request_finished:
             self.finisher.put(exchange, self.hooks.request_finished)
 

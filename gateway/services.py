@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from gateway.kit.ledger import MemoryLedger
+
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable, Coroutine
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
     from gateway.catalogue import Catalogue
     from gateway.exchange import Exchange, JsonObject, Principal, Reply
+    from gateway.kit.ledger import Ledger
     from gateway.settings import Settings
+    from gateway.stores.redis import RedisStore
     from gateway.tasks import Tasks
 
 
@@ -28,6 +32,9 @@ class Services:
     data_dir: Path | None
     pepper: str = field(repr=False)
     bootstrap_key_hash: str | None = field(default=None, repr=False)
+    # What requests count for and hold: Redis's if `services.redis` names one, else this process's own.
+    ledger: Ledger = field(default_factory=MemoryLedger, repr=False)
+    redis: RedisStore | None = field(default=None, repr=False)
     submitter: Callable[..., Awaitable[Reply]] | None = field(default=None, repr=False)
     plugin_id: str = "core"
     log: Any = None

@@ -274,6 +274,22 @@ class CatalogueSettings(_Section):
     """Corrections by model id, such as `openai/gpt-5.2`. Default none."""
 
 
+def _redis(value: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"memory|embedded|rediss?://[^\s/].*|unix:///.+", value.get_secret_value()):
+        raise refusal("is no address of a Redis", "memory, embedded, redis://host:6379/0, rediss://… or unix:///path")
+    return value
+
+
+class ServicesSettings(_Section):
+    """What workers and gateways share."""
+
+    redis: Annotated[SecretStr, AfterValidator(_redis), Field(json_schema_extra={"default": "memory"})] = SecretStr(
+        "memory"
+    )
+    """Where limits are counted: `redis://[user:password@]host:port/db`, `rediss://…`, `unix:///path`; `embedded` starts
+    a Valkey of its own in data_dir; `memory` counts in the process and forgets at its end. Default memory."""
+
+
 class When(_Section):
     """The requests that a plugin sees. A field left out matches all; each given one must match."""
 
@@ -342,6 +358,10 @@ class Settings(_Section):
     """Servers that answer requests, by name. Default: one `openrouter`, whose key is missing."""
     catalogue: CatalogueSettings = CatalogueSettings()
     """Where prices and limits come from. Default: each field's."""
+    services: Annotated[ServicesSettings, Field(json_schema_extra={"default": {"redis": "memory"}})] = (
+        ServicesSettings()
+    )
+    """Stores that plugins use. Default: each field's."""
     plugins: tuple[PluginEntry, ...] = ()
     """The plugins that are on, in call order. Default none: requests are only forwarded."""
 

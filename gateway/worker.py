@@ -21,10 +21,11 @@ from gateway.catalogue import Catalogue
 from gateway.core_routes import add_core_routes
 from gateway.corrections import Corrections
 from gateway.dialects import DIALECTS
-from gateway.errors import BadRequest, Cause, UpstreamError
+from gateway.errors import BadRequest, Cause, StartError, UpstreamError
 from gateway.exchange import Exchange, Reply, RequestView, new_id
 from gateway.finisher import Finisher
 from gateway.health import Health
+from gateway.kit.ledger import MemoryLedger, RedisLedger
 from gateway.logs import hide
 from gateway.pipeline import Run
 from gateway.plugins import close_all, open_all, read_plugins
@@ -32,6 +33,7 @@ from gateway.server import Server
 from gateway.services import Services
 from gateway.simulator import Simulator
 from gateway.snapshot import build, is_loopback
+from gateway.stores import open_redis
 from gateway.tasks import Tasks
 from gateway.transport.aiohttp_client import AiohttpTransport
 from gateway.upstream import UpstreamClient
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from gateway.settings import Loaded, Settings
     from gateway.settings import Upstream as UpstreamSettings
     from gateway.snapshot import Snapshot
+    from gateway.stores.redis import RedisStore
     from gateway.supervisor import Identity
 
 log = structlog.get_logger("gateway.worker")
@@ -52,10 +55,6 @@ log = structlog.get_logger("gateway.worker")
 STALL_SECONDS = 0.2
 # Requests make few cycles: collecting after each 700 new objects costs more than it frees.
 GC_THRESHOLD = (20_000, 20, 50)
-
-
-class StartError(Exception):
-    """The configuration can't be served; the message says what to change."""
 
 
 class Worker:
@@ -97,7 +96,8 @@ class Worker:
         async with contextlib.AsyncExitStack() as stack:
             if any(_simulates(u) for u in settings.upstreams.values()):
                 self._simulator = await stack.enter_async_context(Simulator())
-            services = self._services(settings)
+            redis = await stack.enter_async_context(open_redis(settings, self._data_dir))
+            services = self._services(settings, redis)
             health = Health(lambda: self.server.draining)
             snapshot = build(
                 settings, blueprints, services, self._upstream, lambda router: add_core_routes(router, health)
@@ -106,6 +106,7 @@ class Worker:
             stack.push_async_callback(self._close_transports, snapshot)
             _refuse_open_door(snapshot)
             await stack.enter_async_context(services.catalogue.lifespan())
+            await stack.enter_async_context(services.ledger.lifespan())
             await open_all(snapshot.instances)
             stack.push_async_callback(self._close_plugins, snapshot)
             await stack.enter_async_context(self.corrections.lifespan())
@@ -136,7 +137,7 @@ class Worker:
         for upstream in snapshot.upstreams.values():
             await upstream.transport.close()
 
-    def _services(self, settings: Settings) -> Services:
+    def _services(self, settings: Settings, redis: RedisStore | None) -> Services:
         cache = self._data_dir / "catalogue" if self._data_dir else None
         return Services(
             settings=settings,
@@ -151,6 +152,8 @@ class Worker:
             data_dir=self._data_dir,
             pepper=self._identity.pepper,
             bootstrap_key_hash=self._identity.bootstrap_key_hash,
+            ledger=MemoryLedger() if redis is None else RedisLedger(redis),
+            redis=redis,
             submitter=self._submit,
         )
 

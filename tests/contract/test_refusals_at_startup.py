@@ -9,10 +9,10 @@ import pytest
 from pydantic import BaseModel
 
 from gateway import Reply, hookimpl
+from gateway.errors import StartError
 from gateway.kit.testing import Gateway
 from gateway.plugins import PluginStartError
 from gateway.settings import ConfigError
-from gateway.worker import StartError
 
 wrapper = pluggy.HookimplMarker("xenios")
 

@@ -30,6 +30,7 @@ PLAIN_KEY = new_key()
 BUILT_IN = {
     "access_log": {},
     "api_keys": {"keys": [{"id": "plain", "hash": hash_key(PLAIN_KEY, PEPPER)}]},
+    "rate_limit": {"limits": [{"name": "all", "requests": 1000}]},
     "routing": {},
     "fallback": {},
 }

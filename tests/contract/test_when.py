@@ -3,8 +3,8 @@
 import pytest
 
 from gateway import Decision, Target, hookimpl
+from gateway.errors import StartError
 from gateway.kit.testing import Gateway
-from gateway.worker import StartError
 from tests.contract.recorder import Recorder, trace
 
 

