@@ -15,7 +15,7 @@ import msgspec
 from multidict import CIMultiDict, CIMultiDictProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from gateway.dialects import Dialect
     from gateway.errors import Cause, GatewayError
@@ -47,6 +47,7 @@ class Source(StrEnum):
     UPSTREAM = "upstream"
     CATALOGUE = "catalogue"
     ESTIMATE = "estimate"
+    RESERVED = "reserved"  # unknown, so what a budget had reserved was charged
     UNKNOWN = "unknown"
 
 
@@ -97,13 +98,18 @@ class Cost(msgspec.Struct, frozen=True):
     def usd(self) -> float | None:
         return None if self.pico_usd is None else self.pico_usd / 1e12
 
+    @property
+    def micro_usd(self) -> int | None:
+        """As budgets and usage rows count, rounded up."""
+        return None if self.pico_usd is None else -(-self.pico_usd // 10**6)
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(_plus(self.pico_usd, other.pico_usd), _weaker(self.source, other.source))
 
 
 UNKNOWN_USAGE = Usage()
 UNKNOWN_COST = Cost()
-_STRENGTH = [Source.UPSTREAM, Source.CATALOGUE, Source.ESTIMATE, Source.UNKNOWN]
+_STRENGTH = [Source.UPSTREAM, Source.CATALOGUE, Source.ESTIMATE, Source.RESERVED, Source.UNKNOWN]
 
 
 def _plus(a: int | None, b: int | None) -> int | None:
@@ -408,6 +414,7 @@ class Exchange:
         "phase",
         "principal",
         "raw_body",
+        "record",
         "reply",
         "reply_headers",
         "request",
@@ -464,6 +471,9 @@ class Exchange:
         # What the request counts for, named by plugins in `check_request`; what came of it, once all were asked.
         self.rules: list[Rule] | None = None
         self.admission: Admission | None = None
+        # What is to be stored of this request, asked for at its end with what the ledger settles (both or neither),
+        # and at admission for the case that its worker dies. One plugin may set it in `request_received`.
+        self.record: Callable[[Exchange], bytes] | None = None
         self.usage = UNKNOWN_USAGE
         self.cost = UNKNOWN_COST
         self.started = time.monotonic()

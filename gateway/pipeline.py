@@ -188,7 +188,7 @@ class Run:
         if hooks.check_request:
             await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
             if exchange.rules:
-                exchange.admission = await ledger.admit(exchange.snapshot.services.ledger, exchange.id, exchange.rules)
+                exchange.admission = await ledger.admit(exchange.snapshot.services.ledger, exchange, exchange.rules)
         if hooks.lookup_response:
             hit: Reply | None = await dispatch.run_first(exchange, hooks.lookup_response, ignorable=True, returns=Reply)
             if hit is not None:
@@ -275,6 +275,8 @@ class Run:
         """One attempt, to the whole reply or to a stream's first content. Raises UpstreamError."""
         exchange = self.exchange
         self._give_up_attempt(Cause.ABANDONED)
+        if exchange.attempts and exchange.admission is not None:
+            await ledger.admit_again(exchange.snapshot.services.ledger, exchange, exchange.admission)
         upstream = exchange.snapshot.upstreams[attempt.target.upstream]
         record = AttemptRecord(attempt, len(exchange.attempts) + 1, time.monotonic())
         exchange.attempts.append(record)
@@ -652,8 +654,8 @@ class Run:
         exchange.credentials = None
         exchange.finished = time.monotonic()
         _sum_up(exchange)
-        if exchange.admission is not None:
-            ledger.settle(exchange.snapshot.services.ledger, exchange.admission, exchange)
+        if exchange.admission is not None or exchange.record is not None:
+            ledger.settle(exchange.snapshot.services.ledger, exchange)
         if self.hooks.request_finished:
             self.finisher.put(exchange, self.hooks.request_finished)
 

@@ -1,12 +1,17 @@
-"""What is counted and held for requests, admitted all or none: rate limits, concurrent requests, and plugins' own.
+"""What is counted and held for requests, admitted all or none: rate limits, concurrent requests, money, plugins' own.
 
 A plugin's `check_request` names its rules by `exchange.hold(rule, …)`. After all plugins have spoken the core admits
 them together: in Redis by ONE Lua call, whatever their number, else in this process. A rule that has no room refuses
 the request, and then nothing was taken for any rule. When the request is over, what it really used is settled.
 
-Rates are counted as GCRA: a bucket of `burst` units that refills by `limit` in `per` seconds. So in any span of t
-seconds at most burst + limit · t / per units are admitted. What a request uses beyond its estimate is a debt: the
-bucket goes below empty, and later requests wait. Slots are leases: one that its worker no longer renews ends by itself.
+- `rate` is GCRA: a bucket of `burst` units that refills by `limit` in `per` seconds. So in any span of t seconds at
+  most burst + limit · t / per units are admitted. What a request uses beyond its estimate is a debt: the bucket goes
+  below empty, and later requests wait.
+- `slots` are leases of places: one that its worker no longer renews ends by itself.
+- `budget` is money (micro-USD): admission reserves, settlement spends. A reservation that its worker no longer renews
+  is spent as reserved, and leaves a row. spent + reserved never exceeds the limit at an admission.
+
+Settlement is by operation id, the exchange's: doing it twice, or after the lease ended, ends in the same sums.
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections import deque
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 import structlog
@@ -34,7 +40,9 @@ log = structlog.get_logger("gateway.ledger")
 LEASE_SECONDS = 15.0
 RENEW_SECONDS = 5.0
 SETTLE_SECONDS = 0.02
-PENDING_LIMIT = 100_000
+PENDING_LIMIT = 100_000  # settlements kept while Redis is away
+ROWS_LIMIT = 100_000  # rows that nobody has taken yet
+RETRY_SECONDS = 0.5
 SWEEP_EVERY = 10_000
 
 
@@ -49,21 +57,27 @@ class State(msgspec.Struct, frozen=True):
 
     allowed: bool
     remaining: int
-    reset: float
-    retry_after: float | None
+    reset: float = 0.0
+    retry_after: float | None = None
+    granted: int = 0  # budget: what was reserved for the request
+    reserved: int = 0  # budget: what others hold
 
 
 class Rule(msgspec.Struct, eq=False):
     """One limit that one request falls under."""
 
     key: str  # what is counted together: the rule and its subject, such as `rate_limit:per-key:alice:requests`
-    kind: Literal["rate", "slots"]
-    limit: int  # rate: units per `per`; slots: how many at once
+    kind: Literal["rate", "slots", "budget"]
+    limit: int  # rate: units per `per`; slots: how many at once; budget: micro-USD
     refuse: Callable[[Rule, State], GatewayError]  # what the client is told
-    per: float = 60.0  # seconds
-    burst: int = 0  # the bucket; 0: as large as `limit`
-    amount: int = 1  # what the request takes, by estimate where it isn't known yet
+    per: float = 60.0  # rate: seconds
+    burst: int = 0  # rate: the bucket; 0: as large as `limit`
+    amount: int = 1  # what the request takes, by estimate where it isn't known yet; budget: its upper bound
+    least: int | None = None  # budget: takes what is left if that is at least so much; None: all of `amount`
+    until: float | None = None  # budget: when the count may be forgotten, in seconds since 1970
     actual: Callable[[Exchange], int | None] | None = None  # what it took, when it is over; None: as estimated
+    admitted: Callable[[Exchange, Rule, State], None] | None = None  # called once all rules had room
+    again: Callable[[Exchange], int] | None = None  # budget: what a further attempt may cost on top, 0 for nothing
     on_store_error: Literal["allow", "deny"] = "deny"
 
     @property
@@ -77,21 +91,53 @@ class Rule(msgspec.Struct, eq=False):
 
 
 class Admission(msgspec.Struct, eq=False):
-    """The rules of one admitted request and what they said; `states` is empty while the store is away."""
+    """The rules of one admitted request and what they said; `states` is empty if the store was away."""
 
     op: str
     rules: Sequence[Rule]
     states: Sequence[State]
 
 
+class Row(NamedTuple):
+    """What was recorded of an operation: `payload` as given. `abandoned`: reserved, and then never settled."""
+
+    id: str  # for `drop_rows`
+    op: str
+    payload: bytes
+    abandoned: int | None = None  # micro-USD spent as reserved
+
+
 class Ledger(Protocol):
     """In memory and on Redis: the same answers."""
 
-    async def judge(self, op: str, rules: Sequence[Rule]) -> list[State]:
-        """Take for all rules, or for none if one has no room. Raises StoreUnavailable."""
+    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> list[State]:
+        """Take for all rules, or for none if one has no room. Raises StoreUnavailable.
 
-    def settle(self, op: str, rule: Rule, actual: int | None) -> None:
-        """The request is over: free its slot, or put right what it took. Does not wait."""
+        `row` is recorded if the operation is never settled. A second call for the same operation takes more.
+        """
+
+    def settle(
+        self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True
+    ) -> None:
+        """The operation is over: put right what each rule took, and record `row`, both or neither. Does not wait.
+
+        `admitted=False`: the store did not answer at admission, so all of it is booked now.
+        """
+
+    def adjust(self, op: str, rule: Rule, delta: int) -> None:
+        """The true cost of a settled operation became known: once per operation and budget. Does not wait."""
+
+    async def rows(self, most: int) -> list[Row]:
+        """Rows that are to be stored elsewhere, oldest first; they stay until dropped. Raises StoreUnavailable.
+
+        Store by `op`: after a failure of the store one may come twice, and an abandoned operation's real row later.
+        """
+
+    async def drop_rows(self, ids: Sequence[str]) -> None:
+        """These rows are stored. Raises StoreUnavailable."""
+
+    async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
+        """(spent, reserved) in micro-USD for each budget's key. Raises StoreUnavailable."""
 
     async def ping(self) -> None:
         """Raises StoreUnavailable."""
@@ -99,54 +145,111 @@ class Ledger(Protocol):
     def lifespan(self) -> contextlib.AbstractAsyncContextManager[None]: ...
 
 
-async def admit(ledger: Ledger, op: str, rules: Sequence[Rule]) -> Admission:
+async def admit(ledger: Ledger, exchange: Exchange, rules: Sequence[Rule]) -> Admission:
     """Raises what the rule without room says, or StoreUnavailable if a rule wants that."""
+    op = exchange.id
+    row = b""
+    if exchange.record is not None and any(rule.kind == "budget" for rule in rules):
+        row = exchange.record(exchange)
     try:
-        states = await ledger.judge(op, rules)
+        states = await ledger.judge(op, rules, row)
     except StoreUnavailable:
         if any(rule.on_store_error == "deny" for rule in rules):
             raise
         return Admission(op, rules, ())
+    _take(exchange, rules, states)
+    return Admission(op, rules, states)
+
+
+async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) -> None:
+    """Before a further attempt: reserve for it too if an earlier one may have cost something. Raises as `admit`."""
+    more = [
+        msgspec.structs.replace(rule, amount=amount, least=None)
+        for rule in admission.rules
+        if rule.again is not None and (amount := rule.again(exchange)) > 0
+    ]
+    if not more or not admission.states:
+        return
+    try:
+        states = await ledger.judge(admission.op, more)
+    except StoreUnavailable:
+        if any(rule.on_store_error == "deny" for rule in more):
+            raise
+        return
+    _take(exchange, more, states)
+
+
+def _take(exchange: Exchange, rules: Sequence[Rule], states: Sequence[State]) -> None:
     refused = [(rule, state) for rule, state in zip(rules, states, strict=True) if not state.allowed]
     if refused:
         # The one that takes longest to have room again; waiting for less would be in vain.
         rule, state = max(refused, key=lambda r: float("inf") if r[1].retry_after is None else r[1].retry_after)
         raise rule.refuse(rule, state)
-    return Admission(op, rules, states)
+    for rule, state in zip(rules, states, strict=True):
+        if rule.admitted is not None:
+            rule.admitted(exchange, rule, state)
 
 
-def settle(ledger: Ledger, admission: Admission, exchange: Exchange) -> None:
+def settle(ledger: Ledger, exchange: Exchange) -> None:
     """When a request is over; also if it was admitted without the store, which may be back by now."""
-    for rule in admission.rules:
+    admission = exchange.admission
+    actual: list[tuple[Rule, int | None]] = []
+    for rule in admission.rules if admission is not None else ():
         try:
-            actual = rule.actual(exchange) if rule.actual is not None else None
+            actual.append((rule, rule.actual(exchange) if rule.actual is not None else None))
         except Exception:
             log.exception("ledger_actual_failed", key=rule.key, request_id=exchange.request_id)
-            actual = None
-        ledger.settle(admission.op, rule, actual)
+            actual.append((rule, None))
+    row = b""
+    if exchange.record is not None:
+        try:
+            row = exchange.record(exchange)
+        except Exception:
+            log.exception("ledger_record_failed", request_id=exchange.request_id)
+    if actual or row:
+        ledger.settle(exchange.id, actual, row, admitted=admission is None or bool(admission.states))
 
 
-def _states(rules: Sequence[Rule], levels: Sequence[float]) -> list[State]:
-    """From what each rule held before: microseconds of its bucket, or slots."""
-    allowed = [_has_room(rule, level) for rule, level in zip(rules, levels, strict=True)]
+def _states(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> list[State]:
+    """From what each rule held before: microseconds of its bucket, slots, or (spent, reserved)."""
+    allowed = [_has_room(rule, *level) for rule, level in zip(rules, levels, strict=True)]
     taken = all(allowed)
+    grant = _grant(rules, levels) if taken else 0
     return [
-        _state(rule, level, has_room=has_room, taken=taken)
+        _state(rule, level, has_room=has_room, taken=taken, grant=grant)
         for rule, level, has_room in zip(rules, levels, allowed, strict=True)
     ]
 
 
-def _has_room(rule: Rule, level: float) -> bool:
+def _grant(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> int:
+    """What every budget of a request reserves: its bound, or what is left in the one that has least."""
+    return min(
+        (
+            min(rule.amount, int(rule.limit - spent - reserved))
+            for rule, (spent, reserved) in zip(rules, levels, strict=True)
+            if rule.kind == "budget"
+        ),
+        default=0,
+    )
+
+
+def _has_room(rule: Rule, level: float, reserved: float) -> bool:
     if rule.kind == "slots":
         return level < rule.limit
+    if rule.kind == "budget":
+        return level + reserved + (rule.amount if rule.least is None else rule.least) <= rule.limit
     # half a microsecond: what floats lose must not refuse the bucket's last unit
     return level + rule.amount * rule.unit <= rule.size * rule.unit + 0.5
 
 
-def _state(rule: Rule, level: float, *, has_room: bool, taken: bool) -> State:
+def _state(rule: Rule, before: tuple[float, float], *, has_room: bool, taken: bool, grant: int) -> State:
+    level, reserved = before
     if rule.kind == "slots":
         held = level + (1 if taken else 0)
-        return State(has_room, max(0, int(rule.limit - held)), 0.0, None if has_room else 1.0)
+        return State(has_room, max(0, int(rule.limit - held)), retry_after=None if has_room else 1.0)
+    if rule.kind == "budget":
+        left = int(rule.limit - level - reserved) - grant
+        return State(has_room, max(0, left), granted=grant, reserved=int(reserved))
     unit = rule.unit
     after = level + (rule.amount * unit if taken else 0.0)
     remaining = max(0, int((rule.size * unit - after + 0.5) / unit))
@@ -156,6 +259,18 @@ def _state(rule: Rule, level: float, *, has_room: bool, taken: bool) -> State:
     return State(has_room, remaining, max(0.0, after) / 1e6, wait)
 
 
+class _Budget:
+    """In memory: micro-USD."""
+
+    __slots__ = ("held", "reserved", "spent", "until")
+
+    def __init__(self, until: float | None) -> None:
+        self.spent = 0
+        self.reserved = 0  # the sum of `held`
+        self.held: dict[str, int] = {}  # by operation
+        self.until = until
+
+
 class MemoryLedger:
     """For one process: counts end with it."""
 
@@ -163,42 +278,73 @@ class MemoryLedger:
         self._clock = clock
         self._full_at: dict[str, float] = {}  # rate: when the bucket will be full, in µs (GCRA's TAT)
         self._slots: dict[str, set[str]] = {}
+        self._budgets: dict[str, _Budget] = {}
+        self._adjusted: dict[tuple[str, str], None] = {}
+        self._rows: deque[Row] = deque()
+        self._numbers = 0
         self._calls = 0
+        self.dropped_rows = 0
 
-    async def judge(self, op: str, rules: Sequence[Rule]) -> list[State]:
+    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> list[State]:
+        del row  # who would record it, dies with the operation
         now = self._clock() * 1e6
         self._calls += 1
         if self._calls % SWEEP_EVERY == 0:
-            self._full_at = {key: at for key, at in self._full_at.items() if at > now}
-        levels = [
-            float(len(self._slots.get(rule.key, ())))
-            if rule.kind == "slots"
-            else max(0.0, self._full_at.get(rule.key, 0.0) - now)
-            for rule in rules
-        ]
+            self._sweep(now)
+        levels = [self._level(rule, now) for rule in rules]
         states = _states(rules, levels)
         if all(state.allowed for state in states):
-            for rule, level in zip(rules, levels, strict=True):
+            for rule, (level, _), state in zip(rules, levels, states, strict=True):
                 if rule.kind == "slots":
                     self._slots.setdefault(rule.key, set()).add(op)
+                elif rule.kind == "budget":
+                    budget = self._budget(rule)
+                    budget.held[op] = budget.held.get(op, 0) + state.granted
+                    budget.reserved += state.granted
                 else:
                     self._full_at[rule.key] = now + level + rule.amount * rule.unit
         return states
 
-    def settle(self, op: str, rule: Rule, actual: int | None) -> None:
-        if rule.kind == "slots":
-            held = self._slots.get(rule.key)
-            if held is not None:
-                held.discard(op)
-                if not held:
-                    del self._slots[rule.key]
-        elif actual is not None and actual != rule.amount:
-            now = self._clock() * 1e6
-            at = max(now, self._full_at.get(rule.key, 0.0)) + (actual - rule.amount) * rule.unit
-            if at > now:
-                self._full_at[rule.key] = at
-            else:
-                self._full_at.pop(rule.key, None)
+    def settle(
+        self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True
+    ) -> None:
+        del admitted  # this store is never away
+        for rule, used in actual:
+            if rule.kind == "slots":
+                held = self._slots.get(rule.key)
+                if held is not None:
+                    held.discard(op)
+                    if not held:
+                        del self._slots[rule.key]
+            elif rule.kind == "budget":
+                budget = self._budget(rule)
+                reserved = budget.held.pop(op, None)
+                if reserved is not None:
+                    budget.reserved -= reserved
+                    budget.spent += reserved if used is None else used
+            elif used is not None and used != rule.amount:
+                self._move(rule, used - rule.amount)
+        if row:
+            self._record(op, row)
+
+    def adjust(self, op: str, rule: Rule, delta: int) -> None:
+        if (op, rule.key) not in self._adjusted:
+            self._adjusted[op, rule.key] = None
+            if len(self._adjusted) > PENDING_LIMIT:
+                del self._adjusted[next(iter(self._adjusted))]
+            self._budget(rule).spent += delta
+
+    async def rows(self, most: int) -> list[Row]:
+        return [self._rows[i] for i in range(min(most, len(self._rows)))]
+
+    async def drop_rows(self, ids: Sequence[str]) -> None:
+        gone = set(ids)
+        while self._rows and self._rows[0].id in gone:
+            self._rows.popleft()
+
+    async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
+        found = (self._budgets.get(key) for key in keys)
+        return [(b.spent, b.reserved) if b is not None else (0, 0) for b in found]
 
     async def ping(self) -> None: ...
 
@@ -206,55 +352,129 @@ class MemoryLedger:
     async def lifespan(self) -> AsyncIterator[None]:
         yield
 
+    def _budget(self, rule: Rule) -> _Budget:
+        budget = self._budgets.get(rule.key)
+        if budget is None:
+            budget = self._budgets[rule.key] = _Budget(rule.until)
+        return budget
+
+    def _level(self, rule: Rule, now: float) -> tuple[float, float]:
+        if rule.kind == "slots":
+            return float(len(self._slots.get(rule.key, ()))), 0.0
+        if rule.kind == "budget":
+            budget = self._budgets.get(rule.key)
+            return (float(budget.spent), float(budget.reserved)) if budget is not None else (0.0, 0.0)
+        return max(0.0, self._full_at.get(rule.key, 0.0) - now), 0.0
+
+    def _move(self, rule: Rule, units: int) -> None:
+        now = self._clock() * 1e6
+        at = max(now, self._full_at.get(rule.key, 0.0)) + units * rule.unit
+        if at > now:
+            self._full_at[rule.key] = at
+        else:
+            self._full_at.pop(rule.key, None)
+
+    def _record(self, op: str, row: bytes) -> None:
+        if len(self._rows) >= ROWS_LIMIT:
+            self.dropped_rows += 1
+            return
+        self._numbers += 1
+        self._rows.append(Row(str(self._numbers), op, row))
+
+    def _sweep(self, now: float) -> None:
+        self._full_at = {key: at for key, at in self._full_at.items() if at > now}
+        date = time.time()
+        self._budgets = {key: b for key, b in self._budgets.items() if b.held or b.until is None or b.until > date}
+
 
 # All keys of the ledger carry one hash tag: a Cluster keeps them on one node, as one call on several keys needs.
 PREFIX = "{xenios}:ledger:"
+LEASES = PREFIX + "leases"  # sorted set: operation → when its reservations are spent as reserved
+OPERATION = PREFIX + "op:"  # hash of one operation: budget's key → reserved; `~row`; `~gone` once it was reaped
+ADJUSTED = PREFIX + "adjusted:"  # operation and budget that were charged without a reservation
+ROWS = PREFIX + "rows"  # stream
+DROPPED = PREFIX + "dropped"  # how many rows found no place in it
 
-# KEYS: one per rule. ARGV: the time in µs (0: Redis's own), the operation, the lease in µs, then per rule
-#   'r', the bucket's size in µs, what the request takes in µs;
-#   's', the number of slots, operations that are over but whose slots may not have been freed yet.
-# Returns 1 or 0, then each rule's level before, as text.
-_JUDGE = """
-local now = tonumber(ARGV[1])
-if now == 0 then local t = redis.call('TIME'); now = t[1] * 1000000 + t[2] end
-local lease = tonumber(ARGV[3])
-local out, ok = {1}, true
-for i, key in ipairs(KEYS) do
-  local p = 3 * i
-  local room, level = tonumber(ARGV[p + 2])
-  if ARGV[p + 1] == 's' then
-    for over in string.gmatch(ARGV[p + 3], '%S+') do redis.call('ZREM', key, over) end
-    redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
-    level = redis.call('ZCARD', key)
-    if level >= room then ok = false end
-  else
-    level = math.max(0, tonumber(redis.call('GET', key) or 0) - now)
-    if level + tonumber(ARGV[p + 3]) > room + 0.5 then ok = false end
-  end
-  out[i + 1] = string.format('%.3f', level)
-end
-if not ok then out[1] = 0; return out end
-for i, key in ipairs(KEYS) do
-  local p = 3 * i
-  if ARGV[p + 1] == 's' then
-    redis.call('ZADD', key, now + lease, ARGV[2])
-    redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
-  else
-    local ahead = tonumber(out[i + 1]) + tonumber(ARGV[p + 3])
-    redis.call('SET', key, string.format('%.3f', now + ahead), 'PX', math.ceil(ahead / 1000) + 1)
-  end
-end
-return out
-"""
-
-# KEYS: one per change. ARGV: the time, the lease, then per change its kind and value: `r` moves a bucket by µs, `s`
-# frees an operation's slot, `l` renews its lease.
-_SETTLE = """
+_TIME = """
 local now = tonumber(ARGV[1])
 if now == 0 then local t = redis.call('TIME'); now = t[1] * 1000000 + t[2] end
 local lease = tonumber(ARGV[2])
+local function text(n) return string.format('%.0f', n) end
+"""
+
+# KEYS: one per rule, then the operation's and the leases. ARGV: the time in µs (0: Redis's own), the lease in µs, the
+# operation, its row, then four per rule:
+#   'r', the bucket's size in µs, what the request takes in µs, '';
+#   's', the number of slots, operations that are over but whose slots may not have been freed yet, '';
+#   'b', the limit, the least and the most to reserve as 'least most', when the count may be forgotten in ms or ''.
+# Returns 1 or 0, then each rule's level before, as text.
+_JUDGE = (
+    _TIME
+    + """
+local op, n = ARGV[3], #KEYS - 2
+local out, ok, grant = {1}, true, nil
+for i = 1, n do
+  local key, p = KEYS[i], 4 * i + 1
+  local kind, room, level = ARGV[p], tonumber(ARGV[p + 1]), nil
+  if kind == 's' then
+    for over in string.gmatch(ARGV[p + 2], '%S+') do redis.call('ZREM', key, over) end
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
+    level = redis.call('ZCARD', key)
+    if level >= room then ok = false end
+  elseif kind == 'b' then
+    local held = redis.call('HMGET', key, 'spent', 'reserved')
+    local spent, reserved = tonumber(held[1] or 0), tonumber(held[2] or 0)
+    local least, most = string.match(ARGV[p + 2], '(%d+) (%d+)')
+    local left = room - spent - reserved
+    if left < tonumber(least) then ok = false end
+    grant = math.min(grant or left, left, tonumber(most))
+    level = text(spent) .. ' ' .. text(reserved)
+  else
+    level = math.max(0, tonumber(redis.call('GET', key) or 0) - now)
+    if level + tonumber(ARGV[p + 2]) > room + 0.5 then ok = false end
+    level = string.format('%.3f', level)
+  end
+  out[i + 1] = tostring(level)
+end
+if not ok then out[1] = 0; return out end
+for i = 1, n do
+  local key, p = KEYS[i], 4 * i + 1
+  local kind = ARGV[p]
+  if kind == 's' then
+    redis.call('ZADD', key, now + lease, op)
+    redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
+  elseif kind == 'b' then
+    redis.call('HINCRBY', key, 'reserved', text(grant))
+    if ARGV[p + 3] ~= '' then redis.call('PEXPIREAT', key, ARGV[p + 3]) end
+    redis.call('HINCRBY', KEYS[n + 1], key, text(grant))
+  else
+    local ahead = tonumber(out[i + 1]) + tonumber(ARGV[p + 2])
+    redis.call('SET', key, string.format('%.3f', now + ahead), 'PX', math.ceil(ahead / 1000) + 1)
+  end
+end
+if grant then
+  if ARGV[4] ~= '' then redis.call('HSET', KEYS[n + 1], '~row', ARGV[4]) end
+  redis.call('ZADD', KEYS[n + 2], now + lease, op)
+end
+return out
+"""
+)
+
+# KEYS: one per change. ARGV: the time, the lease, then four per change: its kind, operation, value, and more.
+#   'r' moves a bucket by µs; 's' frees a slot; 'l' renews a slot's lease; 'k' a reservation's.
+#   'b' spends the value of what an operation reserved ('' all). More is 'charge' if it is to be spent also without a
+#   reservation, and how many seconds this is remembered.
+#   'w' records the value as a row.
+_SETTLE = (
+    _TIME
+    + f"""
+local leases, operation, adjusted, rows, dropped =
+  '{LEASES}', '{OPERATION}', '{ADJUSTED}', '{ROWS}', '{DROPPED}'
+"""
+    + f"""
 for i, key in ipairs(KEYS) do
-  local kind, value = ARGV[2 * i + 1], ARGV[2 * i + 2]
+  local p = 4 * i - 1
+  local kind, op, value, more = ARGV[p], ARGV[p + 1], ARGV[p + 2], ARGV[p + 3]
   if kind == 'r' then
     local ahead = math.max(0, tonumber(redis.call('GET', key) or 0) - now) + tonumber(value)
     if ahead > 0 then
@@ -263,13 +483,85 @@ for i, key in ipairs(KEYS) do
       redis.call('DEL', key)
     end
   elseif kind == 's' then
-    redis.call('ZREM', key, value)
-  elseif redis.call('ZADD', key, 'XX', 'CH', now + lease, value) == 1 then
-    redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
+    redis.call('ZREM', key, op)
+  elseif kind == 'l' then
+    if redis.call('ZADD', key, 'XX', 'CH', now + lease, op) == 1 then
+      redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
+    end
+  elseif kind == 'k' then
+    redis.call('ZADD', key, 'XX', now + lease, op)
+  elseif kind == 'w' then
+    if redis.call('XLEN', rows) >= {ROWS_LIMIT} then
+      redis.call('INCR', dropped)
+    else
+      redis.call('XADD', rows, '*', 'op', op, 'row', value)
+    end
+  else
+    local held = operation .. op
+    local amount = redis.call('HGET', held, key)
+    if amount then
+      local spent = value == '' and amount or value
+      if redis.call('HEXISTS', held, '~gone') == 1 then
+        spent = tonumber(spent) - tonumber(amount)
+      else
+        redis.call('HINCRBY', key, 'reserved', '-' .. amount)
+      end
+      redis.call('HINCRBY', key, 'spent', text(tonumber(spent)))
+      redis.call('HDEL', held, key)
+      local rest = redis.call('HLEN', held) - redis.call('HEXISTS', held, '~gone') - redis.call('HEXISTS', held, '~row')
+      if rest == 0 then
+        redis.call('DEL', held)
+        redis.call('ZREM', leases, op)
+      end
+    elseif string.sub(more, 1, 6) == 'charge' then
+      if redis.call('SET', adjusted .. op .. ':' .. key, '1', 'NX', 'EX', 86400) then
+        redis.call('HINCRBY', key, 'spent', text(tonumber(value)))
+      end
+    end
   end
 end
 return 1
 """
+)
+
+# KEYS: the leases. Spends what dead workers had reserved, and records it. Returns how many operations it found.
+_REAP = (
+    _TIME
+    + f"""
+local ended = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, 100)
+for _, op in ipairs(ended) do
+  redis.call('ZREM', KEYS[1], op)
+  local held = '{OPERATION}' .. op
+  local fields, most, row = redis.call('HGETALL', held), '0', nil
+  for i = 1, #fields, 2 do
+    local key, amount = fields[i], fields[i + 1]
+    if key == '~row' then
+      row = amount
+    elseif key ~= '~gone' then
+      redis.call('HINCRBY', key, 'reserved', '-' .. amount)
+      redis.call('HINCRBY', key, 'spent', amount)
+      if tonumber(amount) > tonumber(most) then most = amount end
+    end
+  end
+  if #fields > 0 then
+    redis.call('HSET', held, '~gone', '1')
+    redis.call('EXPIRE', held, 86400)
+    if row then redis.call('XADD', '{ROWS}', '*', 'op', op, 'row', row, 'abandoned', most) end
+  end
+end
+return #ended
+"""
+)
+
+_REPEATABLE = frozenset("sbw")  # settling these twice does no harm
+
+
+class _Change(NamedTuple):
+    key: str
+    kind: str
+    op: str
+    value: str | bytes = ""
+    more: str = ""
 
 
 class RedisLedger:
@@ -279,44 +571,122 @@ class RedisLedger:
         """`clock` (seconds) replaces Redis's own time, for tests."""
         self._store = store
         self._clock = clock
-        self._pending: list[tuple[str, str, str]] = []  # (key, kind, value)
-        self._held: dict[tuple[str, str], None] = {}  # (key, operation), renewed until settled
+        # One tuple per operation: what belongs together goes in one call.
+        self._pending: deque[tuple[_Change, ...]] = deque()
+        self._held: dict[tuple[str, str, str], None] = {}  # (key, kind of renewal, operation), until settled
         # Slots freed here, but perhaps not yet in Redis: a client that sends one request after the other must not
         # meet its own last one.
         self._freed: dict[str, list[str]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._flushing = asyncio.Lock()
         self._tasks = Tasks()
         self.lost = 0  # settlements that never reached Redis
 
-    async def judge(self, op: str, rules: Sequence[Rule]) -> list[State]:
-        arguments: list[Any] = [self._now(), op, int(LEASE_SECONDS * 1e6)]
+    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> list[State]:
+        states = await self._judge(op, rules, row)
+        if any(not s.allowed and (r.kind == "slots" or s.reserved) for r, s in zip(rules, states, strict=True)):
+            # What stands in the way may be over already, and its settlement under way here or in another worker.
+            await asyncio.sleep(SETTLE_SECONDS * 1.5)
+            states = await self._judge(op, rules, row)
+        return states
+
+    async def _judge(self, op: str, rules: Sequence[Rule], row: bytes) -> list[State]:
+        if self._store.is_open:
+            raise StoreUnavailable
+        keys, arguments, taken = [], [self._now(), int(LEASE_SECONDS * 1e6), op, row], []
         for rule in rules:
+            key = PREFIX + rule.key
+            keys.append(key)
             if rule.kind == "slots":
-                arguments += ("s", rule.limit, " ".join(self._freed.get(PREFIX + rule.key, ())))
+                arguments += ("s", rule.limit, " ".join(self._freed.get(key, ())), "")
+                taken.append((key, "l", op))
+            elif rule.kind == "budget":
+                least = rule.amount if rule.least is None else rule.least
+                until = "" if rule.until is None else int(rule.until * 1000)
+                arguments += ("b", rule.limit, f"{least} {rule.amount}", until)
+                taken.append((LEASES, "k", op))
             else:
-                arguments += ("r", rule.size * rule.unit, rule.amount * rule.unit)
-        taken = [(PREFIX + rule.key, op) for rule in rules if rule.kind == "slots"]
+                arguments += ("r", rule.size * rule.unit, rule.amount * rule.unit, "")
+        keys += (OPERATION + op, LEASES)
         try:
-            answer = await self._store.script(_JUDGE, [PREFIX + rule.key for rule in rules], arguments)
+            answer = await self._store.script(_JUDGE, keys, arguments)
         except BaseException:
-            # Whether Redis took the slots is unknown: free them, which harms nothing if it didn't.
-            for key, _ in taken:
-                self._put(key, "s", op)
+            # Whether Redis took it is unknown: give it back, which harms nothing if it didn't.
+            undo = [_Change(PREFIX + r.key, "s", op) for r in rules if r.kind == "slots"]
+            undo += [_Change(PREFIX + r.key, "b", op, "0") for r in rules if r.kind == "budget"]
+            if undo:
+                self._put(tuple(undo))
             raise
         if answer[0] == 1:
             self._held.update(dict.fromkeys(taken))
-        return _states(rules, [float(level) for level in answer[1:]])
+        levels = [text.decode().partition(" ") for text in answer[1:]]
+        return _states(rules, [(float(level), float(reserved or 0)) for level, _, reserved in levels])
 
-    def settle(self, op: str, rule: Rule, actual: int | None) -> None:
-        key = PREFIX + rule.key
-        if rule.kind == "slots":
-            self._held.pop((key, op), None)
-            self._put(key, "s", op)
-        elif actual is not None and actual != rule.amount:
-            self._put(key, "r", repr((actual - rule.amount) * rule.unit))
+    def settle(
+        self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True
+    ) -> None:
+        changes = []
+        for rule, used in actual:
+            key = PREFIX + rule.key
+            if rule.kind == "slots":
+                if not admitted:
+                    continue
+                self._held.pop((key, "l", op), None)
+                changes.append(_Change(key, "s", op))
+                self._freed.setdefault(key, []).append(op)
+            elif rule.kind == "budget":
+                self._held.pop((LEASES, "k", op), None)
+                if admitted:
+                    changes.append(_Change(key, "b", op, "" if used is None else str(used)))
+                else:
+                    changes.append(_Change(key, "b", op, str(rule.amount if used is None else used), "charge"))
+            else:
+                units = (rule.amount if used is None else used) - (rule.amount if admitted else 0)
+                if units:
+                    changes.append(_Change(key, "r", op, repr(units * rule.unit)))
+        if row:
+            changes.append(_Change(ROWS, "w", op, row))
+        if changes:
+            self._put(tuple(changes))
+
+    def adjust(self, op: str, rule: Rule, delta: int) -> None:
+        # An operation of its own: the settled one's reservation is gone, or was spent as reserved and stays so.
+        self._put((_Change(PREFIX + rule.key, "b", op + "/corrected", str(delta), "charge"),))
+
+    async def rows(self, most: int) -> list[Row]:
+        found = await self._store.call(lambda: self._store.client.xrange(ROWS, count=most))
+        out = []
+        for number, fields in found:
+            abandoned = fields.get(b"abandoned")
+            row = Row(number.decode(), fields[b"op"].decode(), fields[b"row"], abandoned and int(abandoned))
+            out.append(row)
+        return out
+
+    async def drop_rows(self, ids: Sequence[str]) -> None:
+        if ids:
+            await self._store.call(lambda: self._store.client.xdel(ROWS, *ids))
+
+    async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
+        async def ask() -> list[list[bytes | None]]:
+            pipe = self._store.client.pipeline(transaction=False)
+            for key in keys:
+                pipe.hmget(PREFIX + key, "spent", "reserved")
+            return await pipe.execute()
+
+        return [(int(spent or 0), int(reserved or 0)) for spent, reserved in await self._store.call(ask)]
 
     async def ping(self) -> None:
         await self._store.ping()
+
+    async def renew(self) -> None:
+        """What this worker holds stays held for another lease. Raises StoreUnavailable."""
+        held = list(self._held)
+        for start in range(0, len(held), 500):
+            await self._settle([_Change(*what) for what in held[start : start + 500]])
+
+    async def reap(self) -> int:
+        """Spend what dead workers had reserved; how many operations that were. Raises StoreUnavailable."""
+        return int(await self._store.script(_REAP, [LEASES], [self._now(), 0]))
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -328,48 +698,74 @@ class RedisLedger:
             if self._timer is not None:
                 self._timer.cancel()
             await self._tasks.drain(1.0)
-            await self._flush()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Send what is settled but not yet in Redis."""
+        async with self._flushing:
+            while self._pending:
+                part: list[_Change] = []
+                units = 0
+                for unit in self._pending:
+                    if part and len(part) + len(unit) > 500:
+                        break
+                    part += unit
+                    units += 1
+                taken = [self._pending.popleft() for _ in range(units)]
+                freed = {(c.key, c.op) for c in part if c.kind == "s"}
+                try:
+                    await self._settle(part)
+                except StoreUnavailable:
+                    self._keep(taken)
+                    return
+                for key, op in freed:
+                    self._forget_freed(key, op)
 
     def _now(self) -> int:
         return int(self._clock() * 1e6) if self._clock is not None else 0
 
-    def _put(self, key: str, kind: str, value: str) -> None:
+    def _put(self, unit: tuple[_Change, ...]) -> None:
         if len(self._pending) >= PENDING_LIMIT:
             self.lost += 1
             return
-        self._pending.append((key, kind, value))
-        if kind == "s":
-            self._freed.setdefault(key, []).append(value)
+        self._pending.append(unit)
+        self._later(SETTLE_SECONDS)
+
+    def _later(self, seconds: float) -> None:
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._due)
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._due)
 
     def _due(self) -> None:
         self._timer = None
-        self._tasks.spawn(self._flush(), "ledger: settle")
+        self._tasks.spawn(self.flush(), "ledger: settle")
 
-    async def _flush(self) -> None:
-        changes, self._pending = self._pending, []
-        freed, self._freed = self._freed, {}
-        del freed  # the call that is sent now comes before any later admission of this worker
-        for start in range(0, len(changes), 500):
-            part = changes[start : start + 500]
-            try:
-                await self._settle(part)
-            except StoreUnavailable:
-                # Not tried again: Redis may have done it, and twice would be wrong. Slots end with their lease.
-                self.lost += len(part)
-                log.warning("ledger_settlements_lost", count=len(part), lost=self.lost)
+    def _keep(self, units: Sequence[tuple[_Change, ...]]) -> None:
+        """For the store's return. What moves a bucket is not repeated: Redis may have done it, and twice is wrong."""
+        for unit in reversed(units):
+            kept = tuple(change for change in unit if change.kind in _REPEATABLE)
+            if kept and len(self._pending) < PENDING_LIMIT:
+                self._pending.appendleft(kept)
+            else:
+                self.lost += 1
+        self._later(RETRY_SECONDS)
 
-    async def _settle(self, changes: Sequence[tuple[str, str, str]]) -> None:
+    def _forget_freed(self, key: str, op: str) -> None:
+        ops = self._freed.get(key)
+        if ops is not None and op in ops:
+            ops.remove(op)
+            if not ops:
+                del self._freed[key]
+
+    async def _settle(self, changes: Sequence[_Change]) -> None:
         arguments: list[Any] = [self._now(), int(LEASE_SECONDS * 1e6)]
-        for _, kind, value in changes:
-            arguments += (kind, value)
-        await self._store.script(_SETTLE, [key for key, _, _ in changes], arguments)
+        for change in changes:
+            arguments += change[1:]
+        await self._store.script(_SETTLE, [change.key for change in changes], arguments)
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(RENEW_SECONDS)
-            held = list(self._held)
-            for start in range(0, len(held), 500):
-                with contextlib.suppress(StoreUnavailable):
-                    await self._settle([(key, "l", op) for key, op in held[start : start + 500]])
+            with contextlib.suppress(StoreUnavailable):
+                await self.renew()
+                while await self.reap() == 100:
+                    pass

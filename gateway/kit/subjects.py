@@ -28,7 +28,7 @@ _OUTPUT_CAPS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 def output_cap(body: dict[str, Any]) -> int | None:
     """The most output tokens that the request allows itself, per choice; None if it sets no limit."""
-    caps = [cap for name in _OUTPUT_CAPS if isinstance(cap := body.get(name), int) and cap > 0]
+    caps = [c for name in _OUTPUT_CAPS if isinstance(c := body.get(name), int) and not isinstance(c, bool) and c > 0]
     return max(caps, default=None)
 
 
@@ -41,6 +41,51 @@ def choices(body: dict[str, Any]) -> int:
 def input_estimate(exchange: Exchange) -> int:
     """Input tokens by the body's length: a rough guess, not a bound."""
     return exchange.dialect.input_characters(exchange.body) // 4 + 1
+
+
+_IMAGES = frozenset({"image", "image_url", "input_image"})
+_OTHER_MEDIA = frozenset({"file", "input_file", "document", "input_audio", "audio", "video_url", "input_video"})
+
+
+def input_bound(exchange: Exchange, context_length: int | None, image_tokens: int) -> int:
+    """The most input tokens that the request can have: a token is a byte at least, and a context's length is an end.
+
+    Images count `image_tokens` each; other media as much as the context holds.
+    """
+    images, others = _media(exchange.body, 0)
+    if images or others:
+        text = 4 * exchange.dialect.input_characters(exchange.body) + 2000
+        bound = len(exchange.raw_body) if others and context_length is None else text + images * image_tokens
+        if others and context_length is not None:
+            bound = context_length
+    else:
+        bound = max(len(exchange.raw_body), exchange.dialect.input_characters(exchange.body))
+    return bound if context_length is None else min(bound, context_length)
+
+
+def _media(value: Any, depth: int) -> tuple[int, int]:
+    """(images, other media) among the parts of messages."""
+    if depth > 16:
+        return 0, 1
+    images = others = 0
+    if isinstance(value, dict):
+        kind = value.get("type")
+        if isinstance(kind, str):
+            if kind in _IMAGES:
+                return 1, 0
+            if kind in _OTHER_MEDIA:
+                return 0, 1
+        below: Any = value.values()
+    elif isinstance(value, list):
+        below = value
+    else:
+        return 0, 0
+    for part in below:
+        if isinstance(part, dict | list):
+            found = _media(part, depth + 1)
+            images += found[0]
+            others += found[1]
+    return images, others
 
 
 def subjects(by: Sequence[Subject], exchange: Exchange) -> list[str]:

@@ -31,6 +31,7 @@ BUILT_IN = {
     "access_log": {},
     "api_keys": {"keys": [{"id": "plain", "hash": hash_key(PLAIN_KEY, PEPPER)}]},
     "rate_limit": {"limits": [{"name": "all", "requests": 1000}]},
+    "budgets": {"budgets": [{"name": "all", "usd": 1000}], "unknown_price": "allow"},
     "routing": {},
     "fallback": {},
 }

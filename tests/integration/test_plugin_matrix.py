@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,11 @@ SHIPPED = [
     line.split()[-1] for line in (CONFIG / "xenios.yaml").read_text().splitlines() if line.startswith("  - use: ")
 ]
 ALL = sorted(OURS, key=lambda name: (SHIPPED.index(name) if name in SHIPPED else len(SHIPPED), name))
+# What a plugin can't start without.
+NEEDED: dict[str, dict[str, Any]] = {
+    "rate_limit": {"limits": [{"name": "all", "requests": 1000}]},
+    "budgets": {"budgets": [{"name": "all", "usd": 1000}], "unknown_price": "allow"},
+}
 SETS = {
     "none": [],
     "all": ALL,
@@ -39,7 +45,8 @@ def test_the_list_is_not_empty() -> None:
 async def test_any_set_of_plugins_works(plugins: list[str], tmp_path: Path) -> None:
     """Started with this set: a whole and a streamed chat, another dialect, an error, the models and health."""
     log = tmp_path / "access.log"
-    entries = [{"use": name, "config": {"path": str(log)} if name == "access_log" else {}} for name in plugins]
+    config = {**NEEDED, "access_log": {"path": str(log)}}
+    entries = [{"use": name, "config": config.get(name, {})} for name in plugins]
     async with Gateway.test(plugins=entries) as gw:
         assert [i.id for i in gw.snapshot.instances][1:] == plugins
         whole = await gw.chat(model=MODEL)
@@ -63,7 +70,7 @@ async def test_any_set_of_plugins_works(plugins: list[str], tmp_path: Path) -> N
 @pytest.mark.parametrize("plugins", SETS.values(), ids=SETS.keys())
 async def test_who_may_call(plugins: list[str]) -> None:
     """A caller without a key is refused exactly where a plugin that authenticates is on."""
-    async with Gateway.test(plugins=plugins) as gw:
+    async with Gateway.test(plugins=[{"use": name, "config": NEEDED.get(name, {})} for name in plugins]) as gw:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
         reply = await gw.post("/v1/chat/completions", body, headers={"Authorization": ""})
         assert reply.status == (401 if "api_keys" in plugins else 200)

@@ -1,0 +1,478 @@
+"""Budgets: how many dollars a key, team, user, model … or everyone may spend in an hour, day, week, month, or ever.
+
+Before a request goes out, the most that it can cost is reserved in each budget that it falls under: a bound of its
+input tokens and its output limit, at the dearest price of the models that may answer it. When it is over, the
+reservation becomes what it really cost. So spent and reserved never exceed a hard limit at any admission, whatever the
+number of requests, workers and gateways. A request whose cost stays unknown is charged what was reserved.
+
+Counts live where `services.redis` says: in the process, which forgets at its end, or in a Redis, which must keep its
+data (`appendonly yes`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from zoneinfo import ZoneInfo
+
+import msgspec
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from gateway import (
+    Cause,
+    Cost,
+    RateLimited,
+    Refused,
+    Source,
+    When,
+    compile_when,
+    hookimpl,
+)
+from gateway.kit import By, Rule, State, choices, input_bound, output_cap, subjects
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway import AttemptRecord, Correction, Exchange, GatewayError, Services, Target
+
+Period = Literal["hour", "day", "week", "month", "total"]
+# An attempt that failed like this may have been billed all the same.
+_PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.CLIENT_DISCONNECT, Cause.ABANDONED})
+_ENDLESS = 10**15  # micro-USD: what a soft budget "allows"
+_REMEMBERED = 10_000  # operations whose true cost may still become known
+
+
+def _zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        raise ValueError(f"{name!r} is no time zone; names are such as UTC or Europe/Berlin") from None
+    return name
+
+
+class Budget(BaseModel):
+    """One limit of spending."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        min_length=1, max_length=50, pattern=r"^[A-Za-z0-9_.-]+$", description="Name in errors and logs; unique."
+    )
+    by: By = Field(
+        ("key",),
+        description="What has a sum of its own: key (the caller), tenant, team, role, user (the body's `user`, which "
+        "clients choose), model (the first target), endpoint; several: one per combination; []: one for all.",
+    )
+    when: When | None = Field(None, description="The requests that it holds for, as a plugin's `when:`. Default all.")
+    usd: Decimal = Field(gt=0, le=10**8, decimal_places=6, description="The limit, in USD.")
+    per: Period = Field("month", description="When it starts anew; `total`: never. Default month.")
+    time_zone: Annotated[str, AfterValidator(_zone)] = Field(
+        "UTC", description="Whose days, weeks (from Monday) and months these are. Default UTC."
+    )
+    warn_at: float = Field(
+        0.8, gt=0, le=1, description="Share of the limit from which replies carry a warning, logged once. Default 0.8."
+    )
+    hard: bool = Field(True, description="Refuse what doesn't fit; false only warns. Default true.")
+
+
+class Assume(BaseModel):
+    """What a request without an output limit is taken to use."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    assume: int = Field(ge=1, le=10**7, description="Output tokens. A longer answer overshoots the budget by the rest.")
+
+
+class Config(BaseModel):
+    """The budgets; a request must fit in all that it falls under."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budgets: tuple[Budget, ...] = Field(min_length=1, description="The budgets, each with its own sums.")
+    no_max_tokens: Literal["clamp"] | Assume = Field(
+        "clamp",
+        description="A request without an output limit: `clamp` gives it what the model and the budget allow; "
+        "`assume: N` reserves for N tokens and sets no limit. Default clamp.",
+    )
+    least_tokens: int = Field(
+        256, ge=1, description="Output tokens that must be affordable for a request to be clamped. Default 256."
+    )
+    image_tokens: int = Field(5000, ge=0, description="The most input tokens that one image takes. Default 5000.")
+    unknown_price: Literal["deny", "allow"] = Field(
+        "deny",
+        description="Requests whose cost has no known bound (no price, auto-routers, web search, dearer service tiers):"
+        " deny, or allow, reserving nothing for them. Default deny.",
+    )
+    cost_per_request: dict[str, Decimal] = Field(
+        default_factory=dict,
+        description="USD to reserve per request of endpoints that have no price per token, such as images/generations "
+        "or audio/speech. Default none.",
+    )
+    on_store_error: Literal["allow", "deny"] = Field(
+        "deny", description="While Redis is away: allow requests, booked later, or deny them with 503. Default deny."
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Config:
+        names = [budget.name for budget in self.budgets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"several budgets are named {', '.join(twice)}")
+        return self
+
+
+class _Bound(msgspec.Struct, frozen=True):
+    """The most that a request may cost, in pico-USD. `clamps`: (fixed part, per output token) of each target."""
+
+    most: int
+    least: int  # with the fewest output tokens that are worth it
+    clamps: tuple[tuple[int, int], ...] = ()
+
+
+class _Held(Rule, eq=False):
+    """A rule of this plugin, with what its errors and corrections say."""
+
+    owner: Plugin | None = None
+    budget: Budget | None = None
+    bound: _Bound | None = None
+    # micro-USD; one for each attempt that was reserved for, shared by their rules
+    granted: list[int] = msgspec.field(default_factory=list)
+
+
+class _Window:
+    """The period that is now: its name in keys, and when it ends (seconds since 1970; None: never)."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._per = budget.per
+        self._zone = ZoneInfo(budget.time_zone)
+        self.name = "total"
+        self.end: float | None = None
+        self._until = 0.0
+
+    def now(self) -> tuple[str, float | None]:
+        now = time.time()
+        if self._per != "total" and now >= self._until:
+            self.name, self._until = _period(datetime.fromtimestamp(now, self._zone), self._per)
+            self.end = self._until
+        return self.name, self.end
+
+
+def _period(now: datetime, per: Period) -> tuple[str, float]:
+    """Name and end of the period around this moment, in the moment's time zone."""
+    if per == "hour":
+        start = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+        return start.strftime("%Y-%m-%dT%HZ"), (start + timedelta(hours=1)).timestamp()
+    day = now.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+    if per == "day":
+        return day.strftime("%Y-%m-%d"), (day + timedelta(days=1)).timestamp()
+    if per == "week":
+        monday = day - timedelta(days=day.weekday())
+        return monday.strftime("week-%Y-%m-%d"), (monday + timedelta(days=7)).timestamp()
+    first = day.replace(day=1)
+    return first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp()
+
+
+class Plugin:
+    """Refuses requests that could spend more than a budget has left."""
+
+    Config: TypeAlias = Config
+
+    def __init__(self, config: Config, services: Services) -> None:
+        self._config = config
+        self._services = services
+        self.on_store_error = config.on_store_error
+        self._budgets = [(budget, compile_when(budget.when), _Window(budget)) for budget in config.budgets]
+        self._warned: OrderedDict[str, None] = OrderedDict()
+        self._correctable: OrderedDict[str, tuple[Sequence[_Held], dict[int, int]]] = OrderedDict()
+
+    async def ping(self) -> None:
+        await self._services.ledger.ping()
+
+    @hookimpl
+    async def check_request(self, exchange: Exchange) -> None:
+        bound: _Bound | None = None
+        for budget, applies, window in self._budgets:
+            if applies is not None and not applies(exchange):
+                continue
+            if bound is None:
+                bound = self._bound(exchange)
+            name, end = window.now()
+            for subject in subjects(budget.by, exchange):
+                key = f"{self._services.plugin_id}:{budget.name}:{name}:{subject}"
+                most = _micro(bound.most)
+                exchange.hold(
+                    _Held(
+                        key=key,
+                        kind="budget",
+                        limit=int(budget.usd * 10**6) if budget.hard else _ENDLESS,
+                        refuse=_refuse,
+                        amount=most,
+                        least=_micro(bound.least) if bound.clamps else None,
+                        # corrections come within minutes, requests last for hours at most
+                        until=None if end is None else end + 2 * 86400,
+                        actual=_actual,
+                        admitted=_admitted,
+                        again=_again,
+                        on_store_error=self._config.on_store_error,
+                        owner=self,
+                        budget=budget,
+                        bound=bound,
+                    )
+                )
+
+    @hookimpl
+    def response_started(self, exchange: Exchange) -> None:
+        warnings = [
+            f"{rule.budget.name}; spent {_usd(spent)} of {_usd(int(rule.budget.usd * 10**6))} USD"
+            for rule, state in self._held(exchange)
+            if rule.budget is not None and (spent := _spent(rule, state)) >= _warn_from(rule.budget)
+        ]
+        if warnings:
+            exchange.reply_headers["x-xenios-budget-warning"] = ", ".join(warnings)
+
+    @hookimpl
+    async def request_finished(self, exchange: Exchange) -> None:
+        for rule, state in self._held(exchange):
+            if rule.budget is not None and _spent(rule, state) >= _warn_from(rule.budget):
+                self._warn(rule, _spent(rule, state), exchange)
+        if exchange.cost.source not in {Source.ESTIMATE, Source.RESERVED} or exchange.admission is None:
+            return
+        rules = [rule for rule in exchange.admission.rules if isinstance(rule, _Held) and rule.owner is self]
+        if rules:
+            charged = {
+                a.number: a.cost.micro_usd if a.cost.micro_usd is not None else sum(rules[0].granted)
+                for a in exchange.attempts
+                if a.generation_id is not None
+            }
+            self._correctable[exchange.id] = rules, charged
+            if len(self._correctable) > _REMEMBERED:
+                self._correctable.popitem(last=False)
+
+    @hookimpl
+    async def usage_corrected(self, correction: Correction) -> None:
+        rules, charged = self._correctable.get(correction.exchange_id, ((), {}))
+        number = int(correction.operation_id.rpartition("/")[2])
+        true = correction.cost.micro_usd
+        before = charged.pop(number, None)
+        if true is None or before is None or true == before:
+            return
+        for rule in rules:
+            self._services.ledger.adjust(correction.operation_id, rule, true - before)
+
+    def _held(self, exchange: Exchange) -> Sequence[tuple[_Held, State]]:
+        admission = exchange.admission
+        if admission is None:
+            return ()
+        return [
+            (rule, state)
+            for rule, state in zip(admission.rules, admission.states, strict=False)
+            if isinstance(rule, _Held) and rule.owner is self
+        ]
+
+    def _warn(self, rule: _Held, spent: int, exchange: Exchange) -> None:
+        if rule.key in self._warned or rule.budget is None:
+            return
+        self._warned[rule.key] = None
+        if len(self._warned) > _REMEMBERED:
+            self._warned.popitem(last=False)
+        self._services.log.warning(
+            "budget_warning",
+            budget=rule.budget.name,
+            spent_usd=spent / 1e6,
+            limit_usd=float(rule.budget.usd),
+            principal=exchange.principal.reference if exchange.principal else None,
+            request_id=exchange.request_id,
+        )
+
+    # --- the most that a request may cost ---------------------------------------------------------------------------
+
+    def _bound(self, exchange: Exchange) -> _Bound:
+        """Raises Refused if it has none, and the settings want one."""
+        fixed = self._config.cost_per_request.get(exchange.endpoint)
+        if fixed is not None:
+            most = int(fixed * 10**12) * choices(exchange.body)
+            return _Bound(most, most)
+        unknown = _unbounded(exchange)
+        bounds = [] if unknown else [self._target_bound(exchange, *target) for target in _targets(exchange)]
+        if unknown or None in bounds:
+            if self._config.unknown_price == "allow":
+                return _Bound(0, 0)
+            raise Refused(
+                f"This request's cost has no known limit ({unknown or 'a model has no known price'}), which its budget "
+                "needs. Use another model or leave that out, or ask the operator for a price (`catalogue.overrides`) "
+                "or `unknown_price: allow`.",
+                code="unknown_price",
+            )
+        known = [bound for bound in bounds if bound is not None]
+        clamps = tuple(clamp for bound in known for clamp in bound.clamps)
+        return _Bound(max(b.most for b in known), max(b.least for b in known), clamps)
+
+    def _target_bound(
+        self, exchange: Exchange, upstream: str, model_id: str, changes: dict[str, Any], strip: Sequence[str]
+    ) -> _Bound | None:
+        model = self._services.catalogue.model(upstream, model_id)
+        if model is None:
+            return None
+        if model_id.endswith(":free"):
+            return _Bound(0, 0)
+        tokens = input_bound(exchange, model.context_length, self._config.image_tokens)
+        prices = [model.price, *(tier.price for tier in model.price.tiers if tokens > tier.min_input_tokens)]
+        if any(price.input is None for price in prices):
+            return None
+        entry = max(max(price.input or 0, price.cache_write or 0) for price in prices) * tokens
+        entry += max(price.request or 0 for price in prices)
+        if exchange.dialect.grammar is None:  # embeddings, rerank: no output is billed
+            return _Bound(entry, entry)
+        if exchange.endpoint in {"images/generations", "audio/transcriptions"} or any(
+            price.output is None for price in prices
+        ):
+            return None
+        body = {**exchange.body, **changes} if changes or strip else exchange.body
+        cap = output_cap({k: v for k, v in body.items() if k not in strip} if strip else body)
+        each = max(max(price.output or 0, price.reasoning or 0) for price in prices) * choices(body)
+        if cap is not None:
+            most = entry + cap * each
+            return _Bound(most, most)
+        if isinstance(self._config.no_max_tokens, Assume):
+            most = entry + self._config.no_max_tokens.assume * each
+            return _Bound(most, most)
+        longest = model.max_output or model.context_length
+        if longest is None:
+            return None
+        least = min(self._config.least_tokens, longest)
+        return _Bound(entry + longest * each, entry + least * each, ((entry, each),))
+
+    def cap_field(self, exchange: Exchange) -> str:
+        """What sets the output limit in this dialect, for the upstream that is asked first."""
+        names = exchange.dialect.output_caps
+        decision = exchange.decision
+        if len(names) > 1 and decision is not None:
+            upstream = self._services.settings.upstreams[decision.targets[0].upstream]
+            return names[0] if upstream.kind == "openai" else names[-1]
+        return names[0]
+
+
+def _targets(exchange: Exchange) -> list[tuple[str, str, dict[str, Any], Sequence[str]]]:
+    """(upstream, model, overrides, stripped fields) of all that may answer: ours, and those that the upstream may take
+    by `models` or `fallbacks` in the body.
+    """
+    targets: Sequence[Target] = exchange.decision.targets if exchange.decision else ()
+    out: list[tuple[str, str, dict[str, Any], Sequence[str]]] = []
+    out += [(t.upstream, t.model, dict(t.overrides), t.strip) for t in targets]
+    first = targets[0].upstream if targets else ""
+    for field in ("models", "fallbacks"):
+        for named in exchange.body.get(field) or ():
+            model = named.get("model") if isinstance(named, dict) else named
+            out.append((first, str(model), {}, ()))
+    return out
+
+
+def _unbounded(exchange: Exchange) -> str | None:
+    """What makes the price list no bound, in words; None if nothing does."""
+    body = exchange.body
+    if body.get("plugins"):
+        return "`plugins` cost extra"
+    if body.get("web_search_options"):
+        return "web search costs extra"
+    tier = body.get("service_tier")
+    if tier not in {None, "auto", "default", "flex", "standard_only", "standard"}:
+        return "this `service_tier` costs extra"
+    tools = body.get("tools")
+    if isinstance(tools, list):
+        for tool in tools:
+            kind = tool.get("type") if isinstance(tool, dict) else None
+            # a function of the client's own, which runs there; in Anthropic's dialect it has no type
+            if kind not in {None, "function", "custom"}:
+                return f"the tool {str(kind)[:50]!r} costs extra"
+    for _, model, _, _ in _targets(exchange):
+        if model.endswith(":online"):
+            return "`:online` costs extra"
+    return None
+
+
+def _micro(pico: int) -> int:
+    return -(-pico // 10**6)
+
+
+def _usd(micro: int) -> str:
+    """Dollars and cents, and more digits where it is less."""
+    return f"{micro / 1e6:,.2f}" if micro >= 10**4 or micro == 0 else f"{micro / 1e6:.6f}"
+
+
+def _spent(rule: Rule, state: State) -> int:
+    """What was spent when the request was admitted."""
+    return rule.limit - state.remaining - state.granted - state.reserved
+
+
+def _warn_from(budget: Budget) -> int:
+    return int(float(budget.usd) * 1e6 * budget.warn_at)
+
+
+def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
+    """The request's output is cut to what was reserved for it, where it set no limit itself."""
+    if not isinstance(rule, _Held) or rule.bound is None or rule.owner is None:
+        return
+    rule.granted.append(state.granted)
+    if state.granted >= rule.amount or not rule.bound.clamps:
+        return
+    tokens = min((state.granted * 10**6 - entry) // each for entry, each in rule.bound.clamps if each)
+    name = rule.owner.cap_field(exchange)
+    known = exchange.body.get(name)
+    exchange.body[name] = tokens if not isinstance(known, int) else min(known, tokens)
+    exchange.reply_headers["x-xenios-clamped"] = f"{name}={exchange.body[name]}"
+
+
+def _actual(exchange: Exchange) -> int | None:
+    """What it cost; None if nobody can tell: then all that was reserved is charged, and the exchange says so."""
+    unknown = any(_perhaps_billed(record) for record in exchange.attempts)
+    if not unknown:
+        return exchange.cost.micro_usd or 0
+    admission = exchange.admission
+    rules = [rule for rule in admission.rules if isinstance(rule, _Held)] if admission is not None else []
+    reserved = max((sum(rule.granted) for rule in rules), default=0)
+    exchange.cost = Cost(max(reserved * 10**6, exchange.cost.pico_usd or 0), Source.RESERVED)
+    return None
+
+
+def _perhaps_billed(record: AttemptRecord) -> bool:
+    """Its cost is unknown, and may not be 0."""
+    if record.cost.pico_usd is not None:
+        return False
+    return record.first_content is not None or record.cause in _PERHAPS_BILLED
+
+
+def _again(exchange: Exchange) -> int:
+    """Before a further attempt: as much again, if the last one may have used up what was reserved."""
+    last = exchange.attempts[-1]
+    if not last.cost.pico_usd and not _perhaps_billed(last):
+        return 0
+    admission = exchange.admission
+    return (
+        max((r.granted[0] for r in admission.rules if isinstance(r, _Held) and r.granted), default=0)
+        if admission
+        else 0
+    )
+
+
+def _refuse(rule: Rule, state: State) -> GatewayError:
+    budget = rule.budget if isinstance(rule, _Held) else None
+    if budget is None:  # pragma: no cover - made by this plugin alone
+        raise TypeError(type(rule).__name__)
+    left = state.remaining
+    spent = rule.limit - left - state.reserved
+    period = "" if budget.per == "total" else f" this {budget.per}"
+    if rule.limit - spent >= rule.amount:
+        detail = f"{_usd(state.reserved)} USD are reserved by requests under way"
+    elif left > 0:
+        detail = f"this request may cost up to {_usd(rule.amount)} USD; set a lower output limit"
+    else:
+        detail = "nothing is left"
+    return RateLimited(
+        f"Budget reached ({budget.name}): {_usd(spent)} of {_usd(rule.limit)} USD are spent{period}, and {detail}.",
+        type="insufficient_quota",
+        code="insufficient_quota",
+        should_retry=False,
+    )

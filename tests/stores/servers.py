@@ -1,0 +1,67 @@
+"""A real Valkey for the time of a context, that can be frozen and killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from gateway.stores.embedded import binary
+
+
+class ValkeyServer:
+    """`url` is a `unix://` address."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = directory / "s"
+        self.url = f"unix://{self.socket}"
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                binary(), "--port", "0", "--unixsocket", self.socket, "--dir", self._directory, "--save", "",
+                "--appendonly", "yes", "--appendfsync", "always",
+            ],
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1)
+                probe.connect(str(self.socket))
+                probe.sendall(b"PING\r\n")
+                if probe.recv(16).startswith(b"+PONG"):
+                    return
+        raise TimeoutError("Valkey did not answer within 10 s")
+
+    def freeze(self) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def valkey_server() -> Iterator[ValkeyServer]:
+    with tempfile.TemporaryDirectory(prefix="xenios-test-") as place:
+        server = ValkeyServer(Path(place))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()

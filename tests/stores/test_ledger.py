@@ -1,0 +1,475 @@
+"""What kit/ledger.py promises, of the ledger in memory and of that on a real Valkey alike."""
+
+import asyncio
+import itertools
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from gateway.errors import RateLimited
+from gateway.kit import Rule
+from gateway.kit.ledger import LEASE_SECONDS, MemoryLedger, RedisLedger, StoreUnavailable
+from gateway.stores.redis import RedisStore
+from tests.stores.servers import valkey_server
+
+_numbers = itertools.count()
+
+
+class Clock:
+    """Seconds that pass only when a test says so; those of a machine of today."""
+
+    def __init__(self):
+        self.now = 1_800_000_000.0
+
+    def __call__(self):
+        return self.now
+
+
+def refuse(rule, state):
+    del state
+    return RateLimited(rule.key)
+
+
+def rate(limit, *, key="rate", per=60.0, burst=0, amount=1):
+    return Rule(key, "rate", limit, refuse, per=per, burst=burst, amount=amount)
+
+
+def slots(limit, *, key="slots"):
+    return Rule(key, "slots", limit, refuse)
+
+
+def budget(limit, *, key="budget", amount=10, least=None):
+    return Rule(key, "budget", limit, refuse, amount=amount, least=least)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with valkey_server() as running:
+        yield running
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def ledger(request):
+    clock = Clock()
+    if request.param == "memory":
+        made = MemoryLedger(clock)
+        made.clock = clock
+        made.flush = nothing
+        yield made
+        return
+    store = RedisStore(request.getfixturevalue("server").url)
+    await store.client.flushall()
+    made = RedisLedger(store, clock)
+    made.clock = clock
+    async with made.lifespan():
+        yield made
+    await store.close()
+
+
+async def nothing():
+    """The ledger in memory settles at once."""
+
+
+async def allowed(ledger, *rules, op=None):
+    states = await ledger.judge(op or f"op{next(_numbers)}", rules)
+    return all(state.allowed for state in states)
+
+
+# --- rates -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_bucket_holds_its_burst_and_refills_steadily(ledger):
+    """Ten a minute: ten at once, then one every six seconds."""
+    assert [await allowed(ledger, rate(10)) for _ in range(12)] == [True] * 10 + [False] * 2
+    ledger.clock.now += 5.9
+    assert not await allowed(ledger, rate(10))
+    ledger.clock.now += 0.2
+    assert await allowed(ledger, rate(10))
+    assert not await allowed(ledger, rate(10))
+
+
+async def test_burst_is_apart_from_the_rate(ledger):
+    """Sixty a minute with a burst of two: two at once, then one a second."""
+    limit = rate(60, burst=2)
+    assert [await allowed(ledger, limit) for _ in range(3)] == [True, True, False]
+    ledger.clock.now += 1
+    assert [await allowed(ledger, limit) for _ in range(2)] == [True, False]
+
+
+async def test_the_state_says_what_is_left_and_how_long_to_wait(ledger):
+    """`remaining` counts down, `reset` is when all is back, `retry_after` when this request has room."""
+    [first] = await ledger.judge("a", [rate(10, amount=4)])
+    assert (first.allowed, first.remaining, round(first.reset, 3)) == (True, 6, 24.0)
+    [second] = await ledger.judge("b", [rate(10, amount=8)])
+    assert (second.allowed, second.remaining, round(second.retry_after, 3)) == (False, 6, 12.0)
+    [third] = await ledger.judge("c", [rate(10, amount=11)])
+    assert (third.allowed, third.retry_after) == (False, None)  # waiting does not help
+
+
+async def test_what_was_used_beyond_the_estimate_is_a_debt(ledger):
+    """A request that took 30 of 10 keeps others out until the debt is paid, however little they ask."""
+    used = rate(10, amount=1)
+    assert await allowed(ledger, used, op="long")
+    ledger.settle("long", [(used, 30)])
+    await ledger.flush()
+    [state] = await ledger.judge("next", [used])
+    assert not state.allowed
+    assert round(state.retry_after) == (30 + 1 - 10) * 6
+    ledger.clock.now += state.retry_after
+    assert await allowed(ledger, used)
+
+
+async def test_what_was_not_used_comes_back(ledger):
+    """An estimate that was too high is given back in full, never more than the bucket holds."""
+    used = rate(10, amount=10)
+    assert await allowed(ledger, used, op="short")
+    ledger.settle("short", [(used, 0)])
+    await ledger.flush()
+    [state] = await ledger.judge("next", [used])
+    assert (state.allowed, state.remaining) == (True, 0)
+
+
+# --- slots -----------------------------------------------------------------------------------------------------------
+
+
+async def test_slots_are_given_back(ledger):
+    """Two at once: a third has no room until one is over; a second settlement of the same frees no other's."""
+    two = slots(2)
+    assert await allowed(ledger, two, op="a")
+    assert await allowed(ledger, two, op="b")
+    assert not await allowed(ledger, two, op="c")
+    ledger.settle("a", [(two, None)])
+    ledger.settle("a", [(two, None)])
+    assert await allowed(ledger, two, op="d")
+    assert not await allowed(ledger, two, op="e")
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+async def test_reserved_money_is_not_there_for_others(ledger):
+    """A reservation counts as spent until it is settled, and then what it really cost."""
+    cap = budget(100, amount=60)
+    assert await allowed(ledger, cap, op="a")
+    assert not await allowed(ledger, cap, op="b")
+    ledger.settle("a", [(cap, 40)])
+    await ledger.flush()
+    assert await ledger.budgets(["budget"]) == [(40, 0)]
+    assert await allowed(ledger, cap, op="c")
+
+
+async def test_unknown_cost_is_charged_as_reserved(ledger):
+    """Whoever can't say what a request cost is charged what was reserved for it."""
+    cap = budget(100, amount=60)
+    assert await allowed(ledger, cap, op="a")
+    ledger.settle("a", [(cap, None)])
+    await ledger.flush()
+    assert await ledger.budgets(["budget"]) == [(60, 0)]
+
+
+async def test_settling_twice_charges_once(ledger):
+    """A settlement that is sent again changes nothing."""
+    cap = budget(100)
+    assert await allowed(ledger, cap, op="a")
+    for _ in range(3):
+        ledger.settle("a", [(cap, 7)])
+    await ledger.flush()
+    assert await ledger.budgets(["budget"]) == [(7, 0)]
+
+
+async def test_a_correction_counts_once(ledger):
+    """The true cost that becomes known later moves the sum by the difference, once."""
+    cap = budget(100)
+    assert await allowed(ledger, cap, op="a")
+    ledger.settle("a", [(cap, 7)])
+    for _ in range(2):
+        ledger.adjust("a", cap, -3)
+    await ledger.flush()
+    assert await ledger.budgets(["budget"]) == [(4, 0)]
+
+
+async def test_a_request_may_take_what_is_left(ledger):
+    """With `least`, the request gets all of its bound or what is left, the same in each of its budgets."""
+    wide, tight = budget(1000, key="wide", amount=500, least=50), budget(80, key="tight", amount=500, least=50)
+    states = await ledger.judge("a", [wide, tight])
+    assert [(s.allowed, s.granted, s.remaining) for s in states] == [(True, 80, 920), (True, 80, 0)]
+    assert [s.allowed for s in await ledger.judge("b", [wide, tight])] == [True, False]
+    assert await ledger.budgets(["wide", "tight"]) == [(0, 80), (0, 80)]
+
+
+async def test_a_further_attempt_reserves_on_top(ledger):
+    """A second admission of the same operation adds to its reservation; one settlement ends both."""
+    cap = budget(100, amount=40)
+    assert await allowed(ledger, cap, op="a")
+    assert await allowed(ledger, cap, op="a")
+    assert not await allowed(ledger, cap, op="a")
+    assert await ledger.budgets(["budget"]) == [(0, 80)]
+    ledger.settle("a", [(cap, 55)])
+    await ledger.flush()
+    assert await ledger.budgets(["budget"]) == [(55, 0)]
+
+
+# --- together --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [0, 1, 2])
+async def test_all_or_none(ledger, full):
+    """A request that one rule refuses takes nothing from the others."""
+    rules = [rate(5), slots(5), budget(50)]
+    small = [rate(1), slots(1), budget(10)]
+    assert await allowed(ledger, small[full], op="first")
+    tried = [*rules[:full], small[full], *rules[full + 1 :]]
+    states = await ledger.judge("second", tried)
+    assert [state.allowed for state in states] == [i != full for i in range(3)]
+    others = [r for i, r in enumerate(rules) if i != full]
+    left = await ledger.judge("third", others)
+    assert all(state.allowed for state in left)
+    for state, held in zip(left, others, strict=True):
+        assert state.remaining == {"rate": 4, "slots": 4, "budget": 40}[held.kind]
+
+
+async def test_rows_stay_until_they_are_dropped(ledger):
+    """A settlement's row can be read until whoever stored it says so."""
+    for name in ("a", "b", "c"):
+        ledger.settle(name, [], name.encode())
+    await ledger.flush()
+    rows = await ledger.rows(2)
+    assert [(r.op, r.payload, r.abandoned) for r in rows] == [("a", b"a", None), ("b", b"b", None)]
+    assert await ledger.rows(2) == rows
+    await ledger.drop_rows([r.id for r in rows])
+    assert [r.op for r in await ledger.rows(10)] == ["c"]
+
+
+# --- only where several processes share --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def shared(server):
+    """Two workers' ledgers on one Valkey."""
+    clock = Clock()
+    stores = [RedisStore(server.url) for _ in range(2)]
+    await stores[0].client.flushall()
+    yield [RedisLedger(store, clock) for store in stores], clock
+    for store in stores:
+        await store.close()
+
+
+async def test_a_dead_workers_reservation_is_spent_and_leaves_a_row(shared):
+    """15 seconds after a worker was last heard of, what it held is spent as reserved, once, with the row it left."""
+    (dead, alive), clock = shared
+    cap = budget(100, amount=60)
+    await dead.judge("a", [cap, slots(1)], b"who it was")
+    assert await alive.reap() == 0
+    clock.now += LEASE_SECONDS + 0.1
+    assert await alive.reap() == 1
+    assert await alive.reap() == 0
+    assert await alive.budgets(["budget"]) == [(60, 0)]
+    [row] = await alive.rows(10)
+    assert (row.op, row.payload, row.abandoned) == ("a", b"who it was", 60)
+    assert await allowed(alive, slots(1))
+
+
+async def test_a_worker_that_was_only_slow_puts_it_right(shared):
+    """A settlement after the lease's end replaces what was spent as reserved by what it cost."""
+    (slow, other), clock = shared
+    cap = budget(100, amount=60)
+    await slow.judge("a", [cap])
+    clock.now += LEASE_SECONDS + 0.1
+    await other.reap()
+    slow.settle("a", [(cap, 5)])
+    await slow.flush()
+    assert await other.budgets(["budget"]) == [(5, 0)]
+
+
+async def test_a_living_worker_keeps_what_it_holds(shared):
+    """A stream of an hour keeps its reservation and its slot as long as its worker renews them."""
+    (ours, other), clock = shared
+    cap = budget(100, amount=60)
+    await ours.judge("a", [cap, slots(1)])
+    for _ in range(10):
+        clock.now += LEASE_SECONDS - 1
+        await ours.renew()
+        await other.reap()
+    assert await other.budgets(["budget"]) == [(0, 60)]
+    assert not await allowed(other, slots(1))
+
+
+async def test_many_at_once_never_pass_the_limit(shared):
+    """400 requests of two workers at once: exactly as many are admitted as there is room for."""
+    ledgers, _ = shared
+    for kind, limit in ((rate(100), 100), (slots(30), 30), (budget(500), 50)):
+        answers = await asyncio.gather(
+            *(allowed(ledgers[i % 2], kind, op=f"{kind.kind}{i}") for i in range(400)), return_exceptions=True
+        )
+        assert [a for a in answers if not isinstance(a, bool)] == []
+        assert sum(answers) == limit
+
+
+async def test_what_could_not_be_settled_is_settled_at_the_stores_return(server):
+    """Money and slots that were settled while the store was away are right once it is back; no row is lost."""
+    store = RedisStore(server.url)
+    await store.client.flushall()
+    ledger = RedisLedger(store)
+    cap = budget(100, amount=60)
+    async with ledger.lifespan():
+        await ledger.judge("a", [cap, slots(1)])
+        server.freeze()
+        try:
+            ledger.settle("a", [(cap, 5), (slots(1), None)], b"row")
+            await ledger.flush()
+            with pytest.raises(StoreUnavailable):
+                await ledger.judge("b", [cap])
+        finally:
+            server.thaw()
+        async with asyncio.timeout(10):
+            while store.is_open:
+                await asyncio.sleep(0.05)
+        await ledger.flush()
+        assert await ledger.budgets(["budget"]) == [(5, 0)]
+        assert {(row.op, row.payload) for row in await ledger.rows(10)} == {("a", b"row")}
+        assert await allowed(ledger, slots(1))
+    await store.close()
+
+
+# --- any sequence ------------------------------------------------------------------------------------------------------
+
+
+class Money(RuleBasedStateMachine):
+    """Reserve, settle, settle again, correct, die, expire, retry: never more than the cap admitted, nothing leaks."""
+
+    def __init__(self):
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.limit = 100
+        self.open = {}  # operation → (ledger, granted)
+        self.charged = {}  # operation → what it should have cost by now
+
+    def make(self):
+        raise NotImplementedError
+
+    def run(self, coroutine):
+        return self.loop.run_until_complete(coroutine)
+
+    def cap(self, amount=1, least=None):
+        return budget(self.limit, amount=amount, least=least)
+
+    @initialize()
+    def begin(self):
+        self.clock = Clock()
+        self.ledgers = self.run(self.make())
+
+    @rule(worker=st.integers(0, 1), amount=st.integers(1, 60), least=st.none() | st.integers(1, 10))
+    def reserve(self, worker, amount, least):
+        if least is not None and least > amount:
+            least = amount
+        op = f"m{next(_numbers)}"
+        before = self.expected()
+        ledger = self.ledgers[worker]
+        [state] = self.run(ledger.judge(op, [self.cap(amount, least)]))
+        wanted = amount if least is None else least
+        assert state.allowed is (before + wanted <= self.limit)
+        if state.allowed:
+            assert state.granted == min(amount, self.limit - before)
+            self.open[op] = (ledger, state.granted)
+
+    @rule(data=st.data(), share=st.none() | st.floats(0, 1))
+    def settle(self, data, share):
+        if not self.open:
+            return
+        op = data.draw(st.sampled_from(sorted(self.open)))
+        ledger, granted = self.open.pop(op)
+        actual = None if share is None else int(granted * share)
+        for _ in range(data.draw(st.integers(1, 2))):
+            self.run(self.end(ledger, op, actual))
+        self.charged[op] = granted if actual is None else actual
+
+    @rule(data=st.data(), delta=st.integers(-5, 0))
+    def correct(self, data, delta):
+        done = sorted(op for op, cost in self.charged.items() if cost >= 5 and not op.endswith("!"))
+        if not done:
+            return
+        op = data.draw(st.sampled_from(done))
+        for _ in range(2):
+            self.run(self.adjust(op, delta))
+        self.charged[op + "!"] = self.charged.pop(op) + delta
+
+    async def end(self, ledger, op, actual):
+        ledger.settle(op, [(self.cap(), actual)], op.encode())
+        if isinstance(ledger, RedisLedger):
+            await ledger.flush()
+
+    async def adjust(self, op, delta):
+        self.ledgers[0].adjust(op, self.cap(), delta)
+        if isinstance(self.ledgers[0], RedisLedger):
+            await self.ledgers[0].flush()
+
+    def expected(self):
+        return sum(granted for _, granted in self.open.values()) + sum(self.charged.values())
+
+    @invariant()
+    def nothing_leaks(self):
+        if hasattr(self, "ledgers"):
+            [(spent, reserved)] = self.run(self.ledgers[0].budgets(["budget"]))
+            assert spent == sum(self.charged.values())
+            assert reserved == sum(granted for _, granted in self.open.values())
+            assert spent + reserved <= self.limit
+
+    def teardown(self):
+        self.run(self.close())
+        self.loop.close()
+
+    async def close(self):
+        pass
+
+
+class MoneyInMemory(Money):
+    async def make(self):
+        return [MemoryLedger(self.clock)] * 2
+
+
+class MoneyOnRedis(Money):
+    server = None
+
+    async def make(self):
+        self.stores = [RedisStore(self.server.url) for _ in range(2)]
+        await self.stores[0].client.flushall()
+        return [RedisLedger(store, self.clock) for store in self.stores]
+
+    @rule()
+    def die(self):
+        """All that is held loses its worker, and its lease ends."""
+        self.clock.now += LEASE_SECONDS + 1
+        while self.run(self.ledgers[1].reap()):
+            pass
+        self.charged.update({op: granted for op, (_, granted) in self.open.items()})
+        self.open.clear()
+
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def settle_too_late(self, data, share):
+        if not self.open:
+            return
+        late = dict(self.open)
+        self.die()
+        op = data.draw(st.sampled_from(sorted(late)))
+        ledger, granted = late[op]
+        self.run(self.end(ledger, op, int(granted * share)))
+        self.charged[op] = int(granted * share)
+
+    async def close(self):
+        for store in getattr(self, "stores", ()):
+            await store.close()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # an example that hypothesis gives up in its first step
+@pytest.mark.parametrize("machine", [MoneyInMemory, MoneyOnRedis])
+def test_no_sequence_overspends_or_leaks(machine, server):
+    """No order of reserving, settling, correcting, dying and coming late spends beyond the cap or loses a micro-USD."""
+    MoneyOnRedis.server = server
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
