@@ -12,7 +12,6 @@ from gateway.errors import RateLimited
 from gateway.kit import Rule
 from gateway.kit.ledger import LEASE_SECONDS, MemoryLedger, RedisLedger, StoreUnavailable
 from gateway.stores.redis import RedisStore
-from tests.stores.servers import valkey_server
 
 _numbers = itertools.count()
 
@@ -42,12 +41,6 @@ def slots(limit, *, key="slots"):
 
 def budget(limit, *, key="budget", amount=10, least=None):
     return Rule(key, "budget", limit, refuse, amount=amount, least=least)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with valkey_server() as running:
-        yield running
 
 
 @pytest.fixture(params=["memory", "redis"])

@@ -1,0 +1,10 @@
+import pytest
+
+from tests.stores.servers import valkey_server
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A Valkey for the tests of one file."""
+    with valkey_server() as running:
+        yield running
