@@ -215,8 +215,24 @@ def xenios(*args):
     return [str(Path(sys.executable).parent / "xenios"), *map(str, args)]
 
 
-def xenios_config(home, upstream_port, key_hash):
-    """The YAML of a Xenios target: with the default plugins where a key's hash is given, else with none."""
+LIMITS = [
+    "  - use: rate_limit",
+    "    config:",
+    "      limits:",
+    "        - {name: per-key, requests: 100000000, tokens: 100000000000, concurrent: 10000}",
+    "        - {name: everyone, by: [], requests: 100000000}",
+    "  - use: budgets",
+    "    config:",
+    "      budgets:",
+    "        - {name: per-key, usd: 10000000}",
+    "        - {name: everyone, by: [], usd: 10000000, per: total}",
+]
+
+
+def xenios_config(home, upstream_port, key_hash, redis=None):
+    """The YAML of a Xenios target: with the default plugins where a key's hash is given, else with none; with rate
+    limits and budgets too, where it is said what counts them.
+    """
     lines = [
         "server:",
         "  host: 127.0.0.1",
@@ -241,11 +257,12 @@ def xenios_config(home, upstream_port, key_hash):
         "      keys:",
         "        - id: bench",
         f'          hash: "{key_hash}"',
+        *(LIMITS if redis else []),
         "  - use: routing",
         "  - use: fallback",
         "",
     ]
-    return "\n".join([*lines, *plugins])
+    return "\n".join([*lines, "services:", f"  redis: {redis or 'memory'}", *plugins])
 
 
 def xenios_key(config):
@@ -258,7 +275,7 @@ def xenios_key(config):
     return found[1], found[2]
 
 
-def xenios_target(slug, label, folder, upstream_port, plugins):
+def xenios_target(slug, label, folder, upstream_port, plugins, redis=None):
     """A target whose preparation failed still gets its row."""
     home, port = folder / slug, free_port()
     home.mkdir(exist_ok=True)
@@ -269,7 +286,7 @@ def xenios_target(slug, label, folder, upstream_port, plugins):
         if plugins:
             config.write_text(xenios_config(home, upstream_port, None))
             target.key, key_hash = xenios_key(config)
-        config.write_text(xenios_config(home, upstream_port, key_hash))
+        config.write_text(xenios_config(home, upstream_port, key_hash, redis))
     except (OSError, RuntimeError, IndexError, subprocess.SubprocessError) as error:
         target.failed = f"{type(error).__name__}: {error}"
     return target
@@ -289,6 +306,10 @@ def make_targets(only, folder, mock_port):
         "tricks": lambda: dataclasses.replace(proxy("tricks", "--tricks"), label="yardstick + all tricks"),
         "xenios-bare": lambda: xenios_target("xenios-bare", "xenios, no plugin", folder, mock_port, plugins=False),
         "xenios": lambda: xenios_target("xenios", "xenios, default plugins", folder, mock_port, plugins=True),
+        "limits": lambda: xenios_target("limits", "+ limits, memory", folder, mock_port, plugins=True, redis="memory"),
+        "limits-redis": lambda: xenios_target(
+            "limits-redis", "+ limits, embedded Valkey", folder, mock_port, plugins=True, redis="embedded"
+        ),
     }
     unknown = set(only) - set(makers)
     if unknown:
@@ -574,7 +595,9 @@ def head(args, where):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 short rounds, one of streams")
-    parser.add_argument("--only", default="", help="direct,canned,yardstick,tricks,xenios-bare,xenios")
+    parser.add_argument(
+        "--only", default="", help="direct,canned,yardstick,tricks,xenios-bare,xenios,limits,limits-redis"
+    )
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="of each round of requests, and of latency")
     parser.add_argument("--connections", type=int, default=64)

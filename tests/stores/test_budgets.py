@@ -21,6 +21,7 @@ from gateway.kit.upstream import (
     chat_completion,
     chat_events,
 )
+from gateway.tasks import Tasks
 from gateway_plugins import budgets
 
 # 1 micro-USD per output token, nothing for input.
@@ -127,7 +128,7 @@ async def test_unknown_cost_is_charged_as_reserved(services):
 async def test_a_client_that_left_frees_what_it_reserved(services):
     """Leaving before an answer: the reservation ends with the request."""
     async with limited(services, cents("0.001"), upstream=ScriptedUpstream(Hang())) as gw:
-        asked = asyncio.ensure_future(gw.chat(model=MODEL, max_tokens=100))
+        asked = Tasks().spawn(gw.chat(model=MODEL, max_tokens=100), "asked")
         await gw.upstream.wait_seen(1)
         assert await spent(gw) == (0, 100)
         asked.cancel()
@@ -156,7 +157,7 @@ async def test_no_output_limit_may_be_assumed(services):
     """With `assume: N` so much is reserved, and nothing is set."""
     upstream = ScriptedUpstream(Hang())
     async with limited(services, cents("0.001"), upstream=upstream, no_max_tokens={"assume": 40}) as gw:
-        asked = asyncio.ensure_future(gw.chat(model=MODEL))
+        asked = Tasks().spawn(gw.chat(model=MODEL), "asked")
         seen = await gw.upstream.wait_seen(1)
         assert "max_tokens" not in seen.json
         assert await spent(gw) == (0, 40)
@@ -168,7 +169,7 @@ async def test_the_dearest_target_counts(services):
     prices = {**PRICES, "test/other": {"input": 0, "output": 3, "context_length": 8000}}
     upstream = ScriptedUpstream(Hang())
     async with limited(services, cents("0.001"), upstream=upstream, prices=prices, fallback=True) as gw:
-        asked = asyncio.ensure_future(gw.chat(model="alias", max_tokens=100, n=2))
+        asked = Tasks().spawn(gw.chat(model="alias", max_tokens=100, n=2), "asked")
         await gw.upstream.wait_seen(1)
         assert await spent(gw) == (0, 600)
         asked.cancel()

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import MODEL, Hang, Json, ScriptedUpstream, Stream, chat_completion, chat_events, chat_usage
+from gateway.tasks import Tasks
 from gateway_plugins import rate_limit
 
 
@@ -103,7 +104,7 @@ async def test_requests_at_the_same_time(services):
     """While two are under way a third is refused; one that ended, or whose client left, makes room at once."""
     upstream = ScriptedUpstream(Hang(), Hang())
     async with limited(services, {"name": "c", "concurrent": 2}, upstream=upstream) as gw:
-        running = [asyncio.ensure_future(gw.chat()) for _ in range(2)]
+        running = [Tasks().spawn(gw.chat(), "asked") for _ in range(2)]
         await gw.upstream.wait_seen(2)
         refused = await gw.chat()
         assert refused.status == 429
