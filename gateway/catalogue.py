@@ -83,6 +83,14 @@ class Price:
                 price = tier.price
         return price
 
+    def dearest(self, input_tokens: int) -> tuple[int | None, int | None]:
+        """The most that an input and an output token may cost in a request of at most this size; None is unknown."""
+        dear = [_dearest(self), *(_dearest(tier.price) for tier in self.tiers if input_tokens > tier.min_input_tokens)]
+        if len(dear) == 1:
+            return dear[0]
+        entries, outputs = zip(*dear, strict=True)
+        return (None if None in entries else max(entries)), (None if None in outputs else max(outputs))
+
     def charge(self, usage: Usage) -> int | None:
         """Pico-USD of one request that was answered; None if a price or count that matters is unknown.
 
@@ -110,6 +118,13 @@ class Price:
                 return None
             total += tokens * rate
         return total
+
+
+def _dearest(price: Price) -> tuple[int | None, int | None]:
+    return (
+        None if price.input is None else max(price.input, price.cache_write or 0),
+        None if price.output is None else max(price.output, price.reasoning or 0),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,52 +211,54 @@ def settle(ledger: Ledger, exchange: Exchange) -> None:
 
 
 def _states(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> list[State]:
-    """From what each rule held before: microseconds of its bucket, slots, or (spent, reserved)."""
-    allowed = [_has_room(rule, *level) for rule, level in zip(rules, levels, strict=True)]
-    taken = all(allowed)
-    grant = _grant(rules, levels) if taken else 0
-    return [
-        _state(rule, level, has_room=has_room, taken=taken, grant=grant)
-        for rule, level, has_room in zip(rules, levels, allowed, strict=True)
-    ]
+    """From what each rule held before: microseconds of its bucket, slots, or (spent, reserved).
+
+    One loop without calls: it runs for every request.
+    """
+    out: list[State] = []
+    taken, grant = True, -1
+    for rule, (level, reserved) in zip(rules, levels, strict=True):
+        kind = rule.kind
+        if kind == "rate":
+            unit = rule.per * 1e6 / rule.limit
+            amount, size = rule.amount, rule.burst or rule.limit
+            room = size * unit - level
+            # half a microsecond: what floats lose must not refuse the bucket's last unit
+            if amount * unit <= room + 0.5:
+                out.append(State(True, int((room + 0.5) / unit) - amount, (level + amount * unit) / 1e6))
+            else:
+                taken = False
+                wait = (amount * unit - room) / 1e6 if amount <= size else None
+                out.append(State(False, int((room + 0.5) / unit) if room > 0 else 0, level / 1e6, wait))
+        elif kind == "slots":
+            left = int(rule.limit - level)
+            if left > 0:
+                out.append(State(True, left - 1))
+            else:
+                taken = False
+                out.append(State(False, 0, 0.0, 1.0))
+        else:
+            left = int(rule.limit - level - reserved)
+            least = rule.amount if rule.least is None else rule.least
+            grant = min(left, rule.amount) if grant < 0 else min(grant, left, rule.amount)
+            taken = taken and least <= left
+            out.append(State(least <= left, max(0, left), reserved=int(reserved)))
+    if not taken:
+        return [_untaken(rule, state, level) for rule, state, (level, _) in zip(rules, out, levels, strict=True)]
+    if grant >= 0:
+        for i, state in enumerate(out):
+            if rules[i].kind == "budget":
+                out[i] = State(True, state.remaining - grant, granted=grant, reserved=state.reserved)
+    return out
 
 
-def _grant(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> int:
-    """What every budget of a request reserves: its bound, or what is left in the one that has least."""
-    return min(
-        (
-            min(rule.amount, int(rule.limit - spent - reserved))
-            for rule, (spent, reserved) in zip(rules, levels, strict=True)
-            if rule.kind == "budget"
-        ),
-        default=0,
-    )
-
-
-def _has_room(rule: Rule, level: float, reserved: float) -> bool:
+def _untaken(rule: Rule, state: State, level: float) -> State:
+    """What a rule with room says where another had none: nothing was taken from it."""
+    if not state.allowed or rule.kind == "budget":
+        return state
     if rule.kind == "slots":
-        return level < rule.limit
-    if rule.kind == "budget":
-        return level + reserved + (rule.amount if rule.least is None else rule.least) <= rule.limit
-    # half a microsecond: what floats lose must not refuse the bucket's last unit
-    return level + rule.amount * rule.unit <= rule.size * rule.unit + 0.5
-
-
-def _state(rule: Rule, before: tuple[float, float], *, has_room: bool, taken: bool, grant: int) -> State:
-    level, reserved = before
-    if rule.kind == "slots":
-        held = level + (1 if taken else 0)
-        return State(has_room, max(0, int(rule.limit - held)), retry_after=None if has_room else 1.0)
-    if rule.kind == "budget":
-        left = int(rule.limit - level - reserved) - grant
-        return State(has_room, max(0, left), granted=grant, reserved=int(reserved))
-    unit = rule.unit
-    after = level + (rule.amount * unit if taken else 0.0)
-    remaining = max(0, int((rule.size * unit - after + 0.5) / unit))
-    wait: float | None = None
-    if not has_room and rule.amount <= rule.size:
-        wait = max(0.0, level + rule.amount * unit - rule.size * unit) / 1e6
-    return State(has_room, remaining, max(0.0, after) / 1e6, wait)
+        return State(True, state.remaining + 1)
+    return State(True, state.remaining + rule.amount, level / 1e6)
 
 
 class _Budget:
@@ -269,6 +271,9 @@ class _Budget:
         self.reserved = 0  # the sum of `held`
         self.held: dict[str, int] = {}  # by operation
         self.until = until
+
+
+_NOTHING = (0.0, 0.0)
 
 
 class MemoryLedger:
@@ -291,18 +296,31 @@ class MemoryLedger:
         self._calls += 1
         if self._calls % SWEEP_EVERY == 0:
             self._sweep(now)
-        levels = [self._level(rule, now) for rule in rules]
+        full_at = self._full_at
+        levels: list[tuple[float, float]] = []
+        for rule in rules:
+            if rule.kind == "rate":
+                ahead = full_at.get(rule.key, 0.0) - now
+                levels.append((ahead, 0.0) if ahead > 0 else _NOTHING)
+            elif rule.kind == "slots":
+                held = self._slots.get(rule.key)
+                levels.append((len(held), 0.0) if held else _NOTHING)
+            else:
+                budget = self._budgets.get(rule.key)
+                levels.append((budget.spent, budget.reserved) if budget is not None else _NOTHING)
         states = _states(rules, levels)
-        if all(state.allowed for state in states):
-            for rule, (level, _), state in zip(rules, levels, states, strict=True):
-                if rule.kind == "slots":
-                    self._slots.setdefault(rule.key, set()).add(op)
-                elif rule.kind == "budget":
-                    budget = self._budget(rule)
-                    budget.held[op] = budget.held.get(op, 0) + state.granted
-                    budget.reserved += state.granted
-                else:
-                    self._full_at[rule.key] = now + level + rule.amount * rule.unit
+        for state in states:
+            if not state.allowed:
+                return states
+        for rule, (level, _), state in zip(rules, levels, states, strict=True):
+            if rule.kind == "rate":
+                full_at[rule.key] = now + level + rule.amount * rule.per * 1e6 / rule.limit
+            elif rule.kind == "slots":
+                self._slots.setdefault(rule.key, set()).add(op)
+            else:
+                budget = self._budget(rule)
+                budget.held[op] = budget.held.get(op, 0) + state.granted
+                budget.reserved += state.granted
         return states
 
     def settle(
@@ -357,14 +375,6 @@ class MemoryLedger:
         if budget is None:
             budget = self._budgets[rule.key] = _Budget(rule.until)
         return budget
-
-    def _level(self, rule: Rule, now: float) -> tuple[float, float]:
-        if rule.kind == "slots":
-            return float(len(self._slots.get(rule.key, ()))), 0.0
-        if rule.kind == "budget":
-            budget = self._budgets.get(rule.key)
-            return (float(budget.spent), float(budget.reserved)) if budget is not None else (0.0, 0.0)
-        return max(0.0, self._full_at.get(rule.key, 0.0) - now), 0.0
 
     def _move(self, rule: Rule, units: int) -> None:
         now = self._clock() * 1e6

@@ -40,6 +40,9 @@ def choices(body: dict[str, Any]) -> int:
 
 def input_estimate(exchange: Exchange) -> int:
     """Input tokens by the body's length: a rough guess, not a bound."""
+    raw = exchange.raw_body
+    if len(raw) < 2000 and not exchange.snapshot.hooks.prepare_request:
+        return len(raw) // 4 + 1  # not worth a walk through the body
     return exchange.dialect.input_characters(exchange.body) // 4 + 1
 
 
@@ -52,14 +55,16 @@ def input_bound(exchange: Exchange, context_length: int | None, image_tokens: in
 
     Images count `image_tokens` each; other media as much as the context holds.
     """
-    images, others = _media(exchange.body, 0)
-    if images or others:
-        text = 4 * exchange.dialect.input_characters(exchange.body) + 2000
-        bound = len(exchange.raw_body) if others and context_length is None else text + images * image_tokens
-        if others and context_length is not None:
-            bound = context_length
+    raw, edited = exchange.raw_body, bool(exchange.snapshot.hooks.prepare_request)
+    images, others = _media(exchange.body, 0) if edited or b'"type"' in raw else (0, 0)
+    if others:
+        return len(raw) if context_length is None else context_length
+    if images or edited:
+        # four bytes a character, and what the model's template adds
+        bound = max(4 * exchange.dialect.input_characters(exchange.body) + 2000, 0 if images else len(raw))
+        bound += images * image_tokens
     else:
-        bound = max(len(exchange.raw_body), exchange.dialect.input_characters(exchange.body))
+        bound = len(raw)
     return bound if context_length is None else min(bound, context_length)
 
 
@@ -88,9 +93,16 @@ def _media(value: Any, depth: int) -> tuple[int, int]:
     return images, others
 
 
+_EVERYBODY = [""]
+
+
 def subjects(by: Sequence[Subject], exchange: Exchange) -> list[str]:
     """Whose bucket: one text per combination; a caller with several roles has several."""
+    if not by:
+        return _EVERYBODY
     principal = exchange.principal
+    if len(by) == 1 and by[0] == "key":  # what most limits are by
+        return [_quoted(principal.reference)] if principal is not None else [""]
     parts = [_values(name, exchange, principal) for name in by]
     return ["|".join(_quoted(value) for value in values) for values in product(*parts)]
 

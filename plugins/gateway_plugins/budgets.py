@@ -132,6 +132,9 @@ class _Bound(msgspec.Struct, frozen=True):
     clamps: tuple[tuple[int, int], ...] = ()
 
 
+_FREE = _Bound(0, 0)
+
+
 class _Held(Rule, eq=False):
     """A rule of this plugin, with what its errors and corrections say."""
 
@@ -184,7 +187,16 @@ class Plugin:
         self._config = config
         self._services = services
         self.on_store_error = config.on_store_error
-        self._budgets = [(budget, compile_when(budget.when), _Window(budget)) for budget in config.budgets]
+        self._budgets = [
+            (
+                budget,
+                compile_when(budget.when),
+                _Window(budget),
+                int(budget.usd * 10**6) if budget.hard else _ENDLESS,
+                f"{services.plugin_id}:{budget.name}:",
+            )
+            for budget in config.budgets
+        ]
         self._warned: OrderedDict[str, None] = OrderedDict()
         self._correctable: OrderedDict[str, tuple[Sequence[_Held], dict[int, int]]] = OrderedDict()
 
@@ -194,23 +206,23 @@ class Plugin:
     @hookimpl
     async def check_request(self, exchange: Exchange) -> None:
         bound: _Bound | None = None
-        for budget, applies, window in self._budgets:
+        most, least = 0, None
+        for budget, applies, window, limit, prefix in self._budgets:
             if applies is not None and not applies(exchange):
                 continue
             if bound is None:
                 bound = self._bound(exchange)
+                most, least = _micro(bound.most), _micro(bound.least) if bound.clamps else None
             name, end = window.now()
             for subject in subjects(budget.by, exchange):
-                key = f"{self._services.plugin_id}:{budget.name}:{name}:{subject}"
-                most = _micro(bound.most)
                 exchange.hold(
                     _Held(
-                        key=key,
+                        key=f"{prefix}{name}:{subject}",
                         kind="budget",
-                        limit=int(budget.usd * 10**6) if budget.hard else _ENDLESS,
+                        limit=limit,
                         refuse=_refuse,
                         amount=most,
-                        least=_micro(bound.least) if bound.clamps else None,
+                        least=least,
                         # corrections come within minutes, requests last for hours at most
                         until=None if end is None else end + 2 * 86400,
                         actual=_actual,
@@ -299,7 +311,7 @@ class Plugin:
         bounds = [] if unknown else [self._target_bound(exchange, *target) for target in _targets(exchange)]
         if unknown or None in bounds:
             if self._config.unknown_price == "allow":
-                return _Bound(0, 0)
+                return _FREE
             raise Refused(
                 f"This request's cost has no known limit ({unknown or 'a model has no known price'}), which its budget "
                 "needs. Use another model or leave that out, or ask the operator for a price (`catalogue.overrides`) "
@@ -317,22 +329,21 @@ class Plugin:
         if model is None:
             return None
         if model_id.endswith(":free"):
-            return _Bound(0, 0)
+            return _FREE
         tokens = input_bound(exchange, model.context_length, self._config.image_tokens)
-        prices = [model.price, *(tier.price for tier in model.price.tiers if tokens > tier.min_input_tokens)]
-        if any(price.input is None for price in prices):
+        price = model.price
+        entry, each = price.dearest(tokens)
+        if entry is None:
             return None
-        entry = max(max(price.input or 0, price.cache_write or 0) for price in prices) * tokens
-        entry += max(price.request or 0 for price in prices)
-        if exchange.dialect.grammar is None:  # embeddings, rerank: no output is billed
+        entry = entry * tokens + (price.request or 0)
+        grammar = exchange.dialect.grammar
+        if grammar is None:  # embeddings, rerank: no output is billed
             return _Bound(entry, entry)
-        if exchange.endpoint in {"images/generations", "audio/transcriptions"} or any(
-            price.output is None for price in prices
-        ):
+        if each is None or exchange.endpoint in {"images/generations", "audio/transcriptions"}:
             return None
         body = {**exchange.body, **changes} if changes or strip else exchange.body
         cap = output_cap({k: v for k, v in body.items() if k not in strip} if strip else body)
-        each = max(max(price.output or 0, price.reasoning or 0) for price in prices) * choices(body)
+        each *= choices(body)
         if cap is not None:
             most = entry + cap * each
             return _Bound(most, most)

@@ -226,6 +226,7 @@ LIMITS = [
     "      budgets:",
     "        - {name: per-key, usd: 10000000}",
     "        - {name: everyone, by: [], usd: 10000000, per: total}",
+    "      unknown_price: allow",
 ]
 
 
