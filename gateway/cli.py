@@ -15,9 +15,11 @@ import typer
 from gateway._version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.catalogue import Catalogue, Price
     from gateway.plugins import Blueprint
-    from gateway.settings import Loaded, Problem
+    from gateway.settings import Loaded, Problem, Settings
     from gateway.worker import Worker
 
 app = typer.Typer(
@@ -63,12 +65,15 @@ def serve(
         int | None,
         typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", show_default=False),
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Processes that serve, on one port.", show_default=False)
+    ] = None,
     *,
     show_key: Annotated[bool, typer.Option("--show-key", help="Print the bootstrap key at every start.")] = False,
     new_key: Annotated[bool, typer.Option("--new-key", help="Replace the bootstrap key by a new one.")] = False,
 ) -> None:
     """Start the gateway."""
-    loaded = _load(config, host, port)
+    loaded = _load(config, host, port, workers)
     from gateway import logs
 
     logs.setup(loaded.settings.log)
@@ -143,7 +148,7 @@ def simulate(
     from gateway.simulator import Simulator
 
     async def run() -> None:
-        stop = _stop_signals()
+        stop = stop_signals()
         simulator = Simulator(latency=latency, chunk_delay=chunk_delay)
         await simulator.start(host, port)
         typer.echo(f"Simulated OpenRouter at {simulator.url} (Ctrl-C ends it)")
@@ -151,7 +156,7 @@ def simulate(
         await simulator.close()
 
     try:
-        _run(run())
+        run_loop(run())
     except OSError as error:
         _fail(f"Can't listen on {host}:{port}: {error.strerror or error}", 1)
 
@@ -231,9 +236,12 @@ def _serve(loaded: Loaded, *, show_key: bool, new_key: bool) -> int:
     try:
         with data_dir(settings.server.data_dir) as folder:
             own = identity(folder, settings, new_bootstrap_key=new_key)
-            worker = Worker(loaded, own, folder)
             shown = own.bootstrap_key if show_key or own.bootstrap_key_is_new or sys.stdout.isatty() else None
-            _run(_until_stopped(worker, shown, str(folder / "bootstrap_key") if own.bootstrap_key else None))
+            key_file = str(folder / "bootstrap_key") if own.bootstrap_key else None
+            if settings.server.workers > 1:
+                run_loop(_workers_until_stopped(loaded, folder, shown, key_file))
+            else:
+                run_loop(_until_stopped(Worker(loaded, own, folder), shown, key_file))
     except ConfigError as error:
         _stop_on(list(error.problems))
     except (StartError, PluginStartError, DataDirError) as error:
@@ -246,20 +254,55 @@ def _serve(loaded: Loaded, *, show_key: bool, new_key: bool) -> int:
 
 
 async def _until_stopped(worker: Worker, key: str | None, key_file: str | None) -> None:
-    stop = _stop_signals()
+    stop = stop_signals()
     async with worker.running():
-        sys.stderr.write(_banner(worker, key, key_file))
-        sys.stderr.flush()
+        has_task = "task/chat" in worker.snapshot.names()
+        _greet(
+            settings=worker.snapshot.settings,
+            port=worker.port,
+            simulated=worker.simulated,
+            has_task=has_task,
+            key=key,
+            key_file=key_file,
+        )
         await stop.wait()
 
 
-def _stop_signals() -> asyncio.Event:
-    """Set by TERM or INT; a second one ends the process at once."""
+async def _workers_until_stopped(loaded: Loaded, folder: Path, key: str | None, key_file: str | None) -> None:
+    from gateway.plugins import read_plugins
+    from gateway.processes import Group
+    from gateway.stores import embedded_redis
+
+    read_plugins(loaded.settings, loaded.source)  # a mistake is told once, not by each worker
+    async with embedded_redis(loaded.settings, folder) as redis_url:
+        group = Group(loaded, folder, redis_url)
+        stop = stop_signals(group.kill)
+        async with group.running() as ready:
+            _greet(
+                settings=loaded.settings,
+                port=group.port,
+                simulated=ready.simulated,
+                has_task=ready.has_chat_task,
+                key=key,
+                key_file=key_file,
+            )
+            await stop.wait()
+
+
+def _greet(**about: Any) -> None:
+    sys.stderr.write(_banner(**about))
+    sys.stderr.flush()
+
+
+def stop_signals(at_second: Callable[[], None] | None = None) -> asyncio.Event:
+    """Set by TERM or INT; a second one ends the process at once, after `at_second`."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
         if stop.is_set():
+            if at_second is not None:
+                at_second()
             os._exit(1)
         stop.set()
 
@@ -268,12 +311,13 @@ def _stop_signals() -> asyncio.Event:
     return stop
 
 
-def _banner(worker: Worker, key: str | None, key_file: str | None) -> str:
-    settings = worker.snapshot.settings
+def _banner(
+    *, settings: Settings, port: int, simulated: bool, has_task: bool, key: str | None, key_file: str | None
+) -> str:
     host = settings.server.host if settings.server.host not in {"0.0.0.0", "::"} else "127.0.0.1"
-    url = f"http://{f'[{host}]' if ':' in host else host}:{worker.port}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     lines = [f"Xenios {__version__} at {url}"]
-    if worker.simulated:
+    if simulated:
         bar = "#" * 80
         text = (
             "SIMULATED ANSWERS: no upstream key is set, so a built-in simulation answers.",
@@ -284,7 +328,7 @@ def _banner(worker: Worker, key: str | None, key_file: str | None) -> str:
     bearer = f"'Authorization: Bearer {key}'" if key else '"Authorization: Bearer $XENIOS_KEY"'
     python_key = repr(key) if key else "os.environ['XENIOS_KEY']"
     imports = "from openai import OpenAI" if key else "import os; from openai import OpenAI"
-    model = "task/chat" if "task/chat" in worker.snapshot.names() else "anthropic/claude-haiku-4.5"
+    model = "task/chat" if has_task else "anthropic/claude-haiku-4.5"
     if key is not None:
         lines.append(f"Key (admin):  {key}")
     elif key_file is not None:
@@ -309,7 +353,7 @@ def _banner(worker: Worker, key: str | None, key_file: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run(main_coroutine: Any) -> None:
+def run_loop(main_coroutine: Any) -> None:
     try:
         import uvloop
     except ImportError:
@@ -333,11 +377,11 @@ def _config_path(given: Path | None) -> Path:
     return packaged if packaged.is_file() else Path(__file__).parent.parent / "config" / "xenios.yaml"
 
 
-def _load(config: Path | None, host: str | None = None, port: int | None = None) -> Loaded:
+def _load(config: Path | None, host: str | None = None, port: int | None = None, workers: int | None = None) -> Loaded:
     """The configuration, or exit 2 with every mistake in it."""
     from dataclasses import replace
 
-    from gateway.settings import ConfigError, load
+    from gateway.settings import SEVERAL_NEED_REDIS, ConfigError, counts_apart, load
 
     path = _config_path(config)
     try:
@@ -346,11 +390,17 @@ def _load(config: Path | None, host: str | None = None, port: int | None = None)
         _, problems, _ = _examine(path)
         _stop_on(problems)
         raise
-    changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    changes = {
+        name: value for name, value in (("host", host), ("port", port), ("workers", workers)) if value is not None
+    }
     if not changes:
         return loaded
     server = loaded.settings.server.model_copy(update=changes)
-    return replace(loaded, settings=loaded.settings.model_copy(update={"server": server}))
+    settings = loaded.settings.model_copy(update={"server": server})
+    if counts_apart(settings):
+        typer.echo(f"xenios: {SEVERAL_NEED_REDIS}.", err=True)
+        raise typer.Exit(2)
+    return replace(loaded, settings=settings)
 
 
 def _examine(path: Path) -> tuple[list[Blueprint], list[Problem], Loaded | None]:

@@ -29,7 +29,8 @@ from gateway.routes import Route
 from gateway.watch import SHUTDOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    import socket
+    from collections.abc import Awaitable, Callable, Sequence
 
     from multidict import CIMultiDict
 
@@ -322,7 +323,7 @@ class Server:
         self._finisher = finisher
         self._correct = correct
         self._listener: _Listener | None = None
-        self._sockets: asyncio.Server | None = None
+        self._sockets: list[asyncio.Server] = []
         self._runs: set[Run] = set()
         self._idle = asyncio.Event()
         self.draining = False
@@ -331,20 +332,23 @@ class Server:
     def live(self) -> int:
         return len(self._runs)
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port. Raises OSError."""
+    async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
+        """Listen, on `sockets` if there are any, which listen already; returns the port. Raises OSError."""
         self._listener = _Listener(self._handle, self._current().settings.server)
         loop = asyncio.get_running_loop()
-        self._sockets = await loop.create_server(self._listener, host, port, backlog=4096)
-        bound: int = self._sockets.sockets[0].getsockname()[1]
+        if sockets:
+            self._sockets = [await loop.create_server(self._listener, sock=sock, backlog=4096) for sock in sockets]
+        else:
+            self._sockets = [await loop.create_server(self._listener, host, port, backlog=4096)]
+        bound: int = self._sockets[0].sockets[0].getsockname()[1]
         return bound
 
     async def drain(self, delay: float, timeout: float) -> int:  # noqa: ASYNC109 - a phase's length, not a limit on it
         """Not ready but accepting for `delay`, then closed; requests get `timeout` to end. Returns the number cut."""
         self.draining = True
         await asyncio.sleep(delay)
-        if self._sockets is not None:
-            self._sockets.close()
+        for listening in self._sockets:
+            listening.close()
         if self._listener is not None:
             self._listener.pre_shutdown()
         if self._runs:

@@ -114,6 +114,9 @@ class ServerSettings(_Section):
     """Address to listen on. Default 127.0.0.1: reachable from this machine only."""
     port: int = Field(8080, ge=0, le=65535)
     """TCP port to listen on; 0 takes a free one. Default 8080."""
+    workers: int = Field(1, ge=1, le=256)
+    """Processes that serve, on one port; about one per core. Several need a `services.redis` that they share.
+    Default 1."""
     data_dir: Path = Path(".xenios")
     """Directory (mode 0700) of the bootstrap key, the pepper and embedded stores, relative to the working directory.
     Default .xenios. Losing it makes stored keys invalid unless `pepper` is set."""
@@ -280,6 +283,9 @@ def _redis(value: SecretStr) -> SecretStr:
     return value
 
 
+SEVERAL_NEED_REDIS: Final = "several workers need services.redis to be embedded or an address: memory is of one process"
+
+
 class ServicesSettings(_Section):
     """What workers and gateways share."""
 
@@ -421,8 +427,18 @@ def _loaded(examined: Examined) -> Loaded:
 
 def _examine(source: Source) -> Examined:
     settings, found = source.validate(Settings)
-    problems = in_line_order([*source.problems, *found, *_repeated_ids(source)])
+    lone = [_lone_memory(source)] if settings is not None and counts_apart(settings) else []
+    problems = in_line_order([*source.problems, *found, *_repeated_ids(source), *lone])
     return Examined(None if problems else settings, source, tuple(problems))
+
+
+def counts_apart(settings: Settings) -> bool:
+    """Each worker would count by itself, and every limit be as many times what it says."""
+    return settings.server.workers > 1 and settings.services.redis.get_secret_value() == "memory"
+
+
+def _lone_memory(source: Source) -> Problem:
+    return source.problem(("server", "workers"), SEVERAL_NEED_REDIS, "redis: embedded starts one")
 
 
 def _plugins(source: Source) -> list[tuple[int, Any]]:

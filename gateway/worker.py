@@ -39,7 +39,8 @@ from gateway.transport.aiohttp_client import AiohttpTransport
 from gateway.upstream import UpstreamClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    import socket
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from gateway.exchange import JsonObject, Principal
@@ -61,9 +62,17 @@ class Worker:
     """Holds the snapshot in force."""
 
     def __init__(
-        self, loaded: Loaded, identity: Identity, data_dir: Path | None, blueprints: list[Blueprint] | None = None
+        self,
+        loaded: Loaded,
+        identity: Identity,
+        data_dir: Path | None,
+        blueprints: list[Blueprint] | None = None,
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
-        """`blueprints`: plugins that are given as they are (a test's own classes), instead of the YAML's."""
+        """`blueprints`: plugins that are given as they are (a test's own classes), instead of the YAML's. `sockets`:
+        those of a parent of several workers, instead of the settings' host and port.
+        """
+        self._shared_sockets = sockets
         self._loaded = loaded
         self._blueprints = blueprints
         self._identity = identity
@@ -111,7 +120,7 @@ class Worker:
             stack.push_async_callback(self._close_plugins, snapshot)
             await stack.enter_async_context(self.corrections.lifespan())
             stack.push_async_callback(self._finish_all)
-            self.port = await self.server.start(settings.server.host, settings.server.port)
+            self.port = await self.server.start(settings.server.host, settings.server.port, self._shared_sockets)
             stack.push_async_callback(self._drain, settings)
             gc.collect()
             gc.freeze()

@@ -40,6 +40,7 @@ class Source:
     expanded: dict[Steps, tuple[str, ...]] = field(default_factory=dict)
     """For each value that `${…}` gave: the texts that must not be printed."""
     problems: list[Problem] = field(default_factory=list)
+    text: str = field(default="", repr=False)
 
     def where(self, path: Sequence[str | int], *, value: bool = False) -> tuple[int, int]:
         """Line and column, from 1, of the key or list item at `path`, else of its nearest known ancestor."""
@@ -125,7 +126,7 @@ def read_file(path: Path, env: Mapping[str, str]) -> Source:
 
 def read_text(text: str, file: str, base: Path, env: Mapping[str, str]) -> Source:
     """Raises ConfigError when the text is no YAML at all."""
-    return _Reader(Source(file, base), env).read(text.removeprefix("\ufeff"))
+    return _Reader(Source(file, base, text=text), env).read(text.removeprefix("\ufeff"))
 
 
 def typed(text: str) -> Any:

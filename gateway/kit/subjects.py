@@ -21,7 +21,9 @@ def _one_or_many(value: object) -> object:
 
 
 # A setting: one name or several.
-By: TypeAlias = Annotated[tuple[Subject, ...], BeforeValidator(_one_or_many)]
+By: TypeAlias = Annotated[
+    tuple[Subject, ...], BeforeValidator(_one_or_many, json_schema_input_type=Subject | tuple[Subject, ...])
+]
 
 _OUTPUT_CAPS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 

@@ -38,3 +38,15 @@ async def open_redis(settings: Settings, data_dir: Path | None) -> AsyncIterator
         store = RedisStore(url)
         stack.push_async_callback(store.close)
         yield store
+
+
+@contextlib.asynccontextmanager
+async def embedded_redis(settings: Settings, data_dir: Path) -> AsyncIterator[str | None]:
+    """For a parent of several workers: the URL of the Valkey that they share; None where there is none to start."""
+    if settings.services.redis.get_secret_value() != "embedded":
+        yield None
+        return
+    from gateway.stores.embedded import valkey  # noqa: PLC0415 - as above
+
+    async with valkey(data_dir / "valkey") as url:
+        yield url

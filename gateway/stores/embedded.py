@@ -12,10 +12,15 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import structlog
+
 from gateway.errors import StartError
+from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+log = structlog.get_logger("gateway.embedded")
 
 START_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
@@ -39,33 +44,70 @@ def binary() -> Path:
 
 @contextlib.asynccontextmanager
 async def valkey(directory: Path) -> AsyncIterator[str]:
-    """Runs while the context lasts; gives its `unix://` URL. Data stay in `directory`. Raises EmbeddedError."""
-    executable = binary()
+    """Runs while the context lasts, started again if it ends; gives its `unix://` URL. Data stay in `directory`.
+
+    Raises EmbeddedError.
+    """
+    tasks = Tasks()
     # A socket's path may have 107 characters at most; data directories may be deeper.
-    with tempfile.TemporaryDirectory(prefix="xenios-") as place, _log_in(directory) as log:
+    with tempfile.TemporaryDirectory(prefix="xenios-") as place, _log_in(directory) as output:
         path = Path(place) / "valkey"
-        child = await asyncio.create_subprocess_exec(
-            executable,
-            *("--port", "0", "--unixsocket", str(path), "--unixsocketperm", "600", "--dir", str(directory)),
-            *("--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--daemonize", "no"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C is for us alone: the child is stopped after the last settlement
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
+        child = await _start(path, directory, output)
+        keeper = tasks.spawn(_keep(child, path, directory, output), "embedded Valkey")
         try:
-            await _wait(child, path, directory)
             yield f"unix://{path}"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                child.terminate()
-            try:
-                async with asyncio.timeout(5):
-                    await child.wait()
-            except TimeoutError:
-                child.kill()
-                await child.wait()
+            keeper.cancel()
+            await tasks.drain(10)
+
+
+async def _keep(child: asyncio.subprocess.Process, path: Path, directory: Path, output: IO[bytes]) -> None:
+    """Start it again whenever it ends; on cancellation stop it, its data written."""
+    try:
+        while True:
+            code = await child.wait()
+            log.error("embedded_valkey_ended", code=code, output=str(directory / "log"))
+            await asyncio.sleep(0.2)
+            with contextlib.suppress(EmbeddedError):
+                child = await _start(path, directory, output)
+    finally:
+        await _stop(child)
+
+
+async def _start(path: Path, directory: Path, output: IO[bytes]) -> asyncio.subprocess.Process:
+    _forget(path)
+    child = await asyncio.create_subprocess_exec(
+        binary(),
+        *("--port", "0", "--unixsocket", str(path), "--unixsocketperm", "600", "--dir", str(directory)),
+        *("--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--daemonize", "no"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,  # Ctrl-C is for us alone: the child is stopped after the last settlement
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+    )
+    try:
+        await _wait(child, path, directory)
+    except BaseException:
+        await _stop(child)
+        raise
+    return child
+
+
+async def _stop(child: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        child.terminate()
+    try:
+        async with asyncio.timeout(5):
+            await child.wait()
+    except TimeoutError:
+        child.kill()
+        await child.wait()
+
+
+def _forget(path: Path) -> None:
+    """The socket of a server that was killed."""
+    path.unlink(missing_ok=True)
 
 
 def _log_in(directory: Path) -> IO[bytes]:

@@ -113,6 +113,7 @@ def test_an_editor_finds_a_mistake(text: str, where: str, validator: jsonschema.
 def test_all_are_here() -> None:
     """A file that is added to config/ gets a test here."""
     assert [path.relative_to(CONFIG).as_posix() for path in FILES] == [
+        "examples/limits.yaml",
         "examples/openai_compatible.yaml",
         "examples/passthrough.yaml",
         "examples/single_file_plugin.yaml",
@@ -319,3 +320,20 @@ def test_team_keys(tmp_path: Path) -> None:
         embed = {"model": "openai/text-embedding-3-small", "input": "x"}
         assert running.request("POST", "/v1/embeddings", embed, key=search).status == 200
         assert running.request("POST", "/v1/embeddings", embed, key=bot).status == 403
+
+
+def test_limits(tmp_path: Path) -> None:
+    """examples/limits.yaml: replies say what is left, and a dear model's fourth request at once is refused."""
+    with serving(tmp_path, "--config", copied(tmp_path, "examples/limits.yaml")) as running:
+        reply = running.chat("anthropic/claude-haiku-4.5")
+        assert reply.status == 200
+        assert reply.headers["x-ratelimit-limit-requests"] == "60"
+        assert int(reply.headers["x-ratelimit-remaining-tokens"]) < 200_000
+        body = {"model": "anthropic/claude-opus-4.6", "max_tokens": 10, "messages": [{"role": "user", "content": "Hi"}]}
+        dear = [running.request("POST", "/v1/chat/completions", body) for _ in range(4)]
+        assert [r.status for r in dear] == [200, 200, 200, 429]
+        body["max_tokens"] = 100_000
+        body["model"] = "anthropic/claude-sonnet-4.6"
+        spent = running.request("POST", "/v1/chat/completions", body)
+        assert (spent.status, spent.data["error"]["code"]) == (429, "insufficient_quota")
+        assert "(user)" in spent.data["error"]["message"]
