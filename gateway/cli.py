@@ -8,19 +8,23 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from gateway._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from gateway.catalogue import Catalogue, Price
+    from gateway.kit.schema import Schema
     from gateway.plugins import Blueprint
     from gateway.settings import Loaded, Problem, Settings
+    from gateway.stores.database import Database
     from gateway.worker import Worker
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="xenios",
@@ -32,6 +36,8 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="Make and hash client keys.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+db_app = typer.Typer(help="The tables of plugins: bring them up to date, look at them.", no_args_is_help=True)
+app.add_typer(db_app, name="db")
 
 ConfigOption = Annotated[
     Path | None,
@@ -42,7 +48,7 @@ ConfigOption = Annotated[
         show_default=False,
     ),
 ]
-BUILT_IN = frozenset({"serve", "check", "plugins", "models", "simulate", "keys", "version", "schema"})
+BUILT_IN = frozenset({"serve", "check", "plugins", "models", "simulate", "keys", "db", "version", "schema"})
 
 
 def main() -> None:
@@ -185,6 +191,68 @@ def keys_hash(
     except DataDirError as error:
         _fail(str(error), 1)
     typer.echo(f"hash: {hashed}")
+
+
+PluginOption = Annotated[
+    str | None, typer.Option("--plugin", help="Only the tables of this plugin. Default: of all.", show_default=False)
+]
+
+
+@db_app.command("upgrade")
+def db_upgrade(config: ConfigOption = None, plugin: PluginOption = None) -> None:
+    """Bring the plugins' tables up to date, in one transaction. Running it again, or twice at once, does no harm."""
+    loaded, folder, schemas = _schemas(config, plugin)
+    from gateway import migrations
+
+    changed = _migrated(lambda: migrations.upgrade(loaded.settings, folder, schemas))
+    for schema in schemas:
+        typer.echo(f"{schema.name:20} {schema.head}{'' if schema.name in changed else '  (was there)'}")
+
+
+@db_app.command("downgrade")
+def db_downgrade(
+    plugin: Annotated[str, typer.Argument(help="Whose tables, as `xenios db status` names them.")],
+    revision: Annotated[str, typer.Argument(help="The revision to go back to; `base` removes the tables.")],
+    config: ConfigOption = None,
+) -> None:
+    """Bring one plugin's tables back to an older revision; what they held beyond it is lost."""
+    loaded, folder, [schema] = _schemas(config, plugin)
+    from gateway import migrations
+
+    _migrated(lambda: migrations.downgrade(loaded.settings, folder, schema, revision))
+    typer.echo(f"{schema.name:20} {revision}")
+
+
+@db_app.command("status")
+def db_status(config: ConfigOption = None) -> None:
+    """Each plugin's tables: what the database has and what this program needs. Exit code 1 if any are older."""
+    loaded, folder, schemas = _schemas(config)
+    from gateway import migrations
+
+    found = _migrated(lambda: migrations.versions(loaded.settings, folder, schemas))
+    for schema, version in zip(schemas, found, strict=True):
+        word = "older: xenios db upgrade" if schema.is_older(version) else "ok" if version == schema.head else "newer"
+        typer.echo(f"{schema.name:20} has {version or 'nothing':12} needs {schema.head:12} {word}")
+    sys.exit(any(schema.is_older(version) for schema, version in zip(schemas, found, strict=True)))
+
+
+@db_app.command("sql")
+def db_sql(
+    config: ConfigOption = None,
+    plugin: PluginOption = None,
+    *,
+    pending: Annotated[bool, typer.Option("--pending", help="Only what the database does not have yet.")] = False,
+) -> None:
+    """Print the SQL that `xenios db upgrade` would run on an empty database, for somebody else to run."""
+    loaded, folder, schemas = _schemas(config, plugin)
+    from gateway import migrations
+    from gateway.stores import database_address
+
+    start: list[str | None] = [None] * len(schemas)
+    if pending:
+        start = _migrated(lambda: migrations.versions(loaded.settings, folder, schemas))
+    dialect, _ = database_address(loaded.settings, folder, migrate=True)
+    typer.echo(_migrated(lambda: migrations.sql(dialect, schemas, start)), nl=False)
 
 
 @app.command(short_help="Print the JSON schema of the configuration.")
@@ -412,7 +480,8 @@ def _examine(path: Path) -> tuple[list[Blueprint], list[Problem], Loaded | None]
         examined = examine(path)
     except ConfigError as error:
         return [], list(error.problems), None
-    blueprints, found = read_entries(examined.plugins(), examined.source)
+    services = examined.settings.services if examined.settings else None
+    blueprints, found = read_entries(examined.plugins(), examined.source, services=services)
     problems = sorted([*examined.problems, *found], key=lambda p: (p.line or 0, p.column or 0))
     loaded = Loaded(examined.settings, examined.source) if examined.settings else None
     return blueprints, problems, loaded
@@ -428,6 +497,36 @@ def _stop_on(problems: list[Problem]) -> None:
 def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"xenios: {message}", err=True)
     sys.exit(code)
+
+
+def _schemas(config: Path | None, name: str | None = None) -> tuple[Loaded, Path, list[Schema]]:
+    """The configuration, its data directory and the tables of its plugins; or exit 2."""
+    from gateway.plugins import schemas
+    from gateway.supervisor import DataDirError, make_data_dir
+
+    blueprints, problems, loaded = _examine(_config_path(config))
+    _stop_on(problems)
+    found = schemas(blueprints)
+    if name is not None:
+        found = [schema for schema in found if schema.name == name]
+        if not found:
+            _fail(f"No plugin of the configuration has tables named {name!r}.", 2)
+    if loaded is None:
+        raise AssertionError
+    try:
+        return loaded, make_data_dir(loaded.settings), found
+    except DataDirError as error:
+        _fail(str(error), 1)
+
+
+def _migrated(work: Callable[[], T]) -> T:
+    from gateway.errors import StartError
+    from gateway.migrations import MigrationError
+
+    try:
+        return work()
+    except (MigrationError, StartError) as error:
+        _fail(str(error), 1)
 
 
 def _catalogue(loaded: Loaded) -> Catalogue:
@@ -467,13 +566,13 @@ def _add_plugin_commands(config: Path, wanted: str) -> None:
     """Commands that plugins of the configuration bring (`register_commands`)."""
     import inspect
 
-    blueprints, problems, _ = _examine(config)
+    blueprints, problems, loaded = _examine(config)
     for blueprint in blueprints:
         if not hasattr(blueprint.cls, "register_commands"):
             continue
         register = inspect.getattr_static(blueprint.cls, "register_commands")
         try:
-            register(_Unstarted(blueprint), app)
+            register(_Unstarted(blueprint, loaded), app)
         except Exception as error:  # noqa: BLE001 - a plugin's own code
             _fail(f"plugin {blueprint.id}: register_commands failed: {type(error).__name__}: {error}", 1)
     if problems and wanted not in typer.main.get_group(app).commands:
@@ -481,8 +580,33 @@ def _add_plugin_commands(config: Path, wanted: str) -> None:
 
 
 class _Unstarted:
-    """What a plugin's `register_commands` sees as `self`: its config; services exist only while serving."""
+    """What a plugin's `register_commands` sees as `self`: its config, its id, and the database for a command's time."""
 
-    def __init__(self, blueprint: Blueprint) -> None:
+    def __init__(self, blueprint: Blueprint, loaded: Loaded | None) -> None:
         self.config = blueprint.config
         self.id = blueprint.id
+        self._cls = blueprint.cls
+        self._loaded = loaded
+
+    def with_database(self, use: Callable[[Database], Coroutine[Any, Any, T]]) -> T:
+        """What `use(database)` returns. Ends the command with a message if the database is away or its tables old."""
+        from gateway.errors import StartError, StoreUnavailable
+        from gateway.stores import open_database
+        from gateway.supervisor import DataDirError, make_data_dir
+
+        if self._loaded is None:
+            _fail("The configuration has mistakes (`xenios check`).", 2)
+        settings = self._loaded.settings
+        schema = getattr(self._cls, "schema", None)
+
+        async def run() -> T:
+            folder = make_data_dir(settings)
+            async with open_database(settings, folder, [schema] if schema else [], needed=True) as database:
+                return await use(database)
+
+        try:
+            return asyncio.run(run())
+        except (StartError, DataDirError) as error:
+            _fail(str(error), 2)
+        except StoreUnavailable as error:
+            _fail(f"{error} (services.database)", 1)

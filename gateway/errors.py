@@ -37,6 +37,15 @@ class StartError(Exception):
     """The configuration can't be served; the message says what to change."""
 
 
+class StatementError(Exception):
+    """The database is there and refused a statement: the SQL or a value is wrong. Holds no value."""
+
+    def __init__(self, message: str, *, conflict: bool = False) -> None:
+        """`conflict`: a constraint, such as a key that exists already."""
+        super().__init__(message)
+        self.conflict = conflict
+
+
 class GatewayError(Exception):
     """The gateway could not answer this request."""
 
@@ -150,6 +159,12 @@ class Unavailable(GatewayError):
 
     status = 503
     code = "unavailable"
+
+
+class StoreUnavailable(Unavailable):
+    """The gateway can't reach the store that it needs for this request. Try again soon."""
+
+    code = "store_unavailable"
 
 
 class PluginError(GatewayError):

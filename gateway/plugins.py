@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from gateway.kit.schema import Schema
     from gateway.services import Services
-    from gateway.settings import PluginEntry, Settings, Source
+    from gateway.settings import PluginEntry, ServicesSettings, Settings, Source
 
 GROUP = "xenios.plugins"
 HOOKS = {f.name: getattr(Hooks, f.name) for f in fields(CompiledHooks)}
@@ -110,21 +111,38 @@ class Instance:
 # --- discover and validate ------------------------------------------------------------------------------------------
 
 
+def schemas(blueprints: Sequence[Blueprint]) -> list[Schema]:
+    """The tables that the plugins own, each once."""
+    found = {s.name: s for b in blueprints if (s := getattr(b.cls, "schema", None)) is not None}
+    return list(found.values())
+
+
+def needs_database(blueprints: Sequence[Blueprint]) -> bool:
+    """A plugin says so, or owns tables."""
+    return any("database" in _required_services(b.cls) or hasattr(b.cls, "schema") for b in blueprints)
+
+
 def read_plugins(settings: Settings, source: Source, classes: Mapping[str, type[Any]] | None = None) -> list[Blueprint]:
     """Load what the YAML lists, and nothing else; validate every config. Raises ConfigError with ALL problems.
 
     `classes`: what some `use` names stand for (a test's own plugins).
     """
-    found, problems = read_entries(list(enumerate(settings.plugins)), source, classes)
+    found, problems = read_entries(list(enumerate(settings.plugins)), source, classes, settings.services)
     if problems:
         raise ConfigError(problems)
     return found
 
 
 def read_entries(
-    entries: Sequence[tuple[int, PluginEntry]], source: Source, classes: Mapping[str, type[Any]] | None = None
+    entries: Sequence[tuple[int, PluginEntry]],
+    source: Source,
+    classes: Mapping[str, type[Any]] | None = None,
+    services: ServicesSettings | None = None,
 ) -> tuple[list[Blueprint], list[Problem]]:
-    """The sound entries as blueprints, and what is wrong with the others. `entries`: (index in the YAML, entry)."""
+    """The sound entries as blueprints, and what is wrong with the others. `entries`: (index in the YAML, entry).
+
+    `services`: None where that section has mistakes of its own.
+    """
     given = classes or {}
     problems: list[Problem] = []
     found: list[Blueprint] = []
@@ -136,6 +154,7 @@ def read_entries(
             problems.append(source.problem((*where, "use"), str(error.args[0])))
             continue
         problems += [source.problem((*where, "use"), text) for text in faults_of(cls)]
+        problems += [source.problem((*where, "use"), text) for text in _service_faults(cls, services)]
         problems += [source.problem((*where, "when"), text) for text in scoping.faults(entry.when, hooks_of(cls))]
         config_class = getattr(cls, "Config", NoConfig)
         if not (isinstance(config_class, type) and issubclass(config_class, BaseModel)):
@@ -253,6 +272,30 @@ def _marked(cls: type[Any]) -> list[tuple[str, Any, dict[str, Any]]]:
 
 def _parameters(function: Any) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def _required_services(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(getattr(cls, "requires_services", ()))
+
+
+def _service_faults(cls: type[Any], services: ServicesSettings | None) -> list[str]:
+    """Services that the plugin can't do without and that the settings don't give, and tables that can't be migrated."""
+    faults: list[str] = []
+    for name in _required_services(cls):
+        if name not in {"redis", "database"}:
+            faults.append(f"{cls.__name__}.requires_services: there is no service {name!r}; there are redis, database.")
+        elif name == "redis" and services is not None and services.redis.get_secret_value() == "memory":
+            faults.append(
+                "it needs a Redis, and services.redis is memory: set services.redis to embedded or to an address "
+                "such as redis://host:6379/0."
+            )
+    schema = getattr(cls, "schema", None)
+    if schema is not None:
+        try:
+            _ = schema.head
+        except (AttributeError, OSError, SyntaxError, ValueError) as error:
+            faults.append(f"{cls.__name__}.schema: {error}")
+    return faults
 
 
 def _order_problems(found: Sequence[Blueprint], entries: Sequence[PluginEntry], source: Source) -> list[Problem]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gateway.exchange import Exchange, JsonObject, Principal, Reply
     from gateway.kit.ledger import Ledger
     from gateway.settings import Settings
+    from gateway.stores.database import Database
     from gateway.stores.redis import RedisStore
     from gateway.tasks import Tasks
 
@@ -35,6 +36,7 @@ class Services:
     # What requests count for and hold: Redis's if `services.redis` names one, else this process's own.
     ledger: Ledger = field(default_factory=MemoryLedger, repr=False)
     redis: RedisStore | None = field(default=None, repr=False)
+    opened_database: Database | None = field(default=None, repr=False)
     submitter: Callable[..., Awaitable[Reply]] | None = field(default=None, repr=False)
     plugin_id: str = "core"
     log: Any = None
@@ -42,6 +44,13 @@ class Services:
     def of(self, plugin_id: str) -> Services:
         """The same services, with a log that names the plugin."""
         return replace(self, plugin_id=plugin_id, log=structlog.get_logger("gateway.plugin").bind(plugin=plugin_id))
+
+    @property
+    def database(self) -> Database:
+        """Connected if a plugin needs it: one that has tables, or `requires_services = ("database",)`."""
+        if self.opened_database is None:
+            raise RuntimeError("This process has no database.")
+        return self.opened_database
 
     def spawn(self, coro: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run in the background; kept, logged if it fails, awaited by the drain."""

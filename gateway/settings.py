@@ -283,6 +283,39 @@ def _redis(value: SecretStr) -> SecretStr:
     return value
 
 
+def _database(value: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"sqlite|sqlite:///[^?]+|postgres(ql)?://[^\s/]\S*", value.get_secret_value()):
+        raise refusal("is no address of a database", "sqlite, sqlite:///path or postgresql://user:password@host/name")
+    return value
+
+
+def _postgres(value: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"postgres(ql)?://[^\s/]\S*", value.get_secret_value()):
+        raise refusal("is no address of a PostgreSQL", "postgresql://user:password@host/name")
+    return value
+
+
+class DatabaseSettings(_Section):
+    """What keeps keys and usage. Text instead of a section is its `url`."""
+
+    url: Annotated[SecretStr, AfterValidator(_database), Field(json_schema_extra={"default": "sqlite"})] = SecretStr(
+        "sqlite"
+    )
+    """`postgresql://user:password@host:port/name?sslmode=require`, also of a pooler in transaction mode;
+    `sqlite:///path` (`sqlite:////path` from the root); `sqlite`: the file `sqlite` in data_dir. Default sqlite."""
+    migrate_url: Annotated[SecretStr, AfterValidator(_postgres)] | None = None
+    """PostgreSQL address that migrations use: a direct one, where `url` is a pooler's, or a user who may change tables.
+    Default: `url`."""
+    migrate_on_start: Flag = False
+    """Bring older tables up to date at the start. Default false: such a start ends with the command to run."""
+    max_connections: int = Field(20, ge=1, le=1000)
+    """Connections to PostgreSQL per worker. Default 20; when all are in use for half a second, requests get 503."""
+
+
+def _database_section(value: object) -> object:
+    return {"url": value} if isinstance(value, str) else value
+
+
 SEVERAL_NEED_REDIS: Final = "several workers need services.redis to be embedded or an address: memory is of one process"
 
 
@@ -294,6 +327,12 @@ class ServicesSettings(_Section):
     )
     """Where limits are counted: `redis://[user:password@]host:port/db`, `rediss://…`, `unix:///path`; `embedded` starts
     a Valkey of its own in data_dir; `memory` counts in the process and forgets at its end. Default memory."""
+    database: Annotated[
+        DatabaseSettings,
+        BeforeValidator(_database_section, json_schema_input_type=str | DatabaseSettings),
+        Field(json_schema_extra={"default": "sqlite"}),
+    ] = DatabaseSettings()
+    """What keeps keys and usage: an address, or a section. Default sqlite: a file in data_dir."""
 
 
 class When(_Section):
@@ -364,9 +403,9 @@ class Settings(_Section):
     """Servers that answer requests, by name. Default: one `openrouter`, whose key is missing."""
     catalogue: CatalogueSettings = CatalogueSettings()
     """Where prices and limits come from. Default: each field's."""
-    services: Annotated[ServicesSettings, Field(json_schema_extra={"default": {"redis": "memory"}})] = (
-        ServicesSettings()
-    )
+    services: Annotated[
+        ServicesSettings, Field(json_schema_extra={"default": {"redis": "memory", "database": "sqlite"}})
+    ] = ServicesSettings()
     """Stores that plugins use. Default: each field's."""
     plugins: tuple[PluginEntry, ...] = ()
     """The plugins that are on, in call order. Default none: requests are only forwarded."""

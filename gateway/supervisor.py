@@ -81,6 +81,11 @@ def read_pepper(settings: Settings) -> str:
     """The pepper alone, for `xenios keys hash`; makes the data directory if need be."""
     if settings.server.pepper:
         return settings.server.pepper.get_secret_value()
+    return _kept(make_data_dir(settings) / "pepper", secrets.token_hex(32))[0]
+
+
+def make_data_dir(settings: Settings) -> Path:
+    """The data directory, for commands that run beside a gateway: not locked. Raises DataDirError."""
     path = settings.server.data_dir
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -88,7 +93,7 @@ def read_pepper(settings: Settings) -> str:
         raise DataDirError(
             f"The data directory {path} can't be used ({error.strerror}); set server.data_dir."
         ) from error
-    return _kept(path / "pepper", secrets.token_hex(32))[0]
+    return path
 
 
 def _kept(file: Path, fresh: str) -> tuple[str, bool]:

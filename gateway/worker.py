@@ -28,12 +28,12 @@ from gateway.health import Health
 from gateway.kit.ledger import MemoryLedger, RedisLedger
 from gateway.logs import hide
 from gateway.pipeline import Run
-from gateway.plugins import close_all, open_all, read_plugins
+from gateway.plugins import close_all, needs_database, open_all, read_plugins, schemas
 from gateway.server import Server
 from gateway.services import Services
 from gateway.simulator import Simulator
 from gateway.snapshot import build, is_loopback
-from gateway.stores import open_redis
+from gateway.stores import open_database, open_redis
 from gateway.tasks import Tasks
 from gateway.transport.aiohttp_client import AiohttpTransport
 from gateway.upstream import UpstreamClient
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from gateway.settings import Loaded, Settings
     from gateway.settings import Upstream as UpstreamSettings
     from gateway.snapshot import Snapshot
+    from gateway.stores.database import Database
     from gateway.stores.redis import RedisStore
     from gateway.supervisor import Identity
 
@@ -106,7 +107,10 @@ class Worker:
             if any(_simulates(u) for u in settings.upstreams.values()):
                 self._simulator = await stack.enter_async_context(Simulator())
             redis = await stack.enter_async_context(open_redis(settings, self._data_dir))
-            services = self._services(settings, redis)
+            database = await stack.enter_async_context(
+                open_database(settings, self._data_dir, schemas(blueprints), needed=needs_database(blueprints))
+            )
+            services = self._services(settings, redis, database)
             health = Health(lambda: self.server.draining)
             snapshot = build(
                 settings, blueprints, services, self._upstream, lambda router: add_core_routes(router, health)
@@ -146,7 +150,7 @@ class Worker:
         for upstream in snapshot.upstreams.values():
             await upstream.transport.close()
 
-    def _services(self, settings: Settings, redis: RedisStore | None) -> Services:
+    def _services(self, settings: Settings, redis: RedisStore | None, database: Database) -> Services:
         cache = self._data_dir / "catalogue" if self._data_dir else None
         return Services(
             settings=settings,
@@ -163,6 +167,7 @@ class Worker:
             bootstrap_key_hash=self._identity.bootstrap_key_hash,
             ledger=MemoryLedger() if redis is None else RedisLedger(redis),
             redis=redis,
+            opened_database=database,
             submitter=self._submit,
         )
 

@@ -2,13 +2,19 @@
 
 from gateway.kit.keys import hash_key, is_hash, is_well_formed, new_key
 from gateway.kit.ledger import Admission, Rule, State
+from gateway.kit.schema import Schema
 from gateway.kit.subjects import By, choices, input_bound, input_estimate, output_cap, subjects
+from gateway.stores.database import Database, Row, Statements
 
 __all__ = [
     "Admission",
     "By",
+    "Database",
+    "Row",
     "Rule",
+    "Schema",
     "State",
+    "Statements",
     "choices",
     "hash_key",
     "input_bound",

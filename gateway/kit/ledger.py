@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import msgspec
 import structlog
 
-from gateway.errors import Unavailable
+from gateway.errors import StoreUnavailable
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -44,12 +44,6 @@ PENDING_LIMIT = 100_000  # settlements kept while Redis is away
 ROWS_LIMIT = 100_000  # rows that nobody has taken yet
 RETRY_SECONDS = 0.5
 SWEEP_EVERY = 10_000
-
-
-class StoreUnavailable(Unavailable):
-    """The gateway can't reach the store that it needs for this request. Try again soon."""
-
-    code = "store_unavailable"
 
 
 class State(msgspec.Struct, frozen=True):

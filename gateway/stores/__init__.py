@@ -1,18 +1,26 @@
-"""What several workers share: Redis now, a database later.
+"""What several workers share: Redis and a database.
 
-`services.redis: memory` needs none of it, and imports none of it.
+`services.redis: memory` and plugins without tables need none of it, and import none of it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from gateway.errors import StartError
+from gateway.logs import hide
+from gateway.stores.database import Database
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Sequence
 
+    from gateway.kit.schema import Schema
     from gateway.settings import Settings
+    from gateway.stores.database import Dialect, Driver
     from gateway.stores.redis import RedisStore
 
 
@@ -50,3 +58,52 @@ async def embedded_redis(settings: Settings, data_dir: Path) -> AsyncIterator[st
 
     async with valkey(data_dir / "valkey") as url:
         yield url
+
+
+@contextlib.asynccontextmanager
+async def open_database(
+    settings: Settings, data_dir: Path | None, schemas: Sequence[Schema], *, needed: bool
+) -> AsyncIterator[Database]:
+    """The database that the settings name, whose tables must be as new as `schemas`. `needed`: connect now.
+
+    Raises OldSchema. One that is away is no error.
+    """
+    dialect, address = database_address(settings, data_dir)
+
+    def make() -> Driver:
+        if isinstance(address, Path):
+            from gateway.stores.sqlite import Sqlite  # noqa: PLC0415 - only where it is wanted
+
+            return Sqlite(address)
+        from gateway.stores.postgres import Postgres  # noqa: PLC0415 - as above
+
+        return Postgres(address, settings.services.database.max_connections)
+
+    async def migrate() -> None:
+        from gateway import migrations  # noqa: PLC0415 - Alembic takes half a second
+
+        await asyncio.to_thread(migrations.upgrade, settings, data_dir, schemas)
+
+    database = Database(dialect, make, schemas, migrate if settings.services.database.migrate_on_start else None)
+    try:
+        if needed:
+            await database.start()
+        yield database
+    finally:
+        await database.close()
+
+
+def database_address(settings: Settings, data_dir: Path | None, *, migrate: bool = False) -> tuple[Dialect, str | Path]:
+    """(dialect, URL or file); `migrate`: where migrations go. Raises StartError."""
+    given = settings.services.database
+    url = given.url.get_secret_value()
+    if url == "sqlite":
+        if data_dir is None:
+            raise StartError("services.database: sqlite needs server.data_dir.")
+        return "sqlite", data_dir / "sqlite"
+    if url.startswith("sqlite:///"):
+        return "sqlite", Path(url.removeprefix("sqlite:///"))
+    if migrate and given.migrate_url is not None:
+        url = given.migrate_url.get_secret_value()
+    hide([unquote(urlsplit(url).password or ""), urlsplit(url).password or ""])
+    return "postgresql", url

@@ -17,7 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from gateway.kit.ledger import StoreUnavailable
+from gateway.errors import StoreUnavailable
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
