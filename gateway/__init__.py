@@ -4,6 +4,7 @@ from gateway._version import __version__
 from gateway.errors import (
     BadRequest,
     Cause,
+    Conflict,
     Forbidden,
     GatewayError,
     MethodNotAllowed,
@@ -43,6 +44,7 @@ from gateway.routes import Router
 from gateway.scoping import compile_when
 from gateway.services import Services
 from gateway.settings import Upstream, UpstreamName, When
+from gateway.tasks import Tasks
 from gateway.units import Duration, Size, format_duration
 from gateway.upstream import UpstreamReply
 
@@ -51,6 +53,7 @@ __all__ = [
     "AttemptRecord",
     "BadRequest",
     "Cause",
+    "Conflict",
     "ContextKey",
     "Correction",
     "Cost",
@@ -80,6 +83,7 @@ __all__ = [
     "StoreUnavailable",
     "Tap",
     "Target",
+    "Tasks",
     "TooLarge",
     "Unauthenticated",
     "Unavailable",

@@ -56,7 +56,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     config, others = _without_config(arguments)
     name = next((word for word in others if not word.startswith("-")), None)
-    if name is not None and name not in BUILT_IN:
+    plugins_too = name == "keys" and others[-1:] != ["--version"] and "hash" not in others
+    if name is not None and (name not in BUILT_IN or plugins_too):
         # --config says whose plugins to ask: it is no option of the plugin's command
         arguments = others
         _add_plugin_commands(_config_path(config), name)
@@ -588,6 +589,17 @@ class _Unstarted:
         self._cls = blueprint.cls
         self._loaded = loaded
 
+    def pepper(self) -> str:
+        """What client keys are hashed with."""
+        from gateway.supervisor import DataDirError, read_pepper
+
+        if self._loaded is None:
+            _fail("The configuration has mistakes (`xenios check`).", 2)
+        try:
+            return read_pepper(self._loaded.settings)
+        except DataDirError as error:
+            _fail(str(error), 1)
+
     def with_database(self, use: Callable[[Database], Coroutine[Any, Any, T]]) -> T:
         """What `use(database)` returns. Ends the command with a message if the database is away or its tables old."""
         from gateway.errors import StartError, StoreUnavailable
@@ -596,7 +608,10 @@ class _Unstarted:
 
         if self._loaded is None:
             _fail("The configuration has mistakes (`xenios check`).", 2)
+        from gateway import logs
+
         settings = self._loaded.settings
+        logs.setup(settings.log)  # to standard error: standard output is the command's
         schema = getattr(self._cls, "schema", None)
 
         async def run() -> T:

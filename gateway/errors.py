@@ -118,6 +118,13 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class Conflict(Refused):
+    """There is something already that stands in the way."""
+
+    status = 409
+    code = "conflict"
+
+
 class MethodNotAllowed(Refused):
     """This path does not take that method."""
 

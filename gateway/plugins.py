@@ -113,13 +113,20 @@ class Instance:
 
 def schemas(blueprints: Sequence[Blueprint]) -> list[Schema]:
     """The tables that the plugins own, each once."""
-    found = {s.name: s for b in blueprints if (s := getattr(b.cls, "schema", None)) is not None}
+    found = {schema.name: schema for b in blueprints if (schema := schema_of(b)) is not None}
     return list(found.values())
+
+
+def schema_of(blueprint: Blueprint) -> Schema | None:
+    """The tables that this plugin owns, as it is configured: `owns_tables(config)` of its class may say no."""
+    schema: Schema | None = getattr(blueprint.cls, "schema", None)
+    owns = getattr(blueprint.cls, "owns_tables", None)
+    return None if schema is None or (owns is not None and not owns(blueprint.config)) else schema
 
 
 def needs_database(blueprints: Sequence[Blueprint]) -> bool:
     """A plugin says so, or owns tables."""
-    return any("database" in _required_services(b.cls) or hasattr(b.cls, "schema") for b in blueprints)
+    return any("database" in _required_services(b.cls) or schema_of(b) is not None for b in blueprints)
 
 
 def read_plugins(settings: Settings, source: Source, classes: Mapping[str, type[Any]] | None = None) -> list[Blueprint]:

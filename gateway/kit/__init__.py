@@ -3,13 +3,25 @@
 from gateway.kit.keys import hash_key, is_hash, is_well_formed, new_key
 from gateway.kit.ledger import Admission, Rule, State
 from gateway.kit.schema import Schema
-from gateway.kit.subjects import By, choices, input_bound, input_estimate, output_cap, subjects
+from gateway.kit.subjects import (
+    By,
+    OwnLimits,
+    Period,
+    choices,
+    input_bound,
+    input_estimate,
+    output_cap,
+    own_limits,
+    subjects,
+)
 from gateway.stores.database import Database, Row, Statements
 
 __all__ = [
     "Admission",
     "By",
     "Database",
+    "OwnLimits",
+    "Period",
     "Row",
     "Rule",
     "Schema",
@@ -23,5 +35,6 @@ __all__ = [
     "is_well_formed",
     "new_key",
     "output_cap",
+    "own_limits",
     "subjects",
 ]

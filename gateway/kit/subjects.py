@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
+from decimal import Decimal
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator
+import structlog
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from gateway.units import Duration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gateway.exchange import Exchange, Principal
 
+log = structlog.get_logger("gateway.limits")
+
+Period = Literal["hour", "day", "week", "month", "total"]
 Subject = Literal["key", "tenant", "team", "role", "user", "model", "endpoint"]
 
 
@@ -24,6 +31,22 @@ def _one_or_many(value: object) -> object:
 By: TypeAlias = Annotated[
     tuple[Subject, ...], BeforeValidator(_one_or_many, json_schema_input_type=Subject | tuple[Subject, ...])
 ]
+
+
+class OwnLimits(BaseModel):
+    """What one caller may use, whoever else may: of a key, or of a token's claims. What plugins know besides passes."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    requests: int | None = Field(None, ge=1, le=10**9, description="Requests per `per`. Default no limit.")
+    tokens: int | None = Field(None, ge=1, le=10**12, description="Tokens per `per`. Default no limit.")
+    concurrent: int | None = Field(None, ge=1, le=10**6, description="Requests at the same time. Default no limit.")
+    per: Duration = Field(60.0, gt=0, le=31 * 86400, description="The time that these are for. Default 1m.")
+    usd: Decimal | None = Field(
+        None, gt=0, le=10**8, decimal_places=6, description="Spending in USD per `usd_per`. Default no limit."
+    )
+    usd_per: Period = Field("month", description="When spending starts anew. Default month.")
+
 
 _OUTPUT_CAPS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
@@ -144,3 +167,24 @@ def _quoted(value: str) -> str:
 
         value = "#" + hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
     return value.encode("utf-8", "backslashreplace").decode().replace("\\", "\\\\").replace("|", "\\p")
+
+
+def own_limits(exchange: Exchange) -> OwnLimits | None:
+    """The caller's own; None if it has none, or if what it has can't be understood."""
+    principal = exchange.principal
+    if principal is None or not principal.limits:
+        return None
+    return _own(tuple(sorted((name, value) for name, value in principal.limits.items() if isinstance(value, _PLAIN))))
+
+
+_PLAIN = (str, int, float, Decimal)
+
+
+@functools.lru_cache(maxsize=4096)
+def _own(limits: tuple[tuple[str, Any], ...]) -> OwnLimits | None:
+    try:
+        return OwnLimits.model_validate(dict(limits))
+    except ValidationError as error:
+        problem = str(error.errors(include_input=False, include_url=False)[0]["msg"])
+        log.warning("limits_not_understood", problem=problem)
+        return None

@@ -11,6 +11,7 @@ data (`appendonly yes`).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
 from datetime import UTC, datetime, timedelta
@@ -31,14 +32,13 @@ from gateway import (
     compile_when,
     hookimpl,
 )
-from gateway.kit import By, Rule, State, choices, input_bound, output_cap, subjects
+from gateway.kit import By, OwnLimits, Period, Rule, State, choices, input_bound, output_cap, own_limits, subjects
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gateway import AttemptRecord, Correction, Exchange, GatewayError, Services, Target
 
-Period = Literal["hour", "day", "week", "month", "total"]
 # An attempt that failed like this may have been billed all the same.
 _PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.CLIENT_DISCONNECT, Cause.ABANDONED})
 _ENDLESS = 10**15  # micro-USD: what a soft budget "allows"
@@ -91,7 +91,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    budgets: tuple[Budget, ...] = Field(min_length=1, description="The budgets, each with its own sums.")
+    budgets: tuple[Budget, ...] = Field((), description="The budgets, each with its own sums. Default none.")
+    own_limits: bool = Field(
+        True, description="Hold the `usd` that a key or a token brings along (`limits` of api_keys) too. Default true."
+    )
     no_max_tokens: Literal["clamp"] | Assume = Field(
         "clamp",
         description="A request without an output limit: `clamp` gives it what the model and the budget allow; "
@@ -121,6 +124,8 @@ class Config(BaseModel):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"several budgets are named {', '.join(twice)}")
+        if not names and not self.own_limits:
+            raise ValueError("limits nothing: list budgets, or say own_limits: true")
         return self
 
 
@@ -178,6 +183,10 @@ def _period(now: datetime, per: Period) -> tuple[str, float]:
     return first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp()
 
 
+# The budget, whom it is for, its period, its limit in micro-USD, and how its keys begin.
+_Compiled = tuple[Budget, "Callable[[Exchange], bool] | None", _Window, int, str]
+
+
 class Plugin:
     """Refuses requests that could spend more than a budget has left."""
 
@@ -187,18 +196,19 @@ class Plugin:
         self._config = config
         self._services = services
         self.on_store_error = config.on_store_error
-        self._budgets = [
-            (
-                budget,
-                compile_when(budget.when),
-                _Window(budget),
-                int(budget.usd * 10**6) if budget.hard else _ENDLESS,
-                f"{services.plugin_id}:{budget.name}:",
-            )
-            for budget in config.budgets
-        ]
+        self._budgets = [self._compiled(budget) for budget in config.budgets]
+        self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
         self._warned: OrderedDict[str, None] = OrderedDict()
         self._correctable: OrderedDict[str, tuple[Sequence[_Held], dict[int, int]]] = OrderedDict()
+
+    def _compiled(self, budget: Budget) -> _Compiled:
+        limit = int(budget.usd * 10**6) if budget.hard else _ENDLESS
+        return budget, compile_when(budget.when), _Window(budget), limit, f"{self._services.plugin_id}:{budget.name}:"
+
+    def _compiled_own(self, own: OwnLimits) -> _Compiled:
+        """The caller's own spending limit as one of ours; no name that the YAML can give."""
+        usd = own.usd or Decimal(0)
+        return self._compiled(Budget.model_construct(name="own limits", by=("key",), usd=usd, per=own.usd_per))
 
     async def ping(self) -> None:
         await self._services.ledger.ping()
@@ -207,7 +217,10 @@ class Plugin:
     async def check_request(self, exchange: Exchange) -> None:
         bound: _Bound | None = None
         most, least = 0, None
-        for budget, applies, window, limit, prefix in self._budgets:
+        budgets = self._budgets
+        if self._config.own_limits and (own := own_limits(exchange)) is not None and own.usd is not None:
+            budgets = [self._own(own), *budgets]
+        for budget, applies, window, limit, prefix in budgets:
             if applies is not None and not applies(exchange):
                 continue
             if bound is None:

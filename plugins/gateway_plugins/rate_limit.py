@@ -10,6 +10,7 @@ Counts live where `services.redis` says: in the process, or in a Redis that all 
 
 from __future__ import annotations
 
+import functools
 import math
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gateway import Duration, RateLimited, When, compile_when, format_duration, hookimpl
-from gateway.kit import By, Rule, State, choices, input_estimate, output_cap, subjects
+from gateway.kit import By, OwnLimits, Rule, State, choices, input_estimate, output_cap, own_limits, subjects
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +72,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    limits: tuple[Limit, ...] = Field(min_length=1, description="The limits, each with its own buckets.")
+    limits: tuple[Limit, ...] = Field((), description="The limits, each with its own buckets. Default none.")
+    own_limits: bool = Field(
+        True, description="Hold the limits that a key or a token brings along (`limits` of api_keys) too. Default true."
+    )
     output_estimate: int = Field(
         1000, ge=0, description="Output tokens assumed for a request that sets no maximum of its own. Default 1000."
     )
@@ -85,6 +89,8 @@ class Config(BaseModel):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"several limits are named {', '.join(twice)}")
+        if not names and not self.own_limits:
+            raise ValueError("limits nothing: list limits, or say own_limits: true")
         return self
 
 
@@ -113,7 +119,10 @@ class Plugin:
     @hookimpl
     async def check_request(self, exchange: Exchange) -> None:
         tokens: int | None = None
-        for limit, applies in self._limits:
+        limits = self._limits
+        if self._config.own_limits and (own := own_limits(exchange)) is not None and (limit := _own(own)) is not None:
+            limits = [(limit, None), *limits]
+        for limit, applies in limits:
             if applies is not None and not applies(exchange):
                 continue
             for subject in subjects(limit.by, exchange):
@@ -173,6 +182,21 @@ class Plugin:
             cap = output_cap(exchange.body)
             output = (self._config.output_estimate if cap is None else cap) * choices(exchange.body)
         return input_estimate(exchange) + output
+
+
+@functools.lru_cache(maxsize=4096)
+def _own(own: OwnLimits) -> Limit | None:
+    """The caller's own limits as one of ours; no name that the YAML can give."""
+    if own.requests is None and own.tokens is None and own.concurrent is None:
+        return None
+    return Limit.model_construct(
+        name="own limits",
+        by=("key",),
+        per=own.per,
+        requests=own.requests,
+        tokens=own.tokens,
+        concurrent=own.concurrent,
+    )
 
 
 def _used(exchange: Exchange) -> int | None:

@@ -10,7 +10,9 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -26,6 +28,7 @@ from gateway.kit import hash_key, new_key
 from gateway.kit.testing import Gateway
 from gateway.plugins import HOOKS, faults_of, hooks_of, installed, load
 from gateway.routes import Router
+from gateway_plugins import api_keys
 from tests.clients.process import plain_environment, served
 
 ROOT = Path(__file__).parents[2]
@@ -95,10 +98,17 @@ def test_every_block_is_sound(path):
             tomllib.loads(block)
 
 
+@cache
+def with_plugin_commands():
+    """The command line, with what plugins add in a configuration that has them all."""
+    api_keys.Plugin.register_commands(SimpleNamespace(config=api_keys.Config(database=True), id="api_keys"), app)
+    return app
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_command_exists(path):
     """Each `xenios …` and `make …` that a document names is one, with options that it takes."""
-    group = typer.main.get_group(app)
+    group = typer.main.get_group(with_plugin_commands())
     quoted = re.findall(r"`([^`\n]+)`", prose(path))
     for line in [*shell_lines(path), *quoted]:
         if not re.match(r"(\S*/)?(xenios|make) ", line) or "…" in line:

@@ -49,6 +49,8 @@ def test_the_shipped_order(monkeypatch):
     """Whoever observes stands outermost: the order of the default's calls."""
     _, _, hooks = start(CONFIG / "xenios.yaml", {}, monkeypatch)
     assert {hook: plugins for hook, plugins in hooks.order().items() if plugins} == {
+        "register_routes": ["api_keys"],
+        "register_commands": ["api_keys"],
         "authenticate": ["api_keys"],
         "restore_principal": ["api_keys"],
         "choose_targets": ["routing"],

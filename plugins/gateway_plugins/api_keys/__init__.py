@@ -4,6 +4,9 @@ A key comes as `Authorization: Bearer …` or `x-api-key: …`; if both are sent
 each key's hash (`xenios keys hash --new` makes a key and prints both), or names the environment variable that holds the
 key. The bootstrap key of a new installation is accepted too, as an administrator's, until `bootstrap: false`.
 
+With `database: true` there are keys in the database beside them: made, changed and revoked by `xenios keys …` and
+/admin/keys while the gateway runs, on all workers within two seconds.
+
 A key that isn't known is refused if it looks like ours, else left to the plugins after this one (another kind of
 token may be theirs).
 """
@@ -13,48 +16,27 @@ from __future__ import annotations
 import hmac
 import os
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from datetime import time as time_of_day
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from gateway import Principal, Scopes, Unauthenticated, hookimpl
-from gateway.kit import hash_key, is_hash, is_well_formed
+from gateway.kit import OwnLimits, Schema, hash_key, is_hash, is_well_formed
+from gateway_plugins.api_keys.fields import Expiry, Globs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
-    from gateway import Exchange, Services
+    from gateway import Exchange, Router, Services
+    from gateway_plugins.api_keys.store import KeyStore
 
 PREFIX = "sk-xenios-"
 BOOTSTRAP = "bootstrap"
 _SHORTEST = 20  # of keys that were made elsewhere; ours have 59 characters
-
-
-def _end_of_life(value: object) -> object:
-    """An aware datetime. A date alone is good until its end, a time without zone is UTC."""
-    if isinstance(value, str):
-        try:
-            value = date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
-        except ValueError:
-            raise ValueError("is not an ISO date or time, such as 2027-01-31 or 2027-01-31T12:00:00Z") from None
-    if isinstance(value, datetime):
-        return value if value.tzinfo else value.replace(tzinfo=UTC)
-    if isinstance(value, date):
-        return datetime.combine(value + timedelta(days=1), time_of_day(), UTC)
-    raise ValueError("must be an ISO date or time, such as 2027-01-31")
-
-
-def _one_or_many(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-_Expiry = Annotated[
-    datetime, BeforeValidator(_end_of_life), WithJsonSchema({"type": "string", "examples": ["2027-01-31"]})
-]
-_Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)]
 
 
 class KeyEntry(BaseModel):
@@ -79,27 +61,27 @@ class KeyEntry(BaseModel):
         None, min_length=1, description="Whose data the key may see: caches, jobs, usage. Default: the key's id."
     )
     team: str | None = Field(None, description="The team that the key's use is counted for. Default none.")
-    roles: _Globs = Field((), description="Roles, for `when:` of other plugins. Default none.")
+    roles: Globs = Field((), description="Roles, for `when:` of other plugins. Default none.")
     admin: bool = Field(False, description="May use the admin routes. Default false.")
-    expires: _Expiry | None = Field(
+    expires: Expiry | None = Field(
         None, description="ISO date (good until its end, UTC) or time after which the key is refused. Default never."
     )
-    models: _Globs | None = Field(
+    models: Globs | None = Field(
         None,
         description="Models that may be asked for by name, as globs such as `anthropic/*`. With one of models, "
         "aliases and tasks given, nothing beside them may be used. Default all.",
     )
-    aliases: _Globs | None = Field(
+    aliases: Globs | None = Field(
         None, description="Aliases that may be used, as globs; one grants the models behind it. Default all."
     )
-    tasks: _Globs | None = Field(
+    tasks: Globs | None = Field(
         None, description="Tasks that may be used, as globs; one grants the models behind it. Default all."
     )
-    endpoints: _Globs | None = Field(
+    endpoints: Globs | None = Field(
         None, description="Endpoints that may be used, as globs such as `chat/*` or `embeddings`. Default all."
     )
-    limits: dict[str, Any] = Field(
-        {}, description="Limits of this key that other plugins read, such as rate_limit. Default none."
+    limits: OwnLimits = Field(
+        OwnLimits(), description="Limits of this key alone, which rate_limit and budgets hold. Default none."
     )
 
     @field_validator("hash")
@@ -142,11 +124,20 @@ class Config(BaseModel):
         description="Accept the bootstrap key (an administrator's, made in server.data_dir at the first start). "
         "Default true; turn it off once there are keys of your own.",
     )
+    database: bool = Field(
+        False,
+        description="Keys in services.database too: `xenios keys create`, /admin/keys. Default false.",
+    )
+    on_store_error: Literal["allow", "deny"] = Field(
+        "allow",
+        description="While the database is away: accept keys that were in use before (nobody can revoke them then), or "
+        "answer all of its keys with 503. Default allow.",
+    )
 
     @model_validator(mode="after")
     def _tell_apart(self) -> Config:
-        if not self.keys and not self.bootstrap:
-            raise ValueError("accepts nobody: list keys, or say bootstrap: true")
+        if not self.keys and not self.bootstrap and not self.database:
+            raise ValueError("accepts nobody: list keys, or say database: true or bootstrap: true")
         ids = [entry.id for entry in self.keys]
         if BOOTSTRAP in ids:
             raise ValueError(f"the id {BOOTSTRAP!r} is the bootstrap key's")
@@ -177,8 +168,21 @@ class Plugin:
     """Tells who is calling by the API key."""
 
     Config: TypeAlias = Config
+    schema = Schema("api_keys", Path(__file__).parent)
+
+    @staticmethod
+    def owns_tables(config: Config) -> bool:
+        return config.database
 
     def __init__(self, config: Config, services: Services) -> None:
+        self.on_store_error = config.on_store_error
+        self._services = services
+        self._store: KeyStore | None = None
+        if config.database:
+            from gateway_plugins.api_keys.store import KeyStore  # noqa: PLC0415 - most configurations do without
+
+            self._store = KeyStore(services.database, config.on_store_error)
+            self.ping = services.database.ping
         self._pepper = services.pepper
         keys = [_key(entry, services.pepper) for entry in config.keys]
         if config.bootstrap and services.bootstrap_key_hash is not None:
@@ -191,6 +195,28 @@ class Plugin:
                 other = self._by_hash[key.hash].principal.id
                 raise ValueError(f"{key.principal.id!r} and {other!r} are the same key")
         self._by_reference = {key.principal.reference: key for key in keys}
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        if self._store is None:
+            yield
+            return
+        async with self._store.lifespan():
+            yield
+
+    @hookimpl
+    def register_routes(self, router: Router) -> None:
+        if self._store is not None:
+            from gateway_plugins.api_keys.admin import Admin  # noqa: PLC0415 - as above
+
+            Admin(self._services, {key.principal.id for key in self._by_hash.values()}).register(router)
+
+    @hookimpl
+    def register_commands(self, cli: Any) -> None:
+        if self.config.database:  # type: ignore[attr-defined]  # the command line's stand-in for a plugin has it
+            from gateway_plugins.api_keys.commands import add_commands  # noqa: PLC0415 - as above
+
+            add_commands(self, cli)
 
     @hookimpl
     async def authenticate(self, exchange: Exchange) -> Principal | None:
@@ -205,12 +231,23 @@ class Plugin:
             return None
         if not is_well_formed(token):
             raise Unauthenticated("This API key has a typo: it is cut short or a character is wrong.")
+        if self._store is not None:
+            known = await self._store.find(hash_key(token, self._pepper))
+            if known is not None:
+                principal = known.check()
+                self._store.note_use(known)
+                return principal
         raise Unauthenticated("This API key is not known here.")
 
     @hookimpl
     async def restore_principal(self, reference: str) -> Principal | None:
         key = self._by_reference.get(reference)
-        return key.principal if key is not None and key.expires > time.time() else None
+        if key is not None:
+            return key.principal if key.expires > time.time() else None
+        if self._store is None or not reference.startswith("key:"):
+            return None
+        known = await self._store.by_id(reference.removeprefix("key:"))
+        return None if known is None or known.revoked or known.expires <= time.time() else known.principal
 
     @hookimpl
     async def explain(self, exchange: Exchange) -> Sequence[str] | None:
@@ -241,7 +278,7 @@ def _key(entry: KeyEntry, pepper: str) -> _Key:
         team=entry.team,
         roles=frozenset(entry.roles),
         scopes=Scopes(entry.models, entry.aliases, entry.tasks, entry.endpoints),
-        limits=entry.limits,
+        limits=entry.limits.model_dump(exclude_unset=True),
         claims={"name": entry.name} if entry.name else {},
         admin=entry.admin,
     )
