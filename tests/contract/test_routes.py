@@ -30,6 +30,7 @@ PLAIN_KEY = new_key()
 BUILT_IN = {
     "access_log": {},
     "api_keys": {"keys": [{"id": "plain", "hash": hash_key(PLAIN_KEY, PEPPER)}]},
+    "jwt_auth": {"issuers": [{"issuer": "https://login.example.com", "audience": "x", "secret": "s" * 32}]},
     "rate_limit": {"limits": [{"name": "all", "requests": 1000}]},
     "budgets": {"budgets": [{"name": "all", "usd": 1000}], "unknown_price": "allow"},
     "routing": {},

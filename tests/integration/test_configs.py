@@ -119,6 +119,7 @@ def test_all_are_here() -> None:
         "examples/single_file_plugin.yaml",
         "examples/tasks_and_aliases.yaml",
         "examples/team_keys.yaml",
+        "examples/tokens.yaml",
         "production.yaml",
         "xenios.yaml",
     ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 
 from gateway.kit.testing import Gateway
@@ -25,6 +27,7 @@ SHIPPED = [
 ALL = sorted(OURS, key=lambda name: (SHIPPED.index(name) if name in SHIPPED else len(SHIPPED), name))
 # What a plugin can't start without.
 NEEDED: dict[str, dict[str, Any]] = {
+    "jwt_auth": {"issuers": [{"issuer": "https://login.example.com", "audience": "x", "secret": "s" * 32}]},
     "rate_limit": {"limits": [{"name": "all", "requests": 1000}]},
     "budgets": {"budgets": [{"name": "all", "usd": 1000}], "unknown_price": "allow"},
 }
@@ -49,6 +52,9 @@ async def test_any_set_of_plugins_works(plugins: list[str], tmp_path: Path) -> N
     entries = [{"use": name, "config": config.get(name, {})} for name in plugins]
     async with Gateway.test(plugins=entries) as gw:
         assert [i.id for i in gw.snapshot.instances][1:] == plugins
+        if "jwt_auth" in plugins and "api_keys" not in plugins:
+            claims = {"iss": "https://login.example.com", "aud": "x", "sub": "ann", "exp": time.time() + 60}
+            gw.headers["Authorization"] = "Bearer " + jwt.encode(claims, "s" * 32, algorithm="HS256")
         whole = await gw.chat(model=MODEL)
         assert whole.status == 200
         assert whole.data["choices"][0]["message"]["content"]
@@ -73,4 +79,4 @@ async def test_who_may_call(plugins: list[str]) -> None:
     async with Gateway.test(plugins=[{"use": name, "config": NEEDED.get(name, {})} for name in plugins]) as gw:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
         reply = await gw.post("/v1/chat/completions", body, headers={"Authorization": ""})
-        assert reply.status == (401 if "api_keys" in plugins else 200)
+        assert reply.status == (401 if {"api_keys", "jwt_auth"} & set(plugins) else 200)

@@ -1,0 +1,360 @@
+"""JWTs of real issuers: servers with real keys, the real gateway, and everything a forger tries."""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import json
+import time
+
+import jwt
+import openai
+import pytest
+from aiohttp import web
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from pydantic import ValidationError
+
+from gateway.kit import hash_key, new_key
+from gateway.kit.testing import PEPPER, Gateway
+from gateway.kit.upstream import MODEL
+from gateway.tasks import Tasks
+from gateway_plugins import jwt_auth
+
+SECRET = "a shared secret of more than thirty-two characters"
+RSA, OTHER_RSA = (rsa.generate_private_key(public_exponent=65537, key_size=2048) for _ in range(2))
+EC = ec.generate_private_key(ec.SECP256R1())
+ED = ed25519.Ed25519PrivateKey.generate()
+ALGORITHMS = {
+    "RS256": jwt.algorithms.RSAAlgorithm,
+    "ES256": jwt.algorithms.ECAlgorithm,
+    "EdDSA": jwt.algorithms.OKPAlgorithm,
+}
+
+
+def public(key, kid, algorithm, **more):
+    return {**ALGORITHMS[algorithm].to_jwk(key.public_key(), as_dict=True), "kid": kid, "use": "sig", **more}
+
+
+class Issuer:
+    """An OpenID Connect issuer on loopback."""
+
+    def __init__(self):
+        self.keys = [public(RSA, "r1", "RS256"), public(EC, "e1", "ES256"), public(ED, "d1", "EdDSA")]
+        self.status = 200
+        self.asked = 0
+        self.url = ""
+
+    async def configuration(self, _):
+        return web.json_response({"issuer": self.url, "jwks_uri": self.url + "/keys"})
+
+    async def jwks(self, _):
+        self.asked += 1
+        return web.json_response({"keys": self.keys}, status=self.status)
+
+    def token(self, key=RSA, algorithm="RS256", kid="r1", headers=None, **claims):
+        now = int(time.time())
+        body = {"iss": self.url, "aud": "gateway", "sub": "ann", "exp": now + 600, "iat": now, **claims}
+        body = {name: value for name, value in body.items() if value is not None}
+        return jwt.encode(body, key, algorithm=algorithm, headers={"kid": kid, **(headers or {})})
+
+
+@pytest.fixture
+async def issuer():
+    made = Issuer()
+    app = web.Application()
+    app.router.add_get("/.well-known/openid-configuration", made.configuration)
+    app.router.add_get("/auth/v1/.well-known/jwks.json", made.jwks)
+    app.router.add_get("/keys", made.jwks)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield made
+    await runner.cleanup()
+
+
+def gateway(*issuers, plugins=()):
+    return Gateway.test(plugins=[{"use": "jwt_auth", "config": {"issuers": list(issuers)}}, *plugins])
+
+
+def entry(issuer, **more):
+    return {"name": "test", "issuer": issuer.url, "audience": "gateway", **more}
+
+
+async def ask(gw, token, path="/v1/chat/completions", **fields):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], **fields}
+    return await gw.post(path, body, headers={"Authorization": f"Bearer {token}"})
+
+
+@pytest.mark.parametrize(("key", "algorithm", "kid"), [(RSA, "RS256", "r1"), (EC, "ES256", "e1"), (ED, "EdDSA", "d1")])
+async def test_a_token_of_the_issuer_is_a_caller(issuer, key, algorithm, kid):
+    """Signed with any of the issuer's keys, a token names its caller by the claims that the settings say."""
+    claims = {"tenant": "https://x.y/org", "team": "app.team", "roles": "groups", "limits": "limits"}
+    async with gateway(entry(issuer, claims=claims)) as gw:
+        token = issuer.token(
+            key,
+            algorithm,
+            kid,
+            groups=["a", "b"],
+            app={"team": "blue"},
+            limits={"requests": 9},
+            **{"https://x.y/org": "acme"},
+        )
+        assert (await ask(gw, token)).status == 200
+        [exchange] = await gw.finished()
+        who = exchange.principal
+        assert (who.id, who.kind, who.tenant, who.team) == ("ann", "jwt.test", "acme", "blue")
+        assert (who.roles, who.limits, who.admin) == ({"a", "b"}, {"requests": 9}, False)
+
+
+async def test_the_openai_sdk_brings_a_token_as_its_key(issuer):
+    """A developer gives the token as `api_key`, and a refusal is the SDK's AuthenticationError."""
+    async with gateway(entry(issuer)) as gw:
+        async with openai.AsyncOpenAI(base_url=gw.url + "/v1", api_key=issuer.token(), max_retries=0) as client:
+            reply = await client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}])
+            assert reply.choices[0].message.content
+        late = issuer.token(exp=int(time.time()) - 100)
+        async with openai.AsyncOpenAI(base_url=gw.url + "/v1", api_key=late, max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError, match="has expired"):
+                await client.models.list()
+
+
+def raw(header, claims, signature=b""):
+    parts = [json.dumps(header).encode(), json.dumps(claims).encode(), signature]
+    return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
+
+
+def pem(key):
+    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def forged(issuer):
+    now = int(time.time())
+    claims = {"iss": issuer.url, "aud": "gateway", "sub": "ann", "exp": now + 600}
+
+    def hs256(key, **header):
+        signed = raw({"alg": "HS256", "typ": "JWT", **header}, claims).rpartition(".")[0]
+        return (
+            signed
+            + "."
+            + base64.urlsafe_b64encode(hmac.digest(key, signed.encode(), hashlib.sha256)).rstrip(b"=").decode()
+        )
+
+    good = issuer.token()
+    head, body, signature = good.split(".")
+    other = base64.urlsafe_b64encode(json.dumps({**claims, "sub": "root"}).encode()).rstrip(b"=").decode()
+    return {
+        "alg none": raw({"alg": "none"}, claims),
+        "alg None": raw({"alg": "None", "kid": "r1"}, claims, b"x"),
+        "the public key as HS256 secret": hs256(pem(RSA), kid="r1"),
+        "the JWK as HS256 secret": hs256(json.dumps(issuer.keys[0]).encode(), kid="r1"),
+        "an empty HS256 secret": hs256(b""),
+        "other claims": f"{head}.{other}.{signature}",
+        "no signature": f"{head}.{body}.",
+        "another's key": issuer.token(OTHER_RSA),
+        "another's key by jwk": issuer.token(OTHER_RSA, headers={"jwk": public(OTHER_RSA, "r1", "RS256")}),
+        "another's key by jku": issuer.token(OTHER_RSA, headers={"jku": issuer.url + "/keys"}),
+        "another's key by x5u": issuer.token(OTHER_RSA, headers={"x5u": "https://example.com/cert"}),
+        "crit": issuer.token(headers={"crit": ["b64"], "b64": True}),
+        "kid that is no text": issuer.token(kid="r1", headers={"kid": "../../etc/passwd"}),
+        "an EC key's kid": issuer.token(kid="e1"),
+        "expired": issuer.token(exp=now - 31),
+        "not yet": issuer.token(nbf=now + 60),
+        "no exp": issuer.token(exp=None),
+        "no sub": issuer.token(sub=None),
+        "no aud": issuer.token(aud=None),
+        "another audience": issuer.token(aud="others"),
+        "exp as text": issuer.token(exp="tomorrow"),
+        "sub as number": issuer.token(sub="\u0000"),
+        "twice": good + "." + good,
+        "huge": good + "A" * 20_000,
+        "no JSON": "a.b.c",
+        "deep": raw({"alg": "RS256"}, claims).split(".")[0]
+        + "."
+        + base64.urlsafe_b64encode(b"[" * 8000).decode()
+        + ".x",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(forged(Issuer())))
+async def test_a_forged_token_is_refused(issuer, name):
+    """What was not made by the issuer, for us, for now, is 401, in the client's dialect, and reaches no upstream."""
+    async with gateway(entry(issuer)) as gw:
+        token = forged(issuer)[name]
+        reply = await ask(gw, token)
+        assert (reply.status, reply.data["error"]["type"]) == (401, "invalid_request_error")
+        reply = await ask(gw, token, "/v1/messages", max_tokens=5)
+        assert (reply.status, reply.data["error"]["type"]) == (401, "authentication_error")
+        assert not gw.upstream.seen
+
+
+async def test_clocks_may_be_a_little_wrong(issuer):
+    """Within the leeway a token that has just ended, or begins soon, is accepted."""
+    now = int(time.time())
+    async with gateway(entry(issuer, leeway="30s")) as gw:
+        assert (await ask(gw, issuer.token(exp=now - 15))).status == 200
+        assert (await ask(gw, issuer.token(nbf=now + 15))).status == 200
+
+
+async def test_a_new_key_is_fetched_once(issuer, monkeypatch):
+    """A token with a key that isn't known yet: one fetch, whatever the number of requests, and then it is known."""
+    async with gateway(entry(issuer, jwks_url=issuer.url + "/keys")) as gw:
+        assert (await ask(gw, issuer.token())).status == 200
+        issuer.keys = [public(OTHER_RSA, "r2", "RS256")]
+        asked = issuer.asked
+        monkeypatch.setattr(jwt_auth, "COOLDOWN_SECONDS", 0.0)
+        replies = await asyncio.gather(*(ask(gw, issuer.token(OTHER_RSA, kid="r2", jti=str(i))) for i in range(20)))
+        assert {r.status for r in replies} == {200}
+        assert issuer.asked == asked + 1
+        assert (await ask(gw, issuer.token(jti="old"))).status == 401  # its key is gone
+
+
+async def test_invented_keys_bring_no_storm_of_fetches(issuer):
+    """Hundreds of tokens with invented key ids: no fetch within the cooldown, and 401."""
+    async with gateway(entry(issuer)) as gw:
+        assert (await ask(gw, issuer.token())).status == 200
+        asked = issuer.asked
+        replies = await asyncio.gather(*(ask(gw, issuer.token(OTHER_RSA, kid=f"k{i}")) for i in range(200)))
+        assert {r.status for r in replies} == {401}
+        assert issuer.asked == asked
+
+
+async def test_known_keys_go_on_while_the_issuer_is_away(issuer, monkeypatch):
+    """The issuer answers 500: what is known is accepted, what isn't is 401, and keys never fetched are 503, not 401."""
+    async with gateway(entry(issuer)) as gw:
+        assert (await ask(gw, issuer.token())).status == 200
+        issuer.status = 500
+        monkeypatch.setattr(jwt_auth, "COOLDOWN_SECONDS", 0.0)
+        assert (await ask(gw, issuer.token(jti="again"))).status == 200
+        assert (await ask(gw, issuer.token(OTHER_RSA, kid="new"))).status == 401
+    async with gateway(entry(issuer)) as gw:
+        refused = await ask(gw, issuer.token())
+        assert (refused.status, refused.data["error"]["code"]) == (503, "issuer_unavailable")
+        issuer.status = 200
+        assert (await ask(gw, issuer.token())).status == 200
+
+
+async def test_a_shared_secret(issuer):
+    """HS256 with the secret is accepted, with another or by a public key it isn't; both kinds side by side work."""
+    shared = {"issuer": issuer.url, "audience": "gateway", "secret": SECRET}
+    async with gateway(shared, entry(issuer)) as gw:
+        assert (await ask(gw, issuer.token(SECRET, "HS256"))).status == 200
+        assert (await ask(gw, issuer.token())).status == 200
+        assert (await ask(gw, issuer.token(SECRET + "!", "HS256"))).status == 401
+        assert (await ask(gw, forged(issuer)["the public key as HS256 secret"])).status == 401
+
+
+async def test_supabase(issuer):
+    """A project's signed-in users are callers by their app_metadata; its anon, service and anonymous tokens are not."""
+    project = issuer.url
+    issuer.url += "/auth/v1"
+
+    def token(**claims):
+        return issuer.token(EC, "ES256", "e1", **{"aud": "authenticated", "role": "authenticated", **claims})
+
+    async with gateway({"supabase": project, "admin_roles": ["ops"]}) as gw:
+        meta = {"tenant": "acme", "roles": ["ops"], "limits": {"requests": 5}}
+        assert (await ask(gw, token(app_metadata=meta, user_metadata={"tenant": "victim"}))).status == 200
+        [exchange] = await gw.finished()
+        assert (exchange.principal.tenant, exchange.principal.admin) == ("acme", True)
+        assert (await ask(gw, token(user_metadata={"tenant": "victim", "roles": ["ops"]}))).status == 200
+        plain = (await gw.finished(2))[1].principal
+        assert (plain.tenant, plain.admin) == ("127.0.0.1/ann", False)
+        assert (await ask(gw, token(role="anon", aud="anon", sub=None))).status == 401
+        assert (await ask(gw, token(role="service_role"))).status == 401
+        assert (await ask(gw, token(is_anonymous=True))).status == 401
+        legacy = jwt.encode(
+            {"iss": "supabase", "role": "service_role", "exp": time.time() + 99}, SECRET, algorithm="HS256"
+        )
+        assert (await ask(gw, legacy)).status == 401
+
+
+async def test_scopes_of_a_token(issuer):
+    """Models by claim, else by the issuer's setting; an empty list allows none."""
+    where = entry(issuer, models=["openai/*"], claims={"models": "allowed"})
+    async with gateway(where) as gw:
+        assert (await ask(gw, issuer.token(), model="openai/gpt-5-mini")).status == 200
+        assert (await ask(gw, issuer.token())).status == 404
+        assert (await ask(gw, issuer.token(allowed=["anthropic/*"]))).status == 200
+        assert (await ask(gw, issuer.token(allowed=[]))).status == 404
+        assert (await ask(gw, issuer.token(allowed=7))).status == 401
+
+
+@pytest.mark.parametrize("keys_first", [True, False])
+async def test_keys_and_tokens_side_by_side(issuer, keys_first):
+    """`api_keys` and `jwt_auth` leave each other's credentials alone, in either order."""
+    key = new_key()
+    plugins = [
+        {"use": "api_keys", "config": {"keys": [{"id": "k", "hash": hash_key(key, PEPPER)}]}},
+        {"use": "jwt_auth", "config": {"issuers": [entry(issuer)]}},
+    ]
+    async with Gateway.test(plugins=plugins if keys_first else plugins[::-1]) as gw:
+        assert (await ask(gw, key)).status == 200
+        assert (await ask(gw, issuer.token())).status == 200
+        assert (await ask(gw, issuer.token(iss="https://elsewhere.example"))).status == 401
+        assert (await ask(gw, new_key())).status == 401
+
+
+async def test_tokens_are_nowhere_to_be_found(issuer, capfd):
+    """A token, good or refused, appears in no log line, reply or request to the upstream."""
+    async with gateway(entry(issuer), plugins=["access_log"]) as gw:
+        tokens = [issuer.token(), issuer.token(exp=1), forged(issuer)["another's key"], issuer.token(kid="nobody")]
+        for token in tokens:
+            reply = await ask(gw, token)
+            assert token.split(".")[2] not in str(reply.headers) + reply.body.decode()
+        await gw.finished(len(tokens))
+        seen = "".join(str(dict(s.headers)) + str(s.json) for s in gw.upstream.seen)
+    out = "".join(capfd.readouterr()) + seen
+    assert "request" in out
+    for token in tokens:
+        for part in token.split(".")[1:]:
+            assert part not in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"audience": ()}, "needs audience"),
+        ({"algorithms": ["HS256"]}, "HS256 needs a secret"),
+        ({"secret": SECRET, "algorithms": ["HS256", "RS256"]}, "never mixed"),
+        ({"secret": SECRET, "jwks_url": "https://x.y/keys"}, "either a secret or public keys"),
+        ({"secret": "short"}, "at least 32"),
+        ({"issuer": "http://login.example.com"}, "must be https"),
+        ({"jwks_url": "http://169.254.169.254/keys"}, "must be https"),
+        ({"algorithms": ["none"]}, "Input should be"),
+        ({"claims": {"tenant": "user_metadata.tenant"}}, "users change user_metadata themselves"),
+    ],
+)
+def test_settings_that_would_let_forgers_in_are_mistakes(changes, what):
+    """Mixed kinds of keys, secrets that are too short, keys over plain HTTP: refused, and the secret isn't printed."""
+    with pytest.raises(ValidationError, match=what) as caught:
+        jwt_auth.Config(issuers=[{"issuer": "https://x.y", "audience": "gateway", **changes}])
+    assert SECRET not in str(caught.value)
+
+
+async def test_a_slow_issuer_holds_up_nobody_else(issuer):
+    """While the keys are being fetched, other callers are answered."""
+    held = asyncio.Event()
+    answer = issuer.jwks
+
+    async def slow(request):
+        await held.wait()
+        return await answer(request)
+
+    app = web.Application()
+    app.router.add_get("/keys", slow)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    with contextlib.suppress(asyncio.CancelledError):
+        jwks = f"http://127.0.0.1:{runner.addresses[0][1]}/keys"
+        async with gateway(entry(issuer, jwks_url=jwks), plugins=["api_keys"]) as gw:
+            waiting = Tasks().spawn(ask(gw, issuer.token()), "waits for the keys")
+            assert (await gw.chat()).status == 200
+            held.set()
+            assert (await waiting).status == 200
+    await runner.cleanup()
