@@ -65,6 +65,7 @@ _REQUEST_ID, _ATTEMPTS, _MODEL = istr("x-request-id"), istr("x-xenios-attempts")
 _CONTENT_TYPE, _GENERATION_ID, _CONNECTION = istr("Content-Type"), istr("X-Generation-Id"), istr("Connection")
 
 EVENT_STREAM = "text/event-stream"
+_UNSURE = frozenset({Source.ESTIMATE, Source.UNKNOWN})
 # Those that are worth telling; what else an upstream writes there may be anything.
 _MEDIA_TYPE = re.compile(r"(text/(html|plain|xml)|application/(xml|octet-stream|problem\+json|x-ndjson))")
 ERROR_BODY_LIMIT = 1 << 20
@@ -409,6 +410,8 @@ class Run:
             partial = isinstance(stream, EventStream) and not stream.usage_is_final
             if partial or record.usage.source is Source.UNKNOWN:
                 self._estimate(record, stream)
+        if cause is not None and record.status == 200 and record.cost.source in _UNSURE:
+            self._correct_later(record)
         dispatch.run_sync(self.exchange, self.hooks.attempt_finished, record)
 
     def _estimate(self, record: AttemptRecord, stream: ReplyStream | None) -> None:
@@ -422,6 +425,9 @@ class Run:
         catalogue = self.exchange.snapshot.services.catalogue
         cost = catalogue.cost(record.target.upstream, record.target.model, record.usage)
         record.cost = Cost(cost.pico_usd, Source.ESTIMATE) if cost.pico_usd is not None else cost
+
+    def _correct_later(self, record: AttemptRecord) -> None:
+        """An answer was under way: what it really cost, the upstream may be able to tell."""
         if self.correct is not None and record.generation_id:
             self.correct(self.exchange, record)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -42,6 +43,7 @@ RENEW_SECONDS = 5.0
 SETTLE_SECONDS = 0.02
 PENDING_LIMIT = 100_000  # settlements kept while Redis is away
 ROWS_LIMIT = 100_000  # rows that nobody has taken yet
+MOVER_SECONDS = 10.0  # a worker that takes rows and isn't heard of for so long has died
 RETRY_SECONDS = 0.5
 SWEEP_EVERY = 10_000
 
@@ -124,11 +126,23 @@ class Ledger(Protocol):
     async def rows(self, most: int) -> list[Row]:
         """Rows that are to be stored elsewhere, oldest first; they stay until dropped. Raises StoreUnavailable.
 
-        Store by `op`: after a failure of the store one may come twice, and an abandoned operation's real row later.
+        One worker at a time gets any, so that they are stored in order: it keeps the right while it asks again within
+        `MOVER_SECONDS`. Store by `op`: after a failure of the store one may come twice, and an abandoned operation's
+        real row later.
         """
 
     async def drop_rows(self, ids: Sequence[str]) -> None:
         """These rows are stored. Raises StoreUnavailable."""
+
+    async def leave_rows(self) -> None:
+        """Another worker may have them now. Raises StoreUnavailable."""
+
+    @property
+    def dropped_rows(self) -> int:
+        """How many rows found no place because nobody stored those before, as far as is known here."""
+
+    async def flush(self) -> None:
+        """What is settled is in the store, if that can be reached."""
 
     async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
         """(spent, reserved) in micro-USD for each budget's key. Raises StoreUnavailable."""
@@ -354,6 +368,10 @@ class MemoryLedger:
         while self._rows and self._rows[0].id in gone:
             self._rows.popleft()
 
+    async def leave_rows(self) -> None: ...
+
+    async def flush(self) -> None: ...
+
     async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
         found = (self._budgets.get(key) for key in keys)
         return [(b.spent, b.reserved) if b is not None else (0, 0) for b in found]
@@ -398,6 +416,7 @@ OPERATION = PREFIX + "op:"  # hash of one operation: budget's key → reserved; 
 ADJUSTED = PREFIX + "adjusted:"  # operation and budget that were charged without a reservation
 ROWS = PREFIX + "rows"  # stream
 DROPPED = PREFIX + "dropped"  # how many rows found no place in it
+MOVER = PREFIX + "mover"  # the worker that takes rows
 
 _TIME = """
 local now = tonumber(ARGV[1])
@@ -557,6 +576,19 @@ return #ended
 """
 )
 
+# KEYS: the mover, the rows, the count of those dropped. ARGV: the asker, how long it may, how many rows.
+# Returns that count, and the rows if the asker may have them.
+_TAKE_ROWS = """
+local dropped = redis.call('GET', KEYS[3]) or '0'
+local mover = redis.call('GET', KEYS[1])
+if mover and mover ~= ARGV[1] then return {dropped, {}} end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return {dropped, redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', ARGV[3])}
+"""
+
+# KEYS: the mover. ARGV: who leaves.
+_LEAVE_ROWS = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end return 1"
+
 _REPEATABLE = frozenset("sbw")  # settling these twice does no harm
 
 
@@ -584,7 +616,9 @@ class RedisLedger:
         self._timer: asyncio.TimerHandle | None = None
         self._flushing = asyncio.Lock()
         self._tasks = Tasks()
+        self._name = secrets.token_hex(8)
         self.lost = 0  # settlements that never reached Redis
+        self.dropped_rows = 0
 
     async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> list[State]:
         states = await self._judge(op, rules, row)
@@ -658,9 +692,12 @@ class RedisLedger:
         self._put((_Change(PREFIX + rule.key, "b", op + "/corrected", str(delta), "charge"),))
 
     async def rows(self, most: int) -> list[Row]:
-        found = await self._store.call(lambda: self._store.client.xrange(ROWS, count=most))
+        arguments = (self._name, int(MOVER_SECONDS * 1000), most)
+        dropped, found = await self._store.script(_TAKE_ROWS, (MOVER, ROWS, DROPPED), arguments)
+        self.dropped_rows = int(dropped)
         out = []
-        for number, fields in found:
+        for number, pairs in found:
+            fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
             abandoned = fields.get(b"abandoned")
             row = Row(number.decode(), fields[b"op"].decode(), fields[b"row"], abandoned and int(abandoned))
             out.append(row)
@@ -669,6 +706,9 @@ class RedisLedger:
     async def drop_rows(self, ids: Sequence[str]) -> None:
         if ids:
             await self._store.call(lambda: self._store.client.xdel(ROWS, *ids))
+
+    async def leave_rows(self) -> None:
+        await self._store.script(_LEAVE_ROWS, (MOVER,), (self._name,))
 
     async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
         async def ask() -> list[list[bytes | None]]:

@@ -12,6 +12,7 @@ data (`appendonly yes`).
 from __future__ import annotations
 
 import functools
+import operator
 import time
 from collections import OrderedDict
 from datetime import UTC, datetime, timedelta
@@ -267,11 +268,7 @@ class Plugin:
             return
         rules = [rule for rule in exchange.admission.rules if isinstance(rule, _Held) and rule.owner is self]
         if rules:
-            charged = {
-                a.number: a.cost.micro_usd if a.cost.micro_usd is not None else sum(rules[0].granted)
-                for a in exchange.attempts
-                if a.generation_id is not None
-            }
+            charged = {a.number: a.cost.micro_usd or 0 for a in exchange.attempts if a.generation_id is not None}
             self._correctable[exchange.id] = rules, charged
             if len(self._correctable) > _REMEMBERED:
                 self._correctable.popitem(last=False)
@@ -450,19 +447,40 @@ def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
 
 
 def _actual(exchange: Exchange) -> int | None:
-    """What it cost; None if nobody can tell: then all that was reserved is charged, and the exchange says so."""
-    unknown = any(_perhaps_billed(record) for record in exchange.attempts)
-    if not unknown:
-        return exchange.cost.micro_usd or 0
-    admission = exchange.admission
-    rules = [rule for rule in admission.rules if isinstance(rule, _Held)] if admission is not None else []
-    reserved = max((sum(rule.granted) for rule in rules), default=0)
-    exchange.cost = Cost(max(reserved * 10**6, exchange.cost.pico_usd or 0), Source.RESERVED)
-    return None
+    """What it cost, in micro-USD. An attempt whose cost is unknown is charged what was reserved for it, and says so.
+
+    For a hard budget an estimate is no knowledge: an upstream may bill all of an answer that was broken off. The true
+    cost, asked for at OpenRouter, puts it right (`usage_corrected`).
+    """
+    granted, hard = _granted(exchange)
+    number = 0  # of the reservation that the attempt uses
+    charged = False
+    for record in exchange.attempts:
+        cost = record.cost
+        if (hard and cost.source is Source.ESTIMATE) or _perhaps_billed(record):
+            reserved = granted[min(number, len(granted) - 1)] * 10**6
+            if reserved > (cost.pico_usd or 0):
+                record.cost = Cost(reserved, Source.RESERVED)
+                charged = True
+        number += bool(record.cost.pico_usd)
+    if charged:
+        costs = [record.cost for record in exchange.attempts if record.cost.pico_usd is not None]
+        exchange.cost = functools.reduce(operator.add, costs)
+    return exchange.cost.micro_usd or 0
+
+
+def _granted(exchange: Exchange) -> tuple[Sequence[int], bool]:
+    """(micro-USD that were reserved for the first attempt and for each after one that may have been billed, is there a
+    hard budget).
+    """
+    rules = [rule for rule in exchange.admission.rules if isinstance(rule, _Held)] if exchange.admission else []
+    # nothing was, where the store was away: then what it would have been
+    granted = max((rule.granted or [rule.amount] for rule in rules), key=sum, default=[0])
+    return granted, any(rule.budget is not None and rule.budget.hard for rule in rules)
 
 
 def _perhaps_billed(record: AttemptRecord) -> bool:
-    """Its cost is unknown, and may not be 0."""
+    """May it have cost something, though nobody told what?"""
     if record.cost.pico_usd is not None:
         return False
     return record.first_content is not None or record.cause in _PERHAPS_BILLED
@@ -473,12 +491,7 @@ def _again(exchange: Exchange) -> int:
     last = exchange.attempts[-1]
     if not last.cost.pico_usd and not _perhaps_billed(last):
         return 0
-    admission = exchange.admission
-    return (
-        max((r.granted[0] for r in admission.rules if isinstance(r, _Held) and r.granted), default=0)
-        if admission
-        else 0
-    )
+    return _granted(exchange)[0][0]
 
 
 def _refuse(rule: Rule, state: State) -> GatewayError:

@@ -179,7 +179,7 @@ async def test_a_further_attempt_is_reserved_for_too(services):
     """After an attempt that may have been billed the next one needs room of its own."""
     prices = {**PRICES, "test/other": PRICES[MODEL]}
     broken = Cut(Json(chat_completion()), at=40)
-    for usd, status, sums in (("0.00015", 429, (100, 0)), ("0.001", 200, (200, 0))):
+    for usd, status, sums in (("0.00015", 429, (100, 0)), ("0.001", 200, (110, 0))):
         upstream = ScriptedUpstream(broken, costs(0.00001))
         budget = cents(usd) | {"name": f"b{status}"}
         async with limited(services, budget, upstream=upstream, prices=prices, fallback=True) as gw:
