@@ -199,7 +199,7 @@ PluginOption = Annotated[
 ]
 
 
-@db_app.command("upgrade")
+@db_app.command("upgrade", short_help="Bring the tables up to date.")
 def db_upgrade(config: ConfigOption = None, plugin: PluginOption = None) -> None:
     """Bring the plugins' tables up to date, in one transaction. Running it again, or twice at once, does no harm."""
     loaded, folder, schemas = _schemas(config, plugin)
@@ -210,7 +210,7 @@ def db_upgrade(config: ConfigOption = None, plugin: PluginOption = None) -> None
         typer.echo(f"{schema.name:20} {schema.head}{'' if schema.name in changed else '  (was there)'}")
 
 
-@db_app.command("downgrade")
+@db_app.command("downgrade", short_help="Bring one plugin's tables back.")
 def db_downgrade(
     plugin: Annotated[str, typer.Argument(help="Whose tables, as `xenios db status` names them.")],
     revision: Annotated[str, typer.Argument(help="The revision to go back to; `base` removes the tables.")],
@@ -224,7 +224,7 @@ def db_downgrade(
     typer.echo(f"{schema.name:20} {revision}")
 
 
-@db_app.command("status")
+@db_app.command("status", short_help="What there is, and what is needed.")
 def db_status(config: ConfigOption = None) -> None:
     """Each plugin's tables: what the database has and what this program needs. Exit code 1 if any are older."""
     loaded, folder, schemas = _schemas(config)
@@ -237,7 +237,7 @@ def db_status(config: ConfigOption = None) -> None:
     sys.exit(any(schema.is_older(version) for schema, version in zip(schemas, found, strict=True)))
 
 
-@db_app.command("sql")
+@db_app.command("sql", short_help="Print what upgrade would run.")
 def db_sql(
     config: ConfigOption = None,
     plugin: PluginOption = None,

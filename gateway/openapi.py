@@ -18,6 +18,7 @@ _ERRORS = {
     "403": "This key may not do that.",
     "404": "Not found.",
     "408": "The request did not arrive in time.",
+    "409": "Something stands in the way.",
     "413": "The request is too large.",
     "415": "Unsupported content type.",
     "429": "Too many requests.",
@@ -46,6 +47,8 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
 def _operation(route: Route) -> dict[str, Any]:
     error = {"$ref": f"#/components/schemas/{'AnthropicError' if route.dialect.anthropic else 'OpenAIError'}"}
     responses: dict[str, Any] = {"200": _success(route)}
+    if route.handler is not None and route.method == "POST":
+        responses["201"] = {**responses["200"], "description": "It was made."}
     codes = _ERRORS if route.access != "public" else ("400", "404", "503")
     for code in codes:
         schema = {} if route.path == "/health/ready" else error

@@ -2,18 +2,21 @@
 
 from gateway.kit.keys import hash_key, is_hash, is_well_formed, new_key
 from gateway.kit.ledger import Admission, Rule, State
+from gateway.kit.ledger import Row as PendingRow
 from gateway.kit.schema import Schema
 from gateway.kit.subjects import (
     By,
     OwnLimits,
     Period,
     choices,
+    end_user,
     input_bound,
     input_estimate,
     output_cap,
     own_limits,
     subjects,
 )
+from gateway.kit.text import clean, cleaned
 from gateway.stores.database import Database, Row, Statements
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "By",
     "Database",
     "OwnLimits",
+    "PendingRow",
     "Period",
     "Row",
     "Rule",
@@ -28,6 +32,9 @@ __all__ = [
     "State",
     "Statements",
     "choices",
+    "clean",
+    "cleaned",
+    "end_user",
     "hash_key",
     "input_bound",
     "input_estimate",

@@ -143,14 +143,14 @@ def _values(name: Subject, exchange: Exchange, principal: Principal | None) -> S
         case "role":
             return sorted(principal.roles) if principal else ()
         case "user":
-            return (f"{principal.tenant if principal else ''}/{_user(exchange.body)}",)
+            return (f"{principal.tenant if principal else ''}/{end_user(exchange.body)}",)
         case "model":
             return (exchange.decision.targets[0].model if exchange.decision else "",)
         case "endpoint":
             return (exchange.endpoint,)
 
 
-def _user(body: dict[str, Any]) -> str:
+def end_user(body: dict[str, Any]) -> str:
     """The end user that the client names: OpenAI's `user`, its successor, or Anthropic's `metadata.user_id`."""
     metadata = body.get("metadata")
     named = body.get("user") or body.get("safety_identifier")

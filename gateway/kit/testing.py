@@ -168,6 +168,7 @@ def _settings(folder: Path, upstream: ScriptedUpstream, given: Mapping[str, Any]
         "server": {"host": "127.0.0.1", "port": 0, "data_dir": str(folder), "drain_timeout": 1},
         "upstreams": {"openrouter": {"base_url": upstream.url, "api_key": "sk-or-v1-test"}},
         "catalogue": {"refresh": 0},
+        "services": {"database": {"migrate_on_start": True}},
     }
     return _merged(base, given)
 

@@ -245,10 +245,13 @@ class Database:
         self._driver = driver
 
     async def _verify(self, driver: Driver) -> None:
-        old = [s for s in self._schemas if s.is_older(await driver.version(s.version_table))]
+        versions = [(s, await driver.version(s.version_table)) for s in self._schemas]
+        old = [s for s, version in versions if s.is_older(version)]
         if old and self._migrate is not None:
             await self._migrate()
-            log.warning("database_migrated", tables=[s.name for s in old])
+            changed = [s.name for s, version in versions if s in old and version is not None]
+            if changed:  # a new installation's first tables are no news
+                log.warning("database_migrated", tables=changed)
             old = [s for s in self._schemas if s.is_older(await driver.version(s.version_table))]
         if old:
             raise OldSchema(

@@ -9,7 +9,6 @@ next ones are dropped, and a line `lines_dropped` counts them.
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import queue
 import select
@@ -24,6 +23,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from gateway import Outcome, hookimpl
+from gateway.kit import clean, cleaned
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -34,7 +34,6 @@ STDOUT = 1
 DELAY = 0.05
 WAITING_LINES = 10_000
 CLOSE_SECONDS = 2.0
-LONGEST = 200
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _LEVEL_OF = {
     Outcome.OK: "info",
@@ -132,17 +131,17 @@ class Plugin:
             "ts": self._time(exchange.started_at + finished - started),
             "level": level,
             "event": "request",
-            "request_id": exchange.id if exchange.request_id == exchange.id else _cleaned(exchange.request_id),
+            "request_id": exchange.id if exchange.request_id == exchange.id else cleaned(exchange.request_id),
             "id": exchange.id,
-            "method": _clean(exchange.request.method),
+            "method": clean(exchange.request.method),
             "endpoint": exchange.endpoint,
             "path": exchange.route.path,
             "status": exchange.status,
             "outcome": outcome,
-            "error_code": _clean(error.error_code) if error is not None else None,
+            "error_code": clean(error.error_code) if error is not None else None,
             "error_by": exchange.error_by,
-            "model_asked": _clean(exchange.asked_model) or None,
-            "model_served": _clean(served.model) if served is not None else None,
+            "model_asked": clean(exchange.asked_model) or None,
+            "model_served": clean(served.model) if served is not None else None,
             "upstream": served.upstream if served is not None else None,
             "rule": decision.rule if decision is not None else None,
             "task": decision.task if decision is not None else None,
@@ -158,10 +157,10 @@ class Plugin:
             "duration_ms": round((finished - started) * 1000, 1),
             "first_content_ms": _ms(started, exchange.first_content),
             "upstream_ms": round(sum(t.duration or 0.0 for t in tries) * 1000, 1) if tries else None,
-            "principal": _clean(principal.id) if principal is not None else None,
-            "tenant": _clean(principal.tenant) if principal is not None else None,
-            "team": _clean(principal.team) if principal is not None and principal.team else None,
-            "remote": _clean(exchange.request.remote or "") or None,
+            "principal": clean(principal.id) if principal is not None else None,
+            "tenant": clean(principal.tenant) if principal is not None else None,
+            "team": clean(principal.team) if principal is not None and principal.team else None,
+            "remote": clean(exchange.request.remote or "") or None,
         }
         if len(tries) > 1 or (tries and tries[0].cause is not None):
             fields["tries"] = [_try(record) for record in tries]
@@ -177,7 +176,7 @@ class Plugin:
 
 def _try(record: AttemptRecord) -> dict[str, Any]:
     return {
-        "model": _clean(record.target.model),
+        "model": clean(record.target.model),
         "upstream": record.target.upstream,
         "cause": record.cause,
         "ms": _ms(record.started, record.finished),
@@ -186,18 +185,6 @@ def _try(record: AttemptRecord) -> dict[str, Any]:
 
 def _ms(start: float, end: float | None) -> float | None:
     return None if end is None else round((end - start) * 1000, 1)
-
-
-def _cleaned(text: str) -> str:
-    """Text that others chose: cut short, and nothing in it that steers a terminal, breaks a line or isn't UTF-8."""
-    text = text[:LONGEST]
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-
-
-# Names of models, principals and addresses come again and again.
-_clean = functools.lru_cache(maxsize=4096)(_cleaned)
 
 
 def _open(path: Path | None) -> int | None:

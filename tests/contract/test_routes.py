@@ -31,9 +31,10 @@ BUILT_IN = {
     "access_log": {},
     "api_keys": {"keys": [{"id": "plain", "hash": hash_key(PLAIN_KEY, PEPPER)}]},
     "jwt_auth": {"issuers": [{"issuer": "https://login.example.com", "audience": "x", "secret": "s" * 32}]},
+    "routing": {},
     "rate_limit": {"limits": [{"name": "all", "requests": 1000}]},
     "budgets": {"budgets": [{"name": "all", "usd": 1000}], "unknown_price": "allow"},
-    "routing": {},
+    "usage": {},
     "fallback": {},
 }
 EVERYTHING = [{"use": name, "config": config} for name, config in BUILT_IN.items()]

@@ -18,7 +18,10 @@ from gateway.kit import hash_key, is_well_formed, new_key
 from tests.integration.process import CONFIG, MODULE, XENIOS, environment, serving, xenios
 
 HERE = Path(__file__).parent
-COMMANDS = ["", "serve", "check", "plugins", "models", "simulate", "keys", "keys hash", "schema", "version"]
+COMMANDS = [
+    "", "serve", "check", "plugins", "models", "simulate", "keys", "keys hash", "keys create", "keys list", "keys show",
+    "keys rotate", "keys revoke", "usage", "db", "db upgrade", "db downgrade", "db status", "db sql", "schema", "version",
+]  # fmt: skip
 SHIPPED = sorted([*CONFIG.glob("*.yaml"), *CONFIG.glob("examples/*.yaml")])
 PRODUCTION = {
     "OPENROUTER_API_KEY": "sk-or-test",
@@ -228,7 +231,7 @@ def test_which_configuration(tmp_path: Path) -> None:
     """--config, else $XENIOS_CONFIG, else config/xenios.yaml of the working directory, else the built-in one."""
     first, second = (write(tmp_path, simulated("  []\n"), name) for name in ("first.yaml", "second.yaml"))
     built_in = xenios("check", cwd=tmp_path).stdout
-    assert built_in.endswith("xenios.yaml: fine, 4 plugins.\n")
+    assert built_in.endswith("xenios.yaml: fine, 7 plugins.\n")
     (tmp_path / "config").mkdir()
     write(tmp_path / "config", simulated("  - use: fallback\n"), "xenios.yaml")
     assert xenios("check", cwd=tmp_path).stdout == "config/xenios.yaml: fine, 1 plugin.\n"
@@ -252,8 +255,9 @@ def test_plugins_shows_hooks_and_order(tmp_path: Path) -> None:
     done = xenios("plugins", "--config", CONFIG / "xenios.yaml", cwd=tmp_path)
     assert done.returncode == 0
     listed, _, order = done.stdout.partition("\nCall order:\n")
-    assert [line.split()[0] for line in listed.splitlines()] == ["access_log", "api_keys", "routing", "fallback"]
-    assert re.search(r"^  explain +api_keys → routing → fallback$", order, re.MULTILINE)
+    names = ["access_log", "api_keys", "routing", "rate_limit", "budgets", "usage", "fallback"]
+    assert [line.split()[0] for line in listed.splitlines()] == names
+    assert re.search(r"^  explain +api_keys → routing → usage → fallback$", order, re.MULTILINE)
 
 
 def test_plugins_shows_what_is_installed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,6 +27,8 @@ from gateway.dialects import DIALECTS, PLAIN_DIALECT
 from gateway.health import Health
 from gateway.openapi import document as document_of
 from gateway.routes import Router
+from gateway_plugins.api_keys.admin import Admin
+from gateway_plugins.usage.routes import Routes
 from tests.clients.process import Served, served
 
 CHECKS: Any = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -43,9 +46,12 @@ PUBLIC = {"/health", "/health/live", "/health/ready", "/openapi.json"}
 
 
 def _labels() -> list[str]:
-    """Operations as the core has them; a test sees that the served document has the same."""
+    """Operations as the core and the default's plugins have them; a test sees that the served document has the same."""
     router = Router(DIALECTS, PLAIN_DIALECT)
     add_core_routes(router, Health(lambda: False))
+    nothing: Any = SimpleNamespace(database=None)
+    Admin(nothing, frozenset()).register(router)
+    Routes(nothing.database).register(router)
     paths = document_of(router.table().routes)["paths"]
     return [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
 

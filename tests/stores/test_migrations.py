@@ -168,7 +168,7 @@ async def test_a_database_that_is_away_at_the_start_is_checked_when_it_comes(tmp
     with postgres_server(own=True) as server:
         url = await server.new()
         server.kill()
-        given = {"services": {"database": {"url": url}}}
+        given = {"services": {"database": {"url": url, "migrate_on_start": False}}}
         async with Gateway.test(plugins=["api_keys", notes.Plugin], settings=given) as gw:
             refused = await gw.post("/v1/notes", {"text": "a"})
             assert (refused.status, refused.data["error"]["code"]) == (503, "store_unavailable")

@@ -11,6 +11,7 @@ from gateway.dialects import DIALECTS
 from gateway.exchange import Attempt, Credentials, Exchange, Limits, RequestView
 from gateway.routes import Route
 from gateway.settings import Settings
+from gateway.stores.database import Database
 
 PEPPER = "a pepper for tests only"
 _numbers = itertools.count(1)
@@ -28,9 +29,14 @@ def services(bootstrap_key_hash=None, settings=settings(), log=None):  # noqa: B
         data_dir=None,
         pepper=PEPPER,
         bootstrap_key_hash=bootstrap_key_hash,
+        opened_database=Database("sqlite", never),
         plugin_id="tested",
         log=log or structlog.get_logger(),
     )
+
+
+def never():
+    raise AssertionError("a unit test connects to no database")
 
 
 def exchange(body=None, *, headers=None, principal=None, bearer=None, api_key=None, endpoint="chat/completions"):

@@ -28,7 +28,7 @@ from gateway.kit import hash_key, new_key
 from gateway.kit.testing import Gateway
 from gateway.plugins import HOOKS, faults_of, hooks_of, installed, load
 from gateway.routes import Router
-from gateway_plugins import api_keys
+from gateway_plugins import api_keys, usage
 from tests.clients.process import plain_environment, served
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +102,7 @@ def test_every_block_is_sound(path):
 def with_plugin_commands():
     """The command line, with what plugins add in a configuration that has them all."""
     api_keys.Plugin.register_commands(SimpleNamespace(config=api_keys.Config(database=True), id="api_keys"), app)
+    usage.Plugin.register_commands(SimpleNamespace(config=usage.Config(), id="usage"), app)
     return app
 
 

@@ -49,14 +49,18 @@ def test_the_shipped_order(monkeypatch):
     """Whoever observes stands outermost: the order of the default's calls."""
     _, _, hooks = start(CONFIG / "xenios.yaml", {}, monkeypatch)
     assert {hook: plugins for hook, plugins in hooks.order().items() if plugins} == {
-        "register_routes": ["api_keys"],
-        "register_commands": ["api_keys"],
+        "register_routes": ["api_keys", "usage"],
+        "register_commands": ["api_keys", "usage"],
+        "request_received": ["usage"],
         "authenticate": ["api_keys"],
         "restore_principal": ["api_keys"],
         "choose_targets": ["routing"],
+        "check_request": ["rate_limit", "budgets"],
         "around_upstream": ["fallback"],
-        "request_finished": ["access_log"],
-        "explain": ["api_keys", "routing", "fallback"],
+        "response_started": ["rate_limit", "budgets"],
+        "request_finished": ["budgets", "access_log"],
+        "usage_corrected": ["budgets", "usage"],
+        "explain": ["api_keys", "routing", "usage", "fallback"],
     }
 
 

@@ -36,7 +36,7 @@ def add_commands(plugin: Any, cli: typer.Typer) -> None:
         key_id: Annotated[str | None, typer.Option("--id", help="Default: one is made up.", show_default=False)] = None,
         name: Annotated[str | None, typer.Option(help="For people: what it is for.", show_default=False)] = None,
         tenant: Annotated[str | None, typer.Option(help="Default: the id.", show_default=False)] = None,
-        team: Annotated[str | None, typer.Option(show_default=False)] = None,
+        team: Annotated[str | None, typer.Option(help="Whose use it counts for.", show_default=False)] = None,
         owner: Annotated[str | None, typer.Option(help="Whose key it is.", show_default=False)] = None,
         tag: Annotated[Many, typer.Option(help="May be given several times.", show_default=False)] = [],  # noqa: B006
         role: Annotated[Many, typer.Option(help="May be given several times.", show_default=False)] = [],  # noqa: B006
@@ -83,8 +83,8 @@ def add_commands(plugin: Any, cli: typer.Typer) -> None:
 
     @group.command("list")
     def list_keys(
-        tenant: Annotated[str | None, typer.Option(show_default=False)] = None,
-        team: Annotated[str | None, typer.Option(show_default=False)] = None,
+        tenant: Annotated[str | None, typer.Option(help="Only this tenant's.", show_default=False)] = None,
+        team: Annotated[str | None, typer.Option(help="Only this team's.", show_default=False)] = None,
         *,
         as_json: AsJson = False,
     ) -> None:
@@ -129,7 +129,7 @@ def add_commands(plugin: Any, cli: typer.Typer) -> None:
         key, secret = ask(lambda database: store.rotate(database, pepper, key_id, seconds, _actor()))
         _print_secret(key, secret, as_json=as_json)
 
-    @group.command("revoke")
+    @group.command("revoke", short_help="Refuse a key from now on.")
     def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
         """Refuse a key from now on; running gateways follow within two seconds."""
         _print_line(ask(lambda database: store.revoke(database, key_id, _actor())))

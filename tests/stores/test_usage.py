@@ -1,0 +1,455 @@
+"""The plugin usage in a real gateway: in memory with SQLite, and on a real Valkey with a real PostgreSQL."""
+
+import asyncio
+import csv
+import io
+import json
+import time
+from datetime import UTC, datetime
+
+import pytest
+import redis.asyncio
+
+from gateway.kit.testing import Gateway
+from gateway.kit.upstream import (
+    MODEL,
+    Cut,
+    Error,
+    Hang,
+    Json,
+    ScriptedUpstream,
+    Stream,
+    chat_completion,
+    chat_events,
+    generation,
+)
+from gateway.tasks import Tasks
+from gateway_plugins.usage import rows as usage_rows
+from gateway_plugins.usage import store
+from tests.stores.postgres import postgres_server
+from tests.stores.servers import valkey_server
+
+PRICES = {MODEL: {"input": 0, "cache_write": 0, "output": 1, "context_length": 8000, "max_output": 500}}
+
+
+@pytest.fixture(params=["memory, sqlite", "redis, postgresql"])
+async def services(request, tmp_path):
+    if request.param == "memory, sqlite":
+        return {"redis": "memory", "database": {"url": f"sqlite:///{tmp_path}/usage.db", "migrate_on_start": True}}
+    server = request.getfixturevalue("server")
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        await client.flushall()
+    url = await request.getfixturevalue("postgres").new()
+    return {"redis": server.url, "database": {"url": url, "migrate_on_start": True}}
+
+
+def gateway(services, *more, upstream=None, keys=(), config=None, **settings):
+    plugins = [
+        {"use": "api_keys", "config": {"keys": list(keys)}},
+        *more,
+        {"use": "usage", "config": config or {}},
+    ]
+    return Gateway.test(
+        plugins=plugins,
+        upstream=upstream,
+        settings={"services": services, "catalogue": {"overrides": PRICES}, **settings},
+    )
+
+
+def key_of(name, monkeypatch, **more):
+    """(headers, entry in the YAML) of a key of its own."""
+    secret = f"{name}-0123456789abcdef0123456789"
+    monkeypatch.setenv(f"KEY_{name.upper()}", secret)
+    return {"Authorization": f"Bearer {secret}"}, {"id": name, "env": f"KEY_{name.upper()}", **more}
+
+
+async def stored(gw, count=1, path="/admin/usage"):
+    """The newest `count` rows, newest first, once they are in the database."""
+    async with asyncio.timeout(10):
+        while True:
+            data = (await gw.get(path)).data["data"]
+            if len(data) >= count:
+                return data
+            await asyncio.sleep(0.02)
+
+
+async def spent(gw):
+    [sums] = await gw.snapshot.services.ledger.budgets(["budgets:all:total:"])
+    return sums
+
+
+BUDGET = {"use": "budgets", "config": {"budgets": [{"name": "all", "by": [], "usd": "0.01", "per": "total"}]}}
+
+
+def cut_stream():
+    """A stream that stands still after its first word."""
+    steps = chat_events("Hello", finish=None, done=False, usage=False, pieces=1, id="gen-77")
+    return Stream(*steps, end="hang", headers={"X-Generation-Id": "gen-77"})
+
+
+# --- what a row says -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("P8.row")
+async def test_a_row_says_who_asked_what_answered_and_what_it_cost(services, monkeypatch):
+    """Key, tenant, team, task, model, attempts and why, tokens, cost, times and outcome of a request that fell back."""
+    headers, entry = key_of("app", monkeypatch, tenant="acme", team="research")
+    routing = {"use": "routing", "config": {"tasks": {"sum": {"use": ["test/bad", MODEL]}}}}
+    upstream = ScriptedUpstream(Error(503), Json(chat_completion(cost=0.00007)))
+    async with gateway(services, routing, "fallback", upstream=upstream, keys=[entry]) as gw:
+        body = {"model": "task/sum", "user": "ann", "messages": [{"role": "user", "content": "Hi"}]}
+        reply = await gw.post("/v1/chat/completions", body, headers=headers)
+        assert reply.status == 200
+        [row] = await stored(gw)
+        assert row["id"] == row["request_id"] == reply.headers["x-request-id"]
+        said = {name: row[name] for name in ("tenant", "key", "team", "user", "endpoint", "task", "model", "upstream")}
+        assert said == {
+            "tenant": "acme", "key": "key:app", "team": "research", "user": "ann", "endpoint": "chat/completions",
+            "task": "sum", "model": MODEL, "upstream": "openrouter",
+        }  # fmt: skip
+        assert (row["attempts"], row["outcome"], row["status"], row["error_code"]) == (2, "ok", 200, None)
+        first, second = row["tries"]
+        assert (first["model"], first["cause"], first["status"]) == ("test/bad", "server_error", 503)
+        assert (second["model"], second["cause"], second["cost_usd"]) == (MODEL, None, 0.00007)
+        assert (row["cost_usd"], row["cost_source"], row["usage_source"]) == (0.00007, "upstream", "upstream")
+        assert row["input_tokens"] > 0 < row["output_tokens"]
+        assert row["cache_write_tokens"] is None  # unknown is not 0
+        assert 0 <= row["first_content_ms"] <= row["duration_ms"]
+        assert abs(datetime.fromisoformat(row["at"]).timestamp() - time.time()) < 60
+
+
+async def test_refusals_are_rows_but_for_callers_whom_nobody_knows(services):
+    """A request over its limit leaves a row `refused`; one without a good key leaves nothing, however many there are."""
+    limit = {"use": "rate_limit", "config": {"limits": [{"name": "one", "requests": 1, "per": "1h"}]}}
+    async with gateway(services, limit) as gw:
+        for _ in range(5):
+            bad = await gw.post("/v1/chat/completions", {}, headers={"Authorization": "Bearer sk-xenios-no"})
+            assert bad.status == 401
+        assert (await gw.chat(model=MODEL)).status == 200
+        assert (await gw.chat(model=MODEL)).status == 429
+        refused, served = await stored(gw, 2)
+        assert (served["outcome"], served["attempts"]) == ("ok", 1)
+        assert (refused["outcome"], refused["status"], refused["attempts"]) == ("refused", 429, 0)
+        assert refused["error_code"] == "rate_limit_exceeded"
+        assert (refused["cost_usd"], refused["model"]) == (None, None)
+        total = (await gw.get("/admin/usage?group_by=")).data["total"]
+        assert (total["requests"], total["cost_unknown"]) == (2, 0)
+
+
+@pytest.mark.promise("P2.row")
+@pytest.mark.parametrize("when", ["before the first token", "mid-stream", "whole"])
+async def test_a_client_that_leaves_leaves_one_row(services, when):
+    """One row `client_disconnect`, with the tokens that were seen."""
+    script = cut_stream() if when == "mid-stream" else Hang()
+    async with gateway(services, upstream=ScriptedUpstream(script)) as gw:
+        body = {"model": MODEL, "max_tokens": 50, "stream": when != "whole"}
+        body["messages"] = [{"role": "user", "content": "Hi"}]
+
+        async def ask():
+            async with gw.session.post(gw.url + "/v1/chat/completions", json=body, headers=gw.headers) as reply:
+                async for _ in reply.content:
+                    seen.set()
+
+        seen = asyncio.Event()
+        asked = Tasks().spawn(ask(), "asked")
+        await gw.upstream.wait_seen(1)
+        if when == "mid-stream":
+            await seen.wait()
+        asked.cancel()
+        [row] = await stored(gw)
+        assert (row["outcome"], row["attempts"], row["model"]) == (
+            "client_disconnect", 1, MODEL if when == "mid-stream" else None,
+        )  # fmt: skip
+        assert row["tries"][0]["cause"] == "client_disconnect"
+        if when == "mid-stream":
+            assert row["output_tokens"] >= 1
+            assert row["usage_source"] == "estimate"
+        else:
+            assert (row["output_tokens"], row["cost_usd"]) == (None, None)
+
+
+@pytest.mark.promise("P3.row")
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_truncated_answer_is_told_as_one(services, stream):
+    """An upstream that ended too early: the row says `upstream_truncated`."""
+    script = Stream(*chat_events("one two three")[:3]) if stream else Cut(Json(chat_completion()), at=40)
+    async with gateway(services, upstream=ScriptedUpstream(script)) as gw:
+        await gw.chat(model=MODEL, stream=stream)
+        [row] = await stored(gw)
+        assert (row["outcome"], row["tries"][0]["cause"]) == ("upstream_truncated", "truncated")
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_budgets_and_rows_add_up(services, known):
+    """What was spent is the sum of the rows, also where nobody told the cost: then it is what was reserved."""
+    script = Json(chat_completion(cost=0.0001)) if known else Cut(Json(chat_completion()), at=40)
+    async with gateway(services, BUDGET, upstream=ScriptedUpstream(default=script)) as gw:
+        for _ in range(5):
+            await gw.chat(model=MODEL, max_tokens=300)
+        rows = await stored(gw, 5)
+        assert {row["cost_source"] for row in rows} == {"upstream" if known else "reserved"}
+        assert await spent(gw) == (round(sum(row["cost_usd"] for row in rows) * 1e6), 0)
+        assert await spent(gw) == (500 if known else 1500, 0)
+
+
+async def test_the_true_cost_puts_budget_and_row_right(services):
+    """A stream that its client left is charged as reserved until OpenRouter says what it cost; sum and row follow."""
+    truth = generation("gen-77", cost=0.000012, native_tokens_prompt=5, native_tokens_completion=7)
+    async with gateway(services, BUDGET, upstream=ScriptedUpstream(cut_stream(), default=Error(404))) as gw:
+        gw.worker.corrections._delays = (0.05,) * 200
+        body = {"model": MODEL, "max_tokens": 50, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        async with gw.session.post(gw.url + "/v1/chat/completions", json=body, headers=gw.headers) as reply:
+            await reply.content.readuntil(b"Hello")
+        [row] = await stored(gw)
+        assert (row["cost_usd"], row["cost_source"]) == (0.00005, "reserved")
+        assert await spent(gw) == (50, 0)
+        gw.upstream.script(Json(truth))
+        async with asyncio.timeout(10):
+            while (row := (await stored(gw))[0])["corrected_at"] is None:
+                await asyncio.sleep(0.02)
+        assert (row["cost_usd"], row["cost_source"]) == (0.000012, "upstream")
+        assert (row["input_tokens"], row["output_tokens"], row["usage_source"]) == (5, 7, "upstream")
+        assert await spent(gw) == (12, 0)
+
+
+# --- stored once, whatever happens -----------------------------------------------------------------------------------
+
+
+def pending(number, op, found, abandoned=None):
+    from gateway.kit import PendingRow
+
+    return PendingRow(str(number), op, usage_rows.encode(found), abandoned)
+
+
+def a_request(name, **changes):
+    """A row as a worker writes it."""
+    fields = dict.fromkeys(usage_rows.Request.__struct_fields__)
+    fields |= {
+        "id": name, "request_id": name, "at": int(time.time() * 1000), "tenant": "acme", "principal": "key:app",
+        "endpoint": "chat/completions", "stream": False, "attempts": 1, "usage_source": "upstream", "cost_micro_usd": 10,
+        "cost_source": "upstream", "outcome": "ok", "status": 200, "model_served": MODEL, "input_tokens": 3,
+    }  # fmt: skip
+    return usage_rows.Request(**{**fields, **changes})
+
+
+async def test_a_row_that_comes_twice_is_there_once(services):
+    """Moved again after a crash it changes nothing; a real row takes the place of an abandoned one, never the reverse."""
+    async with gateway(services) as gw:
+        database = gw.snapshot.services.database
+        whole = pending(1, "a", a_request("a"))
+        gone = pending(2, "b", a_request("b", outcome="ok", cost_micro_usd=1), abandoned=60)
+        late = pending(3, "b", a_request("b", cost_micro_usd=7))
+        assert await store.store(database, [whole, whole, gone]) == []
+        by_id = {row["id"]: row for row in await stored(gw, 2)}
+        assert (by_id["b"]["outcome"], by_id["b"]["cost_usd"], by_id["b"]["cost_source"]) == (
+            "abandoned", 0.00006, "reserved",
+        )  # fmt: skip
+        await store.store(database, [late])
+        await store.store(database, [gone, whole])
+        by_id = {row["id"]: row for row in await stored(gw, 2)}
+        assert len(by_id) == 2
+        assert (by_id["b"]["outcome"], by_id["b"]["cost_usd"]) == ("ok", 0.000007)
+
+
+async def test_a_row_that_can_not_be_stored_holds_up_no_other(services):
+    """One that the database refuses is reported and left out, the others are stored."""
+    async with gateway(services) as gw:
+        rows = [
+            pending(1, "good", a_request("good")),
+            pending(2, "bad", a_request("bad", input_tokens=2**70)),
+            pending(3, "worse", a_request("worse"))._replace(payload=b"[no JSON"),
+            pending(4, "fine", a_request("fine")),
+        ]
+        bad = await store.store(gw.snapshot.services.database, rows)
+        assert sorted(op for op, _ in bad) == ["bad", "worse"]
+        assert {row["id"] for row in await stored(gw, 2)} == {"good", "fine"}
+
+
+async def test_rows_of_a_newer_gateway_are_understood():
+    """During an update two versions share a Redis: what the newer one adds at a row's end is left out."""
+    newer = json.loads(usage_rows.encode(a_request("a")))
+    assert usage_rows.decode(json.dumps([*newer, "something new"]).encode()) == a_request("a", at=newer[3])
+
+
+async def test_rows_wait_while_the_database_is_away(tmp_path):
+    """PostgreSQL killed under load: requests go on, and each row is stored once when it is back."""
+    with valkey_server() as valkey, postgres_server() as server:
+        database = {"url": await server.new(), "migrate_on_start": True}
+        async with gateway({"redis": valkey.url, "database": database}) as gw:
+            ids = []
+            for number in range(60):
+                if number == 20:
+                    server.kill()
+                if number == 40:
+                    server.start()
+                reply = await gw.chat(model=MODEL)
+                assert reply.status == 200
+                ids.append(reply.headers["x-request-id"])
+
+            async def found():
+                reply = await gw.get("/admin/usage?limit=1000")
+                return [row["id"] for row in reply.data["data"]] if reply.status == 200 else []
+
+            async with asyncio.timeout(15):
+                while sorted(rows := await found()) != sorted(ids):
+                    assert len(rows) <= len(ids)
+                    await asyncio.sleep(0.05)
+
+
+async def test_what_is_not_stored_yet_is_stored_when_the_gateway_stops(services):
+    """The rows of the last moment are there after an orderly end."""
+    async with gateway(services) as gw:
+        for _ in range(5):
+            await gw.chat(model=MODEL)
+    async with gateway(services) as gw:
+        assert len((await gw.get("/admin/usage")).data["data"]) == 5
+
+
+# --- who may see what ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("P14.usage")
+async def test_a_tenant_sees_its_own_alone(services, monkeypatch):
+    """Neither lists, sums, filters nor ids show one tenant what another used; /admin/usage is for administrators."""
+    ann, ann_entry = key_of("ann", monkeypatch, tenant="a")
+    bob, bob_entry = key_of("bob", monkeypatch, tenant="b")
+    async with gateway(services, keys=[ann_entry, bob_entry]) as gw:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+        asked = [await gw.post("/v1/chat/completions", body, headers=who) for who in (ann, ann, bob)]
+        of_ann, of_bob = asked[0].headers["x-request-id"], asked[2].headers["x-request-id"]
+        await stored(gw, 3)
+
+        async def get(who, path):
+            return await gw.get(path, headers=who)
+
+        assert {row["key"] for row in (await get(ann, "/v1/usage")).data["data"]} == {"key:ann"}
+        assert [row["id"] for row in (await get(bob, "/v1/usage")).data["data"]] == [of_bob]
+        sums = (await get(bob, "/v1/usage?group_by=tenant,key")).data
+        assert [(g["tenant"], g["requests"]) for g in sums["data"]] == [("b", 1)]
+        assert sums["total"]["requests"] == 1
+        assert (await get(bob, "/v1/usage?key=key:ann")).data["data"] == []
+        assert (await get(bob, "/v1/usage?tenant=a")).status == 400
+        assert (await get(bob, f"/v1/usage/{of_ann}")).status == 404
+        assert (await get(bob, f"/v1/usage/{of_bob}")).data["tenant"] == "b"
+        for path in ("/admin/usage", f"/admin/usage/{of_bob}"):
+            assert (await get(bob, path)).status == 403
+        assert (await gw.get(f"/admin/usage/{of_ann}")).data["tenant"] == "a"
+        both = (await gw.get("/admin/usage?group_by=tenant")).data["data"]
+        assert {g["tenant"]: g["requests"] for g in both} == {"a": 2, "b": 1}
+
+
+async def test_pages_follow_each_other(services):
+    """Every request once, newest first, whatever the size of a page."""
+    async with gateway(services) as gw:
+        now = int(time.time() * 1000)
+        rows = [pending(i, f"r{i}", a_request(f"r{i}", at=now - i // 3)) for i in range(20)]
+        await store.store(gw.snapshot.services.database, rows)
+        seen, after = [], ""
+        while True:
+            page = (await gw.get(f"/admin/usage?limit=7{after}")).data
+            seen += page["data"]
+            if not page["has_more"]:
+                break
+            after = f"&after={page['last_id']}"
+        assert sorted(row["id"] for row in seen) == sorted(f"r{i}" for i in range(20))
+        assert [row["at"] for row in seen] == sorted((row["at"] for row in seen), reverse=True)
+
+
+async def test_sums_by_whatever_is_asked(services):
+    """By model, team, task and day, dearest first; what is unknown is counted apart."""
+    async with gateway(services) as gw:
+        day = datetime(2026, 3, 5, 12, tzinfo=UTC).timestamp() * 1000
+        requests = [
+            a_request("a", at=int(day), team="x", task="t", cost_micro_usd=5),
+            a_request("b", at=int(day), team="x", model_served="other", cost_micro_usd=100),
+            a_request("c", at=int(day + 86_400_000), team=None, cost_micro_usd=None, cost_source="unknown"),
+        ]
+        rows = [pending(i, r.id, r) for i, r in enumerate(requests)]
+        await store.store(gw.snapshot.services.database, rows)
+
+        async def sums(by, more=""):
+            reply = await gw.get(f"/admin/usage?group_by={by}&from=2026-03-01&to=2026-03-31{more}")
+            assert reply.status == 200, reply.body
+            return [tuple(g[n] for n in (*by.split(","), "requests", "cost_usd", "cost_unknown")) for g in reply.data["data"]]  # fmt: skip
+
+        assert await sums("model") == [("other", 1, 0.0001, 0), (MODEL, 2, 0.000005, 1)]
+        assert await sums("team") == [("x", 2, 0.000105, 0), (None, 1, None, 1)]
+        assert await sums("day,task") == [
+            ("2026-03-05", None, 1, 0.0001, 0),
+            ("2026-03-05", "t", 1, 0.000005, 0),
+            ("2026-03-06", None, 1, None, 1),
+        ]
+        assert await sums("model", "&team=x&model=other") == [("other", 1, 0.0001, 0)]
+        total = (await gw.get("/admin/usage?group_by=&from=2026-03-05&to=2026-03-05")).data
+        assert (total["data"], total["total"]["requests"], total["total"]["cost_usd"]) == ([], 2, 0.000105)
+        empty = (await gw.get("/admin/usage?group_by=model&from=2020-01-01&to=2020-01-02")).data
+        assert (empty["data"], empty["total"]["requests"], empty["total"]["cost_usd"]) == ([], 0, None)
+
+
+async def test_csv_is_for_spreadsheets(services):
+    """Rows and sums as CSV; a caller can't smuggle a formula into it."""
+    async with gateway(services) as gw:
+        body = {"model": MODEL, "user": '=HYPERLINK("x")', "messages": [{"role": "user", "content": "Hi"}]}
+        await gw.post("/v1/chat/completions", body)
+        await stored(gw)
+        reply = await gw.get("/admin/usage?format=csv")
+        assert reply.headers["content-type"].startswith("text/csv")
+        [row] = csv.DictReader(io.StringIO(reply.body.decode()))
+        assert (row["user"], row["model"], row["outcome"]) == ('\'=HYPERLINK("x")', MODEL, "ok")
+        [sums] = csv.DictReader(io.StringIO((await gw.get("/admin/usage?format=csv&group_by=model")).body.decode()))
+        assert (sums["model"], sums["requests"]) == (MODEL, "1")
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("group_by=colour", "group_by"),
+        ("from=yesterday", "from"),
+        ("from=2026-03-02&to=2026-03-01", "from"),
+        ("to=9999-12-31T23:59:59%2B99:00", "to"),
+        ("limit=0", "limit"),
+        ("limit=9999999", "limit"),
+        ("after=nonsense", "after"),
+        ("format=xml", "format"),
+        ("colour=red", "colour"),
+        ("team=%00", "team"),
+    ],
+)
+async def test_a_wrong_question_is_told_what_is_wrong(query, param, tmp_path):
+    """400 that names the parameter."""
+    database = {"url": f"sqlite:///{tmp_path}/usage.db", "migrate_on_start": True}
+    async with gateway({"database": database}) as gw:
+        for path in ("/admin/usage", "/v1/usage"):
+            reply = await gw.get(f"{path}?{query}")
+            assert (reply.status, reply.data["error"]["param"]) == (400, param), reply.body
+
+
+# --- old rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("roll_up", [True, False])
+async def test_old_rows_become_sums(services, roll_up):
+    """Rows older than `keep` are gone; sums over them stay the same, or are gone too if that is wanted."""
+    async with gateway(services) as gw:
+        database = gw.snapshot.services.database
+        begin = int(datetime(2026, 3, 5, tzinfo=UTC).timestamp() * 1000)
+        requests = [
+            a_request(
+                f"r{i}", at=begin + i * 3_600_000, team="x" if i % 2 else None, cost_micro_usd=None if i == 7 else i
+            )
+            for i in range(48)
+        ]
+        await store.store(database, [pending(i, r.id, r) for i, r in enumerate(requests)])
+        question = "/admin/usage?group_by=day,team,model&from=2026-03-01&to=2026-03-31"
+        before = (await gw.get(question)).data
+        assert before["total"]["requests"] == 48
+        counts = await asyncio.gather(
+            *(store.prune(database, begin + 86_400_000, roll_up=roll_up) for _ in range(2)), return_exceptions=True
+        )
+        assert sum(c for c in counts if isinstance(c, int)) == 24
+        after = (await gw.get(question)).data
+        assert after == before if roll_up else after["total"]["requests"] == 24
+        assert len((await gw.get("/admin/usage?from=2026-03-01&limit=1000")).data["data"]) == 24
+        # the next day's come on top
+        assert await store.prune(database, begin + 2 * 86_400_000, roll_up=roll_up) == 24
+        assert (await gw.get(question)).data == before if roll_up else True
