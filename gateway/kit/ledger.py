@@ -527,7 +527,7 @@ for i, key in ipairs(KEYS) do
       if redis.call('HEXISTS', held, '~gone') == 1 then
         spent = tonumber(spent) - tonumber(amount)
       else
-        redis.call('HINCRBY', key, 'reserved', '-' .. amount)
+        redis.call('HINCRBY', key, 'reserved', text(0 - amount))
       end
       redis.call('HINCRBY', key, 'spent', text(tonumber(spent)))
       redis.call('HDEL', held, key)
@@ -561,7 +561,7 @@ for _, op in ipairs(ended) do
     if key == '~row' then
       row = amount
     elseif key ~= '~gone' then
-      redis.call('HINCRBY', key, 'reserved', '-' .. amount)
+      redis.call('HINCRBY', key, 'reserved', text(0 - amount))
       redis.call('HINCRBY', key, 'spent', amount)
       if tonumber(amount) > tonumber(most) then most = amount end
     end

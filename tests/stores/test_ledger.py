@@ -353,7 +353,7 @@ class Money(RuleBasedStateMachine):
         self.clock = Clock()
         self.ledgers = self.run(self.make())
 
-    @rule(worker=st.integers(0, 1), amount=st.integers(1, 60), least=st.none() | st.integers(1, 10))
+    @rule(worker=st.integers(0, 1), amount=st.integers(0, 60), least=st.none() | st.integers(1, 10))
     def reserve(self, worker, amount, least):
         if least is not None and least > amount:
             least = amount
