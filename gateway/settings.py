@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -280,19 +281,30 @@ class CatalogueSettings(_Section):
 def _redis(value: SecretStr) -> SecretStr:
     if not re.fullmatch(r"memory|embedded|rediss?://[^\s/].*|unix:///.+", value.get_secret_value()):
         raise refusal("is no address of a Redis", "memory, embedded, redis://host:6379/0, rediss://… or unix:///path")
+    return _with_a_port(value)
+
+
+def _with_a_port(value: SecretStr) -> SecretStr:
+    """A `/`, `#` or `?` in a password ends the host early; the error of whoever meets it later would show a part."""
+    try:
+        _ = urlsplit(value.get_secret_value()).port
+    except ValueError:
+        raise refusal(
+            "has no whole number as its port", "write / # ? @ : in a password as %2F %23 %3F %40 %3A"
+        ) from None
     return value
 
 
 def _database(value: SecretStr) -> SecretStr:
     if not re.fullmatch(r"sqlite|sqlite:///[^?]+|postgres(ql)?://[^\s/]\S*", value.get_secret_value()):
         raise refusal("is no address of a database", "sqlite, sqlite:///path or postgresql://user:password@host/name")
-    return value
+    return _with_a_port(value)
 
 
 def _postgres(value: SecretStr) -> SecretStr:
     if not re.fullmatch(r"postgres(ql)?://[^\s/]\S*", value.get_secret_value()):
         raise refusal("is no address of a PostgreSQL", "postgresql://user:password@host/name")
-    return value
+    return _with_a_port(value)
 
 
 class DatabaseSettings(_Section):

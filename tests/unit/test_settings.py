@@ -921,3 +921,22 @@ def test_schema_explains():
                 shown = str(default).lower() if isinstance(default, bool) else str(default)
                 assert f"Default {shown}" in field["description"], name
     assert Settings.__doc__ == json_schema()["description"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "redis: 'redis://:zq/ss@host:6379'",
+        "redis: 'rediss://u:zq#ss@host/0'",
+        "database: 'postgresql://u:zq?ss@host/name'",
+        "database: {url: sqlite, migrate_url: 'postgresql://u:zq/ss@host/name'}",
+    ],
+)
+def test_a_password_that_ends_its_address_early_is_a_mistake(line):
+    """Characters that must be written as %xx are named with their line; nothing of the password is shown."""
+    with pytest.raises(ConfigError) as refused:
+        load_text(f"{KEY}services:\n  {line}\n")
+    shown = str(refused.value)
+    assert ":3:" in shown
+    assert "%2F" in shown
+    assert "zq" not in shown
