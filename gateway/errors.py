@@ -38,7 +38,7 @@ class StartError(Exception):
 
 
 class StatementError(Exception):
-    """The database is there and refused a statement: the SQL or a value is wrong. Holds no value."""
+    """The database or Redis is there and refused a statement: it or a value is wrong. Holds no value."""
 
     def __init__(self, message: str, *, conflict: bool = False) -> None:
         """`conflict`: a constraint, such as a key that exists already."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import msgspec
 import structlog
 
-from gateway.errors import StoreUnavailable
+from gateway.errors import StatementError, StoreUnavailable
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class Ledger(Protocol):
     ) -> None:
         """The operation is over: put right what each rule took, and record `row`, both or neither. Does not wait.
 
-        `admitted=False`: the store did not answer at admission, so all of it is booked now.
+        `admitted=False`: the store did not answer at admission. What it spent is booked now; what it took of a rate
+        is not: the debt would refuse others once the store is back.
         """
 
     def adjust(self, op: str, rule: Rule, delta: int) -> None:
@@ -460,6 +461,7 @@ for i = 1, n do
   out[i + 1] = tostring(level)
 end
 if not ok then out[1] = 0; return out end
+local gone = grant and redis.call('HEXISTS', KEYS[n + 1], '~gone')
 for i = 1, n do
   local key, p = KEYS[i], 4 * i + 1
   local kind = ARGV[p]
@@ -467,7 +469,8 @@ for i = 1, n do
     redis.call('ZADD', key, now + lease, op)
     redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
   elseif kind == 'b' then
-    redis.call('HINCRBY', key, 'reserved', text(grant))
+    -- an operation whose lease ended was charged what it had reserved: what it takes on top is charged too
+    redis.call('HINCRBY', key, gone == 1 and 'spent' or 'reserved', text(grant))
     if ARGV[p + 3] ~= '' then redis.call('PEXPIREAT', key, ARGV[p + 3]) end
     redis.call('HINCRBY', KEYS[n + 1], key, text(grant))
   else
@@ -477,7 +480,7 @@ for i = 1, n do
 end
 if grant then
   if ARGV[4] ~= '' then redis.call('HSET', KEYS[n + 1], '~row', ARGV[4]) end
-  redis.call('ZADD', KEYS[n + 2], now + lease, op)
+  if gone == 0 then redis.call('ZADD', KEYS[n + 2], now + lease, op) end
 end
 return out
 """
@@ -508,9 +511,8 @@ for i, key in ipairs(KEYS) do
   elseif kind == 's' then
     redis.call('ZREM', key, op)
   elseif kind == 'l' then
-    if redis.call('ZADD', key, 'XX', 'CH', now + lease, op) == 1 then
-      redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
-    end
+    redis.call('ZADD', key, now + lease, op)
+    redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
   elseif kind == 'k' then
     redis.call('ZADD', key, 'XX', now + lease, op)
   elseif kind == 'w' then
@@ -537,8 +539,10 @@ for i, key in ipairs(KEYS) do
         redis.call('ZREM', leases, op)
       end
     elseif string.sub(more, 1, 6) == 'charge' then
-      if redis.call('SET', adjusted .. op .. ':' .. key, '1', 'NX', 'EX', 86400) then
+      local mark = adjusted .. op .. ':' .. key
+      if redis.call('EXISTS', mark) == 0 then
         redis.call('HINCRBY', key, 'spent', text(tonumber(value)))
+        redis.call('SET', mark, '1', 'EX', 86400)
       end
     end
   end
@@ -617,8 +621,11 @@ class RedisLedger:
         self._flushing = asyncio.Lock()
         self._tasks = Tasks()
         self._name = secrets.token_hex(8)
+        self._told = 0
+        self._returned = float("-inf")
         self.lost = 0  # settlements that never reached Redis
         self.dropped_rows = 0
+        store.on_return.append(self._on_return)
 
     async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> list[State]:
         states = await self._judge(op, rules, row)
@@ -648,12 +655,17 @@ class RedisLedger:
         keys += (OPERATION + op, LEASES)
         try:
             answer = await self._store.script(_JUDGE, keys, arguments)
-        except BaseException:
-            # Whether Redis took it is unknown: give it back, which harms nothing if it didn't.
+        except BaseException as error:
+            # Whether Redis took it is unknown: give it back, which harms nothing if it didn't. What was taken for
+            # an earlier attempt stays: its settlement ends both.
             undo = [_Change(PREFIX + r.key, "s", op) for r in rules if r.kind == "slots"]
-            undo += [_Change(PREFIX + r.key, "b", op, "0") for r in rules if r.kind == "budget"]
+            if (LEASES, "k", op) not in self._held:
+                undo += [_Change(PREFIX + r.key, "b", op, "0") for r in rules if r.kind == "budget"]
             if undo:
                 self._put(tuple(undo))
+            if isinstance(error, StatementError):
+                log.error("ledger_refused", message=str(error), keys=[r.key for r in rules])  # noqa: TRY400 - it says it all
+                raise StoreUnavailable from error
             raise
         if answer[0] == 1:
             self._held.update(dict.fromkeys(taken))
@@ -678,10 +690,8 @@ class RedisLedger:
                     changes.append(_Change(key, "b", op, "" if used is None else str(used)))
                 else:
                     changes.append(_Change(key, "b", op, str(rule.amount if used is None else used), "charge"))
-            else:
-                units = (rule.amount if used is None else used) - (rule.amount if admitted else 0)
-                if units:
-                    changes.append(_Change(key, "r", op, repr(units * rule.unit)))
+            elif admitted and used is not None and used != rule.amount:
+                changes.append(_Change(key, "r", op, repr((used - rule.amount) * rule.unit)))
         if row:
             changes.append(_Change(ROWS, "w", op, row))
         if changes:
@@ -723,10 +733,12 @@ class RedisLedger:
         await self._store.ping()
 
     async def renew(self) -> None:
-        """What this worker holds stays held for another lease. Raises StoreUnavailable."""
-        held = list(self._held)
-        for start in range(0, len(held), 500):
-            await self._settle([_Change(*what) for what in held[start : start + 500]])
+        """What this worker holds stays held for another lease, or is held again. Raises StoreUnavailable."""
+        # Not while something is settled: it would be held again.
+        async with self._flushing:
+            held = list(self._held)
+            for start in range(0, len(held), 500):
+                await self._settle([_Change(*what) for what in held[start : start + 500] if what in self._held])
 
     async def reap(self) -> int:
         """Spend what dead workers had reserved; how many operations that were. Raises StoreUnavailable."""
@@ -739,45 +751,81 @@ class RedisLedger:
             yield
         finally:
             renewing.cancel()
-            if self._timer is not None:
-                self._timer.cancel()
+            self._cancel_timer()
             await self._tasks.drain(1.0)
             await self.flush()
+            self._cancel_timer()
+            if self._pending:
+                log.error("ledger_settlements_lost", settlements=len(self._pending), pending=0)
 
     async def flush(self) -> None:
         """Send what is settled but not yet in Redis."""
         async with self._flushing:
-            while self._pending:
-                part: list[_Change] = []
-                units = 0
+            while self._pending and not self._store.is_open:
+                size = units = 0
                 for unit in self._pending:
-                    if part and len(part) + len(unit) > 500:
+                    if size and size + len(unit) > 500:
                         break
-                    part += unit
+                    size += len(unit)
                     units += 1
-                taken = [self._pending.popleft() for _ in range(units)]
-                freed = {(c.key, c.op) for c in part if c.kind == "s"}
                 try:
-                    await self._settle(part)
+                    await self._send([self._pending.popleft() for _ in range(units)])
                 except StoreUnavailable:
-                    self._keep(taken)
-                    return
-                for key, op in freed:
-                    self._forget_freed(key, op)
+                    break
+        if self._pending:
+            self._later(RETRY_SECONDS)
+
+    async def _send(self, units: Sequence[tuple[_Change, ...]]) -> None:
+        """In one call. Raises StoreUnavailable; what can be sent again is then pending again."""
+        try:
+            await self._settle([change for unit in units for change in unit])
+        except StatementError as error:
+            # One of them can't be done, and it is unknown which were: each by itself.
+            if len(units) == 1:
+                keys = [change.key for change in units[0]]
+                log.error("ledger_refused", message=str(error), keys=keys)  # noqa: TRY400 - it says it all
+                self._lose(units[0])
+                return
+            for i, unit in enumerate(units):
+                repeated = tuple(change for change in unit if change.kind in _REPEATABLE)
+                try:
+                    if repeated:
+                        await self._send([repeated])
+                except BaseException:
+                    self._keep(units[i + 1 :])
+                    raise
+        except BaseException:
+            self._keep(units)
+            raise
+        else:
+            for unit in units:
+                self._forget_freed(unit)
 
     def _now(self) -> int:
         return int(self._clock() * 1e6) if self._clock is not None else 0
 
     def _put(self, unit: tuple[_Change, ...]) -> None:
         if len(self._pending) >= PENDING_LIMIT:
-            self.lost += 1
+            self._lose(unit)
             return
         self._pending.append(unit)
         self._later(SETTLE_SECONDS)
 
+    def _lose(self, unit: tuple[_Change, ...]) -> None:
+        self.lost += 1
+        self._forget_freed(unit)
+        if self.lost >= 2 * self._told:
+            self._told = self.lost
+            log.error("ledger_settlements_lost", settlements=self.lost, pending=len(self._pending))
+
     def _later(self, seconds: float) -> None:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._due)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _due(self) -> None:
         self._timer = None
@@ -790,15 +838,15 @@ class RedisLedger:
             if kept and len(self._pending) < PENDING_LIMIT:
                 self._pending.appendleft(kept)
             else:
-                self.lost += 1
-        self._later(RETRY_SECONDS)
+                self._lose(unit)
 
-    def _forget_freed(self, key: str, op: str) -> None:
-        ops = self._freed.get(key)
-        if ops is not None and op in ops:
-            ops.remove(op)
-            if not ops:
-                del self._freed[key]
+    def _forget_freed(self, unit: tuple[_Change, ...]) -> None:
+        for change in unit:
+            ops = self._freed.get(change.key) if change.kind == "s" else None
+            if ops is not None and change.op in ops:
+                ops.remove(change.op)
+                if not ops:
+                    del self._freed[change.key]
 
     async def _settle(self, changes: Sequence[_Change]) -> None:
         arguments: list[Any] = [self._now(), int(LEASE_SECONDS * 1e6)]
@@ -806,10 +854,16 @@ class RedisLedger:
             arguments += change[1:]
         await self._store.script(_SETTLE, [change.key for change in changes], arguments)
 
+    async def _on_return(self) -> None:
+        """Leases may have ended meanwhile, though their requests go on."""
+        await self.renew()
+        self._returned = time.monotonic()
+
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(RENEW_SECONDS)
-            with contextlib.suppress(StoreUnavailable):
+            with contextlib.suppress(StoreUnavailable, StatementError):
                 await self.renew()
-                while await self.reap() == 100:
-                    pass
+                if time.monotonic() - self._returned > LEASE_SECONDS:  # else: others have not renewed yet, perhaps
+                    while await self.reap() == 100:
+                        pass

@@ -18,7 +18,8 @@ from gateway.stores.embedded import binary
 class ValkeyServer:
     """`url` is a `unix://` address."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *options: str) -> None:
+        self._options = options
         self.socket = directory / "s"
         self.url = f"unix://{self.socket}"
         self._directory = directory
@@ -28,7 +29,7 @@ class ValkeyServer:
         self._process = subprocess.Popen(
             [
                 binary(), "--port", "0", "--unixsocket", self.socket, "--dir", self._directory, "--save", "",
-                "--appendonly", "yes", "--appendfsync", "always",
+                "--appendonly", "yes", "--appendfsync", "always", *self._options,
             ],
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
@@ -38,7 +39,7 @@ class ValkeyServer:
                 probe.settimeout(1)
                 probe.connect(str(self.socket))
                 probe.sendall(b"PING\r\n")
-                if probe.recv(16).startswith(b"+PONG"):
+                if probe.recv(16).startswith((b"+PONG", b"-NOAUTH")):
                     return
         raise TimeoutError("Valkey did not answer within 10 s")
 
@@ -57,9 +58,10 @@ class ValkeyServer:
 
 
 @contextlib.contextmanager
-def valkey_server() -> Iterator[ValkeyServer]:
+def valkey_server(*options: str) -> Iterator[ValkeyServer]:
+    """`options` as on its command line."""
     with tempfile.TemporaryDirectory(prefix="xenios-test-") as place:
-        server = ValkeyServer(Path(place))
+        server = ValkeyServer(Path(place), *options)
         server.start()
         try:
             yield server

@@ -1,9 +1,11 @@
 """What kit/ledger.py promises, of the ledger in memory and of that on a real Valkey alike."""
 
 import asyncio
+import contextlib
 import itertools
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -326,6 +328,212 @@ async def test_what_could_not_be_settled_is_settled_at_the_stores_return(server)
     await store.close()
 
 
+# --- a store that comes and goes -----------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def living(server, *, clock=None):
+    """One worker's ledger on the server, emptied."""
+    store = RedisStore(server.url)
+    await store.client.flushall()
+    made = RedisLedger(store, clock)
+    async with made.lifespan():
+        yield made, store
+    await store.close()
+
+
+@contextlib.asynccontextmanager
+async def frozen(server, store):
+    """Frozen, and known to be; afterwards back, and known to be."""
+    server.freeze()
+    try:
+        with pytest.raises(StoreUnavailable):
+            await store.ping()
+        yield
+    finally:
+        server.thaw()
+    async with asyncio.timeout(10):
+        while store.is_open:
+            await asyncio.sleep(0.02)
+
+
+async def test_what_was_allowed_without_the_store_is_spent_once(server):
+    """Admitted while the store is away: its cost is charged once at the store's return, however often it is told."""
+    cap, rule = budget(100, amount=60), rate(100, amount=60)
+    async with living(server) as (ledger, store):
+        server.freeze()
+        try:
+            with pytest.raises(StoreUnavailable):
+                await ledger.judge("a", [cap, rule])  # the server will find it in its socket
+            for _ in range(2):
+                ledger.settle("a", [(cap, 5), (rule, 30)], b"row", admitted=False)
+            await ledger.flush()
+        finally:
+            server.thaw()
+        async with asyncio.timeout(10):
+            while store.is_open or ledger._pending:
+                await asyncio.sleep(0.02)
+        await ledger.flush()
+        assert await ledger.budgets(["budget"]) == [(5, 0)]
+        assert await ledger.reap() == 0
+        assert {row.op for row in await ledger.rows(10)} == {"a"}
+
+
+async def test_requests_of_an_outage_leave_no_debt(server):
+    """A thousand requests that were let through uncounted don't keep others out once the store is back."""
+    rule = rate(10)
+    async with living(server) as (ledger, store):
+        async with frozen(server, store):
+            for i in range(1000):
+                ledger.settle(f"op{i}", [(rule, 1)], admitted=False)
+        await ledger.flush()
+        assert await allowed(ledger, rule)
+
+
+async def test_tokens_that_are_settled_during_an_outage_count(server):
+    """What a request used beyond its estimate is not forgotten because the store was known to be away just then."""
+    rule = rate(1000, amount=1)
+    async with living(server) as (ledger, store):
+        await ledger.judge("a", [rule])
+        async with frozen(server, store):
+            ledger.settle("a", [(rule, 900)])
+            await ledger.flush()
+        await ledger.flush()
+        [state] = await ledger.judge("b", [rule])
+        assert 90 <= state.remaining <= 105
+
+
+async def test_streams_that_outlast_a_long_outage_keep_their_place(server):
+    """The store is away for longer than a lease: what still runs is held again at once, and nothing is spent as lost."""
+    clock = Clock()
+    cap, two = budget(100, amount=40), slots(2)
+    async with living(server, clock=clock) as (ledger, store):
+        for op in ("a", "b"):
+            await ledger.judge(op, [cap, two])
+        async with frozen(server, store):
+            clock.now += 2 * LEASE_SECONDS
+        assert not await allowed(ledger, two)
+        assert await ledger.reap() == 0
+        assert await ledger.budgets(["budget"]) == [(0, 80)]
+        for op in ("a", "b"):
+            ledger.settle(op, [(cap, 1), (two, None)])
+        await ledger.flush()
+        assert await ledger.budgets(["budget"]) == [(2, 0)]
+        assert await allowed(ledger, two)
+
+
+async def test_a_store_that_lost_its_data_holds_again_what_runs(server):
+    """Restarted empty: requests under way take their places again, and end as they should."""
+    two = slots(2)
+    async with living(server) as (ledger, store):
+        for op in ("a", "b"):
+            await ledger.judge(op, [two])
+        async with frozen(server, store):
+            pass
+        await store.client.flushall()
+        await ledger.renew()
+        assert not await allowed(ledger, two)
+        for op in ("a", "b"):
+            ledger.settle(op, [(two, None)])
+        await ledger.flush()
+        await ledger.renew()
+        assert await store.client.zcard("{xenios}:ledger:slots") == 0
+
+
+async def test_a_further_attempt_that_meets_an_outage_keeps_the_first_ones_cost(server):
+    """The first attempt cost something; the store is away for the second: the first is charged all the same."""
+    cap = budget(100, amount=40)
+    async with living(server) as (ledger, store):
+        await ledger.judge("a", [cap])
+        server.freeze()
+        try:
+            with pytest.raises(StoreUnavailable):
+                await ledger.judge("a", [cap])
+            ledger.settle("a", [(cap, 33)])
+        finally:
+            server.thaw()
+        async with asyncio.timeout(10):
+            while store.is_open or ledger._pending:
+                await asyncio.sleep(0.02)
+        assert await ledger.budgets(["budget"]) == [(33, 0)]
+
+
+async def test_a_further_attempt_after_the_lease_ended_leaks_nothing(shared):
+    """Given up for dead, then it goes on and tries again: in the end what it cost is spent, and nothing is reserved."""
+    (slow, other), clock = shared
+    cap = budget(100, amount=40)
+    await slow.judge("a", [cap])
+    clock.now += LEASE_SECONDS + 0.1
+    assert await other.reap() == 1
+    await slow.judge("a", [cap])
+    assert await other.budgets(["budget"]) == [(80, 0)]
+    clock.now += LEASE_SECONDS + 0.1
+    assert await other.reap() == 0
+    slow.settle("a", [(cap, 55)])
+    await slow.flush()
+    assert await other.budgets(["budget"]) == [(55, 0)]
+
+
+async def test_one_key_that_is_broken_spoils_no_other_settlement(server):
+    """A key that holds something else is said and counted as lost; what was to be settled with it is settled."""
+    cap, broken = budget(100), budget(100, key="broken")
+    async with living(server) as (ledger, store):
+        for op in ("a", "b", "c"):
+            await ledger.judge(op, [cap])
+        await store.client.set("{xenios}:ledger:broken", "text")
+        ledger.settle("a", [(cap, 1)])
+        ledger.settle("x", [(broken, 5)], admitted=False)
+        ledger.settle("b", [(cap, 2)])
+        ledger.settle("c", [(cap, 3)])
+        with structlog.testing.capture_logs() as logs:
+            await ledger.flush()
+        assert await ledger.budgets(["budget"]) == [(6, 0)]
+        assert ledger.lost == 1
+        assert "ledger_refused" in {entry["event"] for entry in logs}
+        with pytest.raises(StoreUnavailable):
+            await ledger.judge("y", [broken])
+        assert not store.is_open
+
+
+async def test_what_is_kept_for_the_store_is_bounded_and_what_is_lost_is_said(server, monkeypatch):
+    """An outage longer than the memory for it: the rest is counted, and the log says so, not line by line."""
+    monkeypatch.setattr("gateway.kit.ledger.PENDING_LIMIT", 100)
+    cap, two = budget(10**6), slots(1000)
+    async with living(server) as (ledger, store):
+        for i in range(300):
+            await ledger.judge(f"op{i}", [cap, two])
+        with structlog.testing.capture_logs() as logs:
+            async with frozen(server, store):
+                for i in range(300):
+                    ledger.settle(f"op{i}", [(cap, 1), (two, None)])
+                assert len(ledger._pending) == 100
+                assert ledger.lost == 200
+        said = [entry["settlements"] for entry in logs if entry["event"] == "ledger_settlements_lost"]
+        assert said[0] == 1
+        assert 2 <= len(said) <= 10
+        async with asyncio.timeout(10):
+            while ledger._pending or ledger._freed:
+                await asyncio.sleep(0.02)
+        assert (await ledger.budgets(["budget"]))[0] == (100, 2000)
+
+
+async def test_renewal_outlives_a_server_that_refuses_it(server, monkeypatch):
+    """Whatever the server says to one renewal, the worker goes on renewing what it holds."""
+    monkeypatch.setattr("gateway.kit.ledger.RENEW_SECONDS", 0.05)
+    async with living(server) as (ledger, store):
+        await ledger.judge("a", [budget(100), slots(1)])
+        await store.client.rename("{xenios}:ledger:leases", "aside")
+        await store.client.set("{xenios}:ledger:leases", "text")
+        async with asyncio.timeout(5):
+            while not (await store.client.info("commandstats"))["cmdstat_zadd"]["failed_calls"]:
+                await asyncio.sleep(0.02)
+        await store.client.rename("aside", "{xenios}:ledger:leases")
+        until = await store.client.zscore("{xenios}:ledger:leases", "a")
+        async with asyncio.timeout(5):
+            while await store.client.zscore("{xenios}:ledger:leases", "a") == until:
+                await asyncio.sleep(0.02)
+
+
 # --- any sequence ------------------------------------------------------------------------------------------------------
 
 
@@ -451,6 +659,9 @@ class MoneyOnRedis(Money):
         self.charged[op] = int(granted * share)
 
     async def close(self):
+        for ledger in getattr(self, "ledgers", ()):
+            ledger._cancel_timer()
+            await ledger._tasks.drain(5)
         for store in getattr(self, "stores", ()):
             await store.close()
 
