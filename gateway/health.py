@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from gateway.exchange import Reply
+from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,9 @@ class Health:
 
     def __init__(self, draining: Callable[[], bool]) -> None:
         self._draining = draining
+        self._tasks = Tasks()
+        # One question at a time to each part: anybody may ask here, as often as he likes.
+        self._asked: dict[int, asyncio.Task[dict[str, Any]]] = {}
 
     async def live(self, _: Exchange) -> Reply:
         """Touches no dependency: 200 while the event loop turns."""
@@ -30,7 +34,7 @@ class Health:
         """503 only when a part fails without which requests are refused; others are named `degraded` with 200."""
         snapshot = exchange.snapshot
         instances = [i for i in snapshot.instances if hasattr(i.plugin, "ping")]
-        parts = dict(zip((i.id for i in instances), await asyncio.gather(*map(_ping, instances)), strict=True))
+        parts = dict(zip((i.id for i in instances), await asyncio.gather(*map(self._ping, instances)), strict=True))
         failed = [i for i in instances if parts[i.id]["status"] != "ok"]
         needed = [i.id for i in failed if _policy(i) == "fail"]
         status = "draining" if self._draining() else "failed" if needed else "degraded" if failed else "ok"
@@ -41,6 +45,14 @@ class Health:
             "catalogue": snapshot.services.catalogue.status(),
         }
         return Reply(503 if status in {"draining", "failed"} else 200, data=body)
+
+    async def _ping(self, instance: Instance) -> dict[str, Any]:
+        key = id(instance.plugin)
+        asked = self._asked.get(key)
+        if asked is None:
+            asked = self._asked[key] = self._tasks.spawn(_ping(instance), f"ping: {instance.id}")
+            asked.add_done_callback(lambda _: self._asked.pop(key))
+        return await asyncio.shield(asked)
 
 
 def _policy(instance: Instance) -> str:
