@@ -211,6 +211,7 @@ class _Line(asyncio.Protocol):
         self._asked: deque[_Asked] = deque()
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0  # when the last look at the clock should have been
         self.closed = False
 
     async def ask(self, *command: Any) -> Any:
@@ -247,7 +248,8 @@ class _Line(asyncio.Protocol):
         rest = self._asked[0].at + TIMEOUT - self._loop.time()
         if rest > 0:
             self._timer = self._loop.call_later(rest, self._check)
-        elif not late:
+        elif not late or self._loop.time() - self._due > GRACE:  # late again: this process is busy
+            self._due = self._loop.time() + GRACE
             self._timer = self._loop.call_later(GRACE, self._check, True)
         else:
             self._lose(TimeoutError(f"No answer within {TIMEOUT:g} s."))

@@ -168,6 +168,23 @@ async def test_a_client_that_leaves_leaves_one_row(services, when):
             assert (row["output_tokens"], row["cost_usd"]) == (None, None)
 
 
+@pytest.mark.promise("P2.leases")
+@pytest.mark.parametrize("when", ["before the first token", "mid-stream", "whole"])
+async def test_a_client_that_leaves_frees_what_it_held(services, when):
+    """Its place among the concurrent requests and its reservation are free again at once."""
+    one = {"use": "rate_limit", "config": {"limits": [{"name": "one", "concurrent": 1}]}}
+    script = cut_stream() if when == "mid-stream" else Hang()
+    async with gateway(services, one, BUDGET, upstream=ScriptedUpstream(script)) as gw:
+        asked = Tasks().spawn(gw.chat(model=MODEL, max_tokens=50, stream=when != "whole"), "asked")
+        await gw.upstream.wait_seen(1)
+        assert (await gw.chat(model=MODEL, max_tokens=50)).status == 429
+        assert (await spent(gw))[1] == 50
+        asked.cancel()
+        async with asyncio.timeout(2):
+            while (await spent(gw))[1] or (await gw.chat(model=MODEL, max_tokens=50)).status == 429:
+                await asyncio.sleep(0.01)
+
+
 @pytest.mark.promise("P3.row")
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_truncated_answer_is_told_as_one(services, stream):

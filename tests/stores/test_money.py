@@ -1,0 +1,148 @@
+"""A hard budget over four real processes, with a real Valkey and a real PostgreSQL: the promise P4."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+
+import aiohttp
+import pytest
+
+from gateway.kit.ledger import RedisLedger
+from gateway.kit.upstream import MODEL, Json, ScriptedUpstream, Slow, chat_completion
+from gateway.stores.redis import RedisStore
+from gateway.tasks import Tasks
+from tests.integration.process import serving_beside
+from tests.integration.test_workers import workers, xenios_pid
+
+RESERVED = 100  # micro-USD for one request of 100 tokens
+
+
+@contextlib.asynccontextmanager
+async def four_workers(folder, upstream, valkey, postgres, usd):
+    """A gateway with one hard budget for all; (what is running, a client, (spent, reserved))."""
+    text = {
+        "server": {"port": 0, "workers": 4, "data_dir": str(folder / "data"), "drain_timeout": 1},
+        "services": {"redis": valkey.url, "database": {"url": await postgres.new(), "migrate_on_start": True}},
+        "upstreams": {"openrouter": {"base_url": upstream.url, "api_key": "sk-or-v1-test"}},
+        "catalogue": {
+            "refresh": 0,
+            "overrides": {MODEL: {"input": 0, "cache_write": 0, "output": 1, "context_length": 8000}},
+        },
+        "plugins": [
+            {"use": "api_keys"},
+            {"use": "budgets", "config": {"budgets": [{"name": "all", "by": [], "usd": usd, "per": "total"}]}},
+            {"use": "usage"},
+        ],
+    }
+    file = folder / "money.yaml"
+    file.write_text(json.dumps(text))
+    store = RedisStore(valkey.url)
+    await store.client.flushall()
+    ledger = RedisLedger(store)
+
+    async def sums():
+        [found] = await ledger.budgets(["budgets:all:total:"])
+        return found
+
+    # each request on a connection of its own: whichever worker accepts it
+    connector = aiohttp.TCPConnector(force_close=True, limit=0)
+    async with serving_beside(folder, "--config", file) as running, aiohttp.ClientSession(connector=connector) as client:
+        yield running, client, sums
+    await store.close()
+
+
+async def ask(running, client):
+    """The status; None if the connection was lost."""
+    body = {"model": MODEL, "max_tokens": RESERVED, "messages": [{"role": "user", "content": "Hi"}]}
+    try:
+        async with client.post(
+            running.url + "/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {running.key}"}
+        ) as reply:
+            await reply.read()
+            return reply.status
+    except aiohttp.ClientError:
+        return None
+
+
+async def rows(running, client):
+    """(how many, their cost in micro-USD, outcomes), as /admin/usage adds them up."""
+    async with client.get(
+        running.url + "/admin/usage?group_by=outcome", headers={"Authorization": f"Bearer {running.key}"}
+    ) as reply:
+        found = await reply.json()
+    assert reply.status == 200, found
+    outcomes = {group["outcome"]: group["requests"] for group in found["data"]}
+    return found["total"]["requests"], round((found["total"]["cost_usd"] or 0) * 1e6), outcomes
+
+
+@pytest.mark.promise("P4.exact")
+async def test_a_thousand_at_once_get_what_the_budget_pays_for(tmp_path, server, postgres):
+    """A budget for ten requests, a thousand at once over four processes: exactly ten reach the upstream."""
+    upstream = ScriptedUpstream(default=Json(chat_completion(cost=RESERVED / 1e6)))
+    async with upstream, four_workers(tmp_path, upstream, server, postgres, "0.001") as (running, client, sums):
+        statuses = await asyncio.gather(*(ask(running, client) for _ in range(1000)))
+        assert (statuses.count(200), statuses.count(429)) == (10, 990)
+        assert len(upstream.seen) == 10
+        async with asyncio.timeout(10):
+            while (found := await rows(running, client))[0] < 1000:
+                await asyncio.sleep(0.1)
+        assert found == (1000, 1000, {"ok": 10, "refused": 990})
+        assert await sums() == (1000, 0)
+
+
+@pytest.mark.promise("P4.settled")
+async def test_what_was_not_spent_is_there_for_others(tmp_path, server, postgres):
+    """Replies that cost a fifth of what was reserved, one by one, whichever process serves them: at least 45 of 50."""
+    upstream = ScriptedUpstream(default=Json(chat_completion(cost=RESERVED / 5 / 1e6)))
+    async with upstream, four_workers(tmp_path, upstream, server, postgres, "0.001") as (running, client, sums):
+        served = 0
+        while (status := await ask(running, client)) == 200:
+            served += 1
+        assert status == 429
+        assert 45 <= served <= 50
+        async with asyncio.timeout(10):
+            while (await sums())[1]:
+                await asyncio.sleep(0.05)
+        assert await sums() == (served * RESERVED // 5, 0)
+
+
+@pytest.mark.promise("P4.killed")
+async def test_killed_workers_leave_no_money_behind(tmp_path, server, postgres):
+    """Workers killed by SIGKILL under load: at rest nothing is reserved, and what was spent is the sum of the rows."""
+    upstream = ScriptedUpstream(default=Slow(Json(chat_completion(cost=RESERVED / 2 / 1e6)), 0.15))
+    async with upstream, four_workers(tmp_path, upstream, server, postgres, "1") as (running, client, sums):
+        stop = asyncio.Event()
+        statuses = []
+
+        async def load():
+            while not stop.is_set():
+                statuses.append(await ask(running, client))
+
+        tasks = Tasks()
+        clients = [tasks.spawn(load(), "client") for _ in range(24)]
+        for served in (60, 200):
+            async with asyncio.timeout(20):
+                while statuses.count(200) < served:
+                    await asyncio.sleep(0.01)
+            os.kill(workers(xenios_pid(tmp_path))[0], signal.SIGKILL)
+        async with asyncio.timeout(20):
+            while statuses.count(200) < 400:
+                await asyncio.sleep(0.01)
+        stop.set()
+        await asyncio.gather(*clients)
+        assert set(statuses) <= {200, None}
+        lost = statuses.count(None)
+        assert lost >= 2
+        # a dead worker's leases end after 15 seconds
+        async with asyncio.timeout(40):
+            while (await sums())[1] or (await rows(running, client))[1] != (await sums())[0]:
+                await asyncio.sleep(0.2)
+        count, cost, outcomes = await rows(running, client)
+        spent, reserved = await sums()
+        assert (spent, reserved) == (cost, 0)
+        assert outcomes["ok"] >= statuses.count(200) - lost
+        assert 1 <= outcomes["abandoned"] <= lost
+        assert cost == outcomes["ok"] * RESERVED // 2 + outcomes["abandoned"] * RESERVED
+        assert count >= statuses.count(200)
