@@ -48,7 +48,10 @@ async def four_workers(folder, upstream, valkey, postgres, usd):
 
     # each request on a connection of its own: whichever worker accepts it
     connector = aiohttp.TCPConnector(force_close=True, limit=0)
-    async with serving_beside(folder, "--config", file) as running, aiohttp.ClientSession(connector=connector) as client:
+    async with (
+        serving_beside(folder, "--config", file) as running,
+        aiohttp.ClientSession(connector=connector) as client,
+    ):
         yield running, client, sums
     await store.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -9,12 +10,14 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 import typer
 import yaml
@@ -24,12 +27,14 @@ from gateway.cli import app
 from gateway.core_routes import add_core_routes
 from gateway.dialects import DIALECTS, PLAIN_DIALECT
 from gateway.health import Health
-from gateway.kit import hash_key, new_key
 from gateway.kit.testing import Gateway
 from gateway.plugins import HOOKS, faults_of, hooks_of, installed, load
 from gateway.routes import Router
 from gateway_plugins import api_keys, usage
 from tests.clients.process import plain_environment, served
+from tests.integration.process import serving_beside, xenios
+from tests.stores.postgres import postgres_server
+from tests.stores.servers import valkey_server
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -124,7 +129,7 @@ def test_every_command_exists(path):
             assert name in command.commands, line
             command = command.commands[name]
         known = {option for parameter in command.params for option in parameter.opts}
-        assert {word for word in words if word.startswith("-")} <= known | {"--help"}, line
+        assert {word for word in words if word.startswith("-")} <= known | {"--help", "--config"}, line
 
 
 def targets():
@@ -142,25 +147,44 @@ def test_every_make_target_with_a_help_text_is_explained():
 # --- README.md: typed as shown ---------------------------------------------------------------------------------------
 
 
-def my_yaml(colleague_hash="hmac-sha256:" + "0" * 64):
-    """`my.yaml` as a reader has it who followed every section."""
-    base, keys, plugin = blocks(README, "yaml")
-    assert base.count("  - use: api_keys\n") == 1
-    keys = re.sub(r"hmac-sha256:[0-9a-f]{64}", colleague_hash, keys)
-    return base.replace("  - use: api_keys\n", keys) + plugin
+def my_yaml(*, limits=False, services=False):
+    """`my.yaml` as a reader has it who followed the sections up to the plugin in one file; further ones if wanted."""
+    base, limit, shared, plugin = blocks(README, "yaml")
+    text = base + plugin
+    if limits:
+        assert text.count("  - use: rate_limit\n  - use: budgets\n") == 1
+        text = text.replace("  - use: rate_limit\n  - use: budgets\n", limit)
+    if services:
+        text, count = re.subn(r"^services:\n(  .*\n)+", shared, text, flags=re.MULTILINE)
+        assert count == 1
+    return text
+
+
+def typed(folder, line, **env):
+    """What a command line of the page prints."""
+    program, *words = shlex.split(line)
+    assert program == "xenios"
+    done = xenios(*words, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def commands(section, name):
+    text = README.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return [line for line in text.splitlines() if line.startswith(name)]
 
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
-    """A gateway as it runs after the last section, and the colleague's key."""
+    """A gateway as it runs after these sections, and the colleague's key."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / ".xenios").mkdir(mode=0o700)
-    pepper, colleague = "0123456789abcdef" * 4, new_key()
-    (folder / ".xenios" / "pepper").write_text(pepper)
-    (folder / "my.yaml").write_text(my_yaml(hash_key(colleague, pepper)))
+    (folder / "my.yaml").write_text(my_yaml())
     (folder / "long_prompts.py").write_text(blocks(README, "python")[0])
     with served(folder, folder / "my.yaml") as gateway:
-        yield gateway, colleague
+        create, *others = commands("A key for a colleague", "xenios ")
+        said = typed(folder, create)
+        colleague = re.search(r"^key: +(\S+)", said, re.MULTILINE)[1]
+        yield gateway, colleague, folder, others
 
 
 def curl(line, gateway):
@@ -170,15 +194,17 @@ def curl(line, gateway):
     assert program == "curl"
     words = [word for word in words if word != "-i"]
     options = list(zip(words[1::2], words[2::2], strict=True))
-    [data] = [value for option, value in options if option == "-d"]
+    data = next((value for option, value in options if option == "-d"), None)
     return post(words[0], data, dict(value.split(": ", 1) for option, value in options if option == "-H"))
 
 
 def post(url, data, headers):
+    """GET without data."""
     place = urlsplit(url)
     connection = http.client.HTTPConnection(place.netloc, timeout=20)
     try:
-        connection.request("POST", place.path, data, headers)
+        path = place.path + (f"?{place.query}" if place.query else "")
+        connection.request("GET" if data is None else "POST", path, data, headers)
         reply = connection.getresponse()
         return reply.status, reply.headers, json.loads(reply.read())
     finally:
@@ -187,8 +213,9 @@ def post(url, data, headers):
 
 def test_the_curl_lines_do_what_is_said_about_them(followed):
     """The task is answered by its model, `careful` by its second, and the plugin refuses the long prompt."""
-    gateway, _ = followed
-    task, careful, refused = (curl(line, gateway) for line in shell_lines(README) if line.startswith("curl "))
+    gateway, *_ = followed
+    lines = [line for line in shell_lines(README) if line.startswith("curl ") and " -d " in line]
+    task, careful, refused = (curl(line, gateway) for line in lines)
     assert (task[0], task[1]["x-xenios-model"]) == (200, "anthropic/claude-sonnet-4.6")
     assert (careful[0], careful[1]["x-xenios-model"], careful[1]["x-xenios-attempts"]) == (
         200, "anthropic/claude-haiku-4.5", "2",
@@ -198,8 +225,8 @@ def test_the_curl_lines_do_what_is_said_about_them(followed):
 
 
 def test_the_colleagues_key_may_do_what_is_said(followed):
-    """The task and the listed models: 200. Another model: 404. Another endpoint: 403."""
-    gateway, colleague = followed
+    """The task and the listed models: 200. Another model: 404. Another endpoint: 403. Then rotated, and revoked."""
+    gateway, colleague, folder, others = followed
     headers = {"Authorization": f"Bearer {colleague}", "Content-Type": "application/json"}
 
     def ask(model, endpoint="chat/completions"):
@@ -209,11 +236,75 @@ def test_the_colleagues_key_may_do_what_is_said(followed):
     assert [ask("task/summary"), ask("openai/gpt-5-mini")] == [200, 200]
     assert [ask("smart"), ask("anthropic/claude-opus-4.6")] == [404, 404]
     assert ask("openai/gpt-5-mini", "embeddings") == 403
+    listed, rotated, revoked = (typed(folder, line) for line in others)
+    assert ("ada" in listed, "key:" in rotated, "revoked" in revoked) == (True, True, True)
+    end = time.monotonic() + 2
+    while ask("task/summary") != 401:
+        assert time.monotonic() < end
+
+
+def test_what_was_used_is_shown_as_said(followed):
+    """The lines of that section: sums by model as a table, by day and key as CSV, and over HTTP."""
+    gateway, _, folder, _ = followed
+    body = json.dumps({"model": "smart", "messages": [{"role": "user", "content": "Hello"}]})
+    headers = {"Authorization": f"Bearer {gateway.key}", "Content-Type": "application/json"}
+    request_id = post(f"{gateway.base_url}/chat/completions", body, headers)[1]["x-request-id"]
+    end = time.monotonic() + 10
+    while post(f"{gateway.base_url}/usage/{request_id}", None, headers)[0] != 200:
+        assert time.monotonic() < end
+    table, csv = (typed(folder, line) for line in commands("What was used", "xenios "))
+    assert re.search(r"^anthropic/claude-opus-4.6 +\d", table, re.MULTILINE)
+    assert csv.splitlines()[0].startswith("day,key,requests")
+    own, everybody = (curl(line, gateway) for line in commands("What was used", "curl "))
+    assert own[0] == everybody[0] == 200
+    assert "anthropic/claude-opus-4.6" in {group["model"] for group in own[2]["data"]}
+    assert "key:bootstrap" in {group["key"] for group in everybody[2]["data"]}
+
+
+def test_the_limits_hold_as_they_are_shown(tmp_path):
+    """With that section's limits each reply says what is left."""
+    (tmp_path / "my.yaml").write_text(my_yaml(limits=True))
+    (tmp_path / "long_prompts.py").write_text(blocks(README, "python")[0])
+    with served(tmp_path, tmp_path / "my.yaml") as gateway:
+        body = json.dumps({"model": "smart", "messages": [{"role": "user", "content": "Hello"}]})
+        headers = {"Authorization": f"Bearer {gateway.key}", "Content-Type": "application/json"}
+        status, said, _ = post(f"{gateway.base_url}/chat/completions", body, headers)
+        assert (status, said["x-ratelimit-limit-requests"], said["x-ratelimit-remaining-requests"]) == (
+            200,
+            "600",
+            "599",
+        )
+
+
+async def test_postgresql_and_redis_are_used_as_shown(tmp_path):
+    """The lines of that section, with a real Redis and PostgreSQL: tables, a key, a request, its row."""
+    (tmp_path / "my.yaml").write_text(my_yaml(limits=True, services=True))
+    (tmp_path / "long_prompts.py").write_text(blocks(README, "python")[0])
+    with valkey_server() as valkey, postgres_server() as postgres:
+        env = {"XENIOS_REDIS_URL": valkey.url, "XENIOS_DATABASE_URL": await postgres.new()}
+        told = commands("PostgreSQL, Redis and several processes", "export ")
+        assert {line.split()[1].partition("=")[0] for line in told} == env.keys()
+        upgrade, serve = commands("PostgreSQL, Redis and several processes", "xenios ")
+        assert serve == "xenios serve --config my.yaml"
+        assert "usage" in typed(tmp_path, upgrade, **env)
+        async with serving_beside(tmp_path, "--config", "my.yaml", env=env) as gateway:
+            created = await asyncio.to_thread(typed, tmp_path, commands("A key for a colleague", "xenios ")[0], **env)
+            key = re.search(r"^key: +(\S+)", created, re.MULTILINE)[1]
+            reply = await asyncio.to_thread(gateway.chat, "task/summary", key=key)
+            assert (reply.status, reply.headers["x-ratelimit-remaining-requests"]) == (200, "59")
+            async with asyncio.timeout(10):
+                path = f"/v1/usage/{reply.headers['x-request-id']}"
+                while (row := await asyncio.to_thread(gateway.request, "GET", path, key=key)).status != 200:
+                    await asyncio.sleep(0.05)
+            assert (row.data["key"], row.data["task"], row.data["outcome"]) == ("key:ada", "summary", "ok")
+        connection = await asyncpg.connect(env["XENIOS_DATABASE_URL"])
+        assert await connection.fetchval("SELECT count(*) FROM usage_requests") == 1
+        await connection.close()
 
 
 def test_the_anthropic_lines_work_as_pasted(followed):
     """The Anthropic client gets its answer from the alias."""
-    gateway, _ = followed
+    gateway, *_ = followed
     code = blocks(README, "python")[1].replace("http://127.0.0.1:8080", gateway.url)
     env = {**plain_environment(), "XENIOS_KEY": gateway.key}
     done = subprocess.run(
@@ -224,7 +315,7 @@ def test_the_anthropic_lines_work_as_pasted(followed):
 
 def test_the_shown_banner_is_the_real_one(followed):
     """What README says that `make run` prints is what a fresh gateway prints, but for key and port."""
-    gateway, _ = followed
+    gateway, *_ = followed
     shown, port = blocks(README, "text")[0], gateway.url.rpartition(":")[2]
     printed = "\n".join(gateway.banner).replace(gateway.key, "sk-xenios-…").replace(f":{port}", ":8080")
     # `my.yaml` has no task called chat
@@ -246,7 +337,9 @@ def test_the_endpoint_table_is_the_route_table():
     real = {r.path.replace("{id:.+}", "{id}") for r in router.table().routes if not r.path.startswith("/api/")}
     text = README.read_text().partition("## Endpoints")[2].partition("\n## ")[0]
     told = set(re.findall(r"`(/[^`]+)`", text)) - {"/v1", "/api/v1"}
-    assert told == real
+    of_plugins = {"/v1/usage", "/v1/usage/{id}", "/admin/keys", "/admin/audit", "/admin/usage"}
+    assert told - of_plugins == real
+    assert of_plugins < told
     streams = {d.endpoint for d in DIALECTS.values() if d.grammar is not None}
     assert {m[1] for m in re.finditer(r"^\| POST `/v1/([^`]+)`.*\| yes \|$", text, re.MULTILINE)} == streams
 
