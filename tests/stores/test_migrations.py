@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import importlib.metadata
 import json
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from gateway.cli import app
 from gateway.kit import Schema
 from gateway.kit.testing import Gateway
 from gateway.settings import load_text
+from gateway_plugins import api_keys, usage
 from tests.integration.process import serving, xenios
 from tests.stores import notes
 from tests.stores.postgres import pgbouncer, postgres_server
@@ -81,6 +83,28 @@ def test_the_migrations_make_what_the_tables_say(url, tmp_path):
     assert migrations.differences(settings, tmp_path / "data", SCHEMA) == []
     migrations.downgrade(settings, tmp_path / "data", SCHEMA, "0001")
     assert migrations.differences(settings, tmp_path / "data", SCHEMA) != []
+
+
+BUILT_IN = [api_keys.Plugin.schema, usage.Plugin.schema]
+
+
+@pytest.mark.parametrize("schema", BUILT_IN, ids=lambda schema: schema.name)
+def test_our_own_tables_are_what_is_said_of_them(url, tmp_path, schema):
+    """Of each built-in plugin: no difference to its `tables.py`; all the way back removes them, and up again works."""
+    settings = configuration(tmp_path, url)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for _ in range(2):
+        assert migrations.upgrade(settings, folder, [schema]) == [schema.name]
+        assert migrations.differences(settings, folder, schema) == []
+        migrations.downgrade(settings, folder, schema, "base")
+        assert migrations.versions(settings, folder, [schema]) == [None]
+
+
+def test_all_built_in_tables_are_looked_at():
+    """A built-in plugin that gets tables is in the test above."""
+    own = [p for p in importlib.metadata.entry_points(group="xenios.plugins") if p.dist.name == "xenios"]
+    assert [s for p in own if (s := getattr(p.load(), "schema", None)) is not None] == BUILT_IN
 
 
 def test_the_printed_sql_makes_the_same_tables(url, tmp_path):
