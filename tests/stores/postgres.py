@@ -222,8 +222,11 @@ def _pgbouncer() -> tuple[Path, dict[str, str]]:
 
 
 @contextlib.contextmanager
-def pgbouncer(url: str, *, connections: int = 3) -> Iterator[str]:
-    """A pooler in transaction mode in front of one database, with few server connections; gives its address."""
+def pgbouncer(url: str, *, connections: int = 3, certificate: Path | None = None) -> Iterator[str]:
+    """A pooler in transaction mode in front of one database, with few server connections; gives its address.
+
+    `certificate`: a file with key and certificate: it takes TLS connections alone.
+    """
     program, env = _pgbouncer()
     behind = urlsplit(url)
     account = _account()
@@ -242,6 +245,14 @@ def pgbouncer(url: str, *, connections: int = 3) -> Iterator[str]:
         (directory / "ini").write_text(
             (directory / "ini").read_text().replace(f"dbname={name}\n", f"dbname={name} user={behind.username}\n")
         )
+        if certificate is not None:
+            own = directory / "certificate"
+            shutil.copy(certificate, own)
+            if account:
+                os.chown(own, account["user"], account["group"])
+            tls = f"client_tls_sslmode = require\nclient_tls_key_file = {own}\nclient_tls_cert_file = {own}\n"
+            text = (directory / "ini").read_text()
+            (directory / "ini").write_text(text.replace("[pgbouncer]\n", f"[pgbouncer]\n{tls}"))
         directory.chmod(0o755)
         with (directory / "log").open("wb") as log:
             process = subprocess.Popen(
