@@ -29,9 +29,17 @@ CHOOSING_FIELDS = {
     "route": ("route",),
     "provider": ("provider",),
     "plugins": ("plugins",),
-    "service_tier": ("service_tier",),
+    "service_tier": ("service_tier", "speed", "inference_geo"),  # the last two are Anthropic's, and cost more
     "presets": ("preset",),
 }
+# What a variant of a model's name (`author/model:online`) stands for: fields that must be allowed as well.
+VARIANTS = {
+    "online": ("plugins",),
+    "nitro": ("provider", "service_tier"),
+    "floor": ("provider",),
+    "exacto": ("provider",),
+}
+_CHOOSING = frozenset(name for names in CHOOSING_FIELDS.values() for name in names)
 
 
 def closed_fields(client_may: Sequence[str]) -> frozenset[str]:
@@ -41,7 +49,7 @@ def closed_fields(client_may: Sequence[str]) -> frozenset[str]:
 
 
 # Form fields that are one plain value: read here and upstream alike.
-_PLAIN = frozenset({"model", *NEVER, *(name for names in CHOOSING_FIELDS.values() for name in names)})
+_PLAIN = frozenset({"model", *NEVER, *_CHOOSING})
 _AUTO = re.compile(r"(openrouter/(auto|bodybuilder|pareto)\b|.*/auto$)")
 
 
@@ -148,8 +156,8 @@ def admit_body(exchange: Exchange) -> None:
     models = body.get("models")
     if models is not None and not _is_list_of_strings(models):
         raise BadRequest("`models` must be a list of model names.", param="models")
-    if not isinstance(body.get("fallbacks") or [], list):
-        raise BadRequest("`fallbacks` must be a list.", param="fallbacks")
+    if body.get("fallbacks") is not None:
+        _check_fallbacks(body["fallbacks"])
     for name in dialect.required:
         # OpenRouter's clients may name several models instead of one
         if body.get(name) in _MISSING and not (name == "model" and models):
@@ -160,22 +168,57 @@ def admit_body(exchange: Exchange) -> None:
     for name in dialect.refused:
         if body.get(name):
             raise BadRequest(dialect.refused[name], param=name, code="unsupported_parameter")
-    if "presets" not in may or "auto_routers" not in may:
-        for asked in asked_models(body):
-            _check_special(asked, may)
+    if models and not model:
+        # As OpenRouter reads it. The first is `model` from here on, and may be an alias like any other.
+        body["model"], *others = models
+        if others:
+            body["models"] = others
+        else:
+            del body["models"]
+    for asked in asked_models(body):
+        _check_special(asked, may)
+
+
+def _check_fallbacks(fallbacks: Any) -> None:
+    """Each names one model. What else stands there must not choose another, or a price, past whoever looks at it."""
+    if not isinstance(fallbacks, list):
+        raise BadRequest("`fallbacks` must be a list.", param="fallbacks")
+    for fallback in fallbacks:
+        if isinstance(fallback, str):
+            continue
+        if not isinstance(fallback, dict) or not isinstance(fallback.get("model"), str):
+            raise BadRequest("`fallbacks` must be a list of objects with a `model`.", param="fallbacks")
+        wrong = sorted(fallback.keys() & {*_CHOOSING, *NEVER, "tools", "deferred_tools"})
+        if wrong:
+            raise BadRequest(f"A fallback can't have `{wrong[0]}`.", param="fallbacks")
 
 
 def asked_models(body: JsonObject) -> list[str]:
-    """Every model that the body names: `model`, and OpenRouter's own fallbacks."""
-    model, models, fallbacks = body.get("model"), body.get("models"), body.get("fallbacks")
+    """Every model that the body names: `model`, OpenRouter's own fallbacks, and a preset, which stands for a model."""
+    model, preset = body.get("model"), body.get("preset")
+    asked = [str(model)] if model else []
+    if preset:
+        asked.append(f"@preset/{preset}")
+    return asked + further_models(body)
+
+
+def further_models(body: JsonObject) -> list[str]:
+    """What the upstream may answer from instead of `model`: the entries of `models` and `fallbacks`."""
+    models, fallbacks = body.get("models"), body.get("fallbacks")
     if not models and not fallbacks:
-        return [str(model)] if model else []
+        return []
     listed = [f.get("model") if isinstance(f, dict) else f for f in fallbacks] if isinstance(fallbacks, list) else []
-    return [str(m) for m in (model, *(models or ()), *listed) if m]
+    return [str(m) for m in (*(models or ()), *listed) if m]
 
 
 def _check_special(model: str, may: Sequence[str]) -> None:
-    """A preset or an auto-router lets its owner choose model and price."""
+    """A preset or an auto-router lets its owner choose model and price; a variant is another way to write a field."""
+    if ":" in model:
+        for variant in model.lower().split(":")[1:]:
+            if any(field not in may for field in VARIANTS.get(variant, ())):
+                raise BadRequest(
+                    f"`:{variant}` is not allowed on this gateway.", param="model", code="model_not_allowed"
+                )
     if "@preset/" not in model and "auto" not in model and "openrouter/" not in model:
         return
     if "@preset/" in model and "presets" not in may:
@@ -185,7 +228,7 @@ def _check_special(model: str, may: Sequence[str]) -> None:
 
 
 def _is_list_of_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return isinstance(value, list) and all(isinstance(v, str) and v for v in value)
 
 
 def json_form_value(value: Any) -> str:

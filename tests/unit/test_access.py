@@ -114,6 +114,52 @@ def test_each_model_that_openrouter_might_take_must_be_granted(body):
     assert allowed({}, decided(), **body)
 
 
+@pytest.mark.parametrize("body, expected", [
+    ({"preset": "mine"}, False),
+    ({"plugins": [{"id": "web", "max_results": 3}, {"id": "response-healing"}]}, True),
+    ({"plugins": [{"id": "fusion"}]}, False),
+    ({"plugins": [{"id": "auto-router", "allowed_models": ["openai/*"]}]}, False),
+    ({"plugins": [{"id": "web", "model": OPUS}]}, False),
+    ({"plugins": [{"id": "web", "model": GPT}]}, True),
+    ({"plugins": "fusion"}, False),
+    ({"plugins": {"id": "fusion"}}, False),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"model": OPUS}}}]}, True),
+    ({"tools": [{"name": "f", "input_schema": {}}, {"type": "custom", "model": OPUS}]}, True),
+    ({"tools": [{"type": "web_search_20260209"}, {"type": "openrouter:web_search"}, {"type": "mcp"}]}, True),
+    ({"tools": [{"type": "web_search_preview_2025_03_11"}, {"type": "bash_20250124"}]}, True),
+    ({"tools": [{"type": "image_generation"}]}, False),
+    ({"tools": [{"type": "image_generation", "model": GPT}]}, False),
+    ({"tools": [{"type": "advisor_20260301", "model": OPUS}]}, False),
+    ({"tools": [{"type": "openrouter:advisor"}]}, False),
+    ({"tools": [{"type": ["function"]}]}, False),
+    ({"tools": ["image_generation"]}, False),
+    ({"deferred_tools": [{"type": "web_search", "filter": {"models": [GPT, OPUS]}}]}, False),
+])  # fmt: skip
+def test_what_runs_at_the_upstream_can_not_bring_in_another_model(body, expected):
+    """Plugins and tools that ask a model of their own choice are no way around a scope; a client's functions are its own."""
+
+    def may(**scopes):
+        try:
+            check_models(asking(principal=who(**scopes), **body), decided())
+        except (Forbidden, ModelNotFound):
+            return False
+        return True
+
+    assert may(models=[GPT]) is expected
+    assert may()
+
+
+@pytest.mark.parametrize("scope, expected", [
+    (["openai/*"], False),
+    (["openai/*", "@preset/mine"], True),
+    (["@preset/*"], False),
+    (["*"], True),
+])  # fmt: skip
+def test_a_preset_must_be_granted_by_its_own_name(scope, expected):
+    """A preset may name any model: the glob of the model before it doesn't grant it."""
+    assert allowed({"models": scope}, decided("openai/gpt@preset/mine")) is expected
+
+
 def test_who_has_no_principal_has_no_scopes():
     """Without an authenticate plugin everything may be asked."""
     check_models(asking(principal=None), decided())

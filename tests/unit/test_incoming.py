@@ -15,6 +15,7 @@ from gateway.incoming import (
     CHOOSING_FIELDS,
     MULTIPART_PARTS,
     NEVER,
+    VARIANTS,
     admit_body,
     asked_models,
     closed_fields,
@@ -197,14 +198,14 @@ def test_fields_that_send_a_key_elsewhere_never_pass():
 @pytest.mark.parametrize("permission", CHOOSING_FIELDS)
 def test_a_choosing_field_passes_only_where_it_is_allowed(permission):
     """A client chooses models and prices only by the fields that `client_may` lists."""
-    [name] = CHOOSING_FIELDS[permission]
-    body = {"model": "m", "messages": [1], name: ["v"]}
-    kept = admitted(dict(body), [permission, "auto_routers", "presets"])
-    assert kept.body == body
-    assert "x-xenios-removed" not in kept.reply_headers
     others = [p for p in ALL if p != permission]
-    assert name not in admitted(dict(body), others).body
-    assert closed_fields(others) == {*NEVER, name}
+    for name in CHOOSING_FIELDS[permission]:
+        body = {"model": "m", "messages": [1], name: ["v"]}
+        kept = admitted(dict(body), [permission, "auto_routers", "presets"])
+        assert kept.body == body
+        assert "x-xenios-removed" not in kept.reply_headers
+        assert name not in admitted(dict(body), others).body
+    assert closed_fields(others) == {*NEVER, *CHOOSING_FIELDS[permission]}
     assert closed_fields(ALL) == set(NEVER)
 
 
@@ -219,7 +220,10 @@ def test_a_choosing_field_passes_only_where_it_is_allowed(permission):
     ("chat/completions", {"model": ["m"], "messages": [1]}, "model", "invalid_type"),
     ("chat/completions", {"model": "m", "messages": [1], "models": "m"}, "models", "invalid_request"),
     ("chat/completions", {"model": "m", "messages": [1], "models": ["m", 1]}, "models", "invalid_request"),
+    ("chat/completions", {"model": "m", "messages": [1], "models": ["m", ""]}, "models", "invalid_request"),
     ("chat/completions", {"model": "m", "messages": [1], "fallbacks": "m"}, "fallbacks", "invalid_request"),
+    ("chat/completions", {"model": "m", "messages": [1], "fallbacks": [7]}, "fallbacks", "invalid_request"),
+    ("chat/completions", {"model": "m", "messages": [1], "fallbacks": [{"model": ["n"]}]}, "fallbacks", "invalid_request"),
     ("responses", {"model": "m", "background": True}, "background", "unsupported_parameter"),
 ])  # fmt: skip
 def test_what_is_missing_or_wrong_is_named(endpoint, body, param, code):
@@ -229,9 +233,26 @@ def test_what_is_missing_or_wrong_is_named(endpoint, body, param, code):
     assert f"`{param}`" in error.message or error.message.startswith("Background")
 
 
+@pytest.mark.parametrize("field", [*NEVER, "models", "provider", "plugins", "speed", "preset", "tools"])
+def test_a_fallback_names_a_model_and_nothing_that_chooses_another(field):
+    """What is looked at in a body can't hide in one of its fallbacks."""
+    body = {"model": "m", "messages": [1], "fallbacks": [{"model": "n", field: "x"}]}
+    assert f"`{field}`" in refusal(admitted, body).message
+    assert admitted({**body, "fallbacks": ["n", {"model": "n", "temperature": 1}]})
+
+
+@pytest.mark.parametrize("given, became", [
+    ({"models": ["a"]}, {"model": "a"}),
+    ({"model": "", "models": ["a", "b"]}, {"model": "a", "models": ["b"]}),
+    ({"model": None, "models": ["a", "b", "c"]}, {"model": "a", "models": ["b", "c"]}),
+    ({"model": "a", "models": ["b"]}, {"model": "a", "models": ["b"]}),
+])  # fmt: skip
+def test_the_first_of_several_models_is_the_model(given, became):
+    """`models` without `model`: the first is asked for like any model, and may be an alias; it goes out once."""
+    assert admitted({"messages": [1], **given}).body == {"messages": [1], **became}
+
+
 @pytest.mark.parametrize("body", [
-    {"models": ["m"], "messages": [1]},
-    {"model": "", "models": ["m"], "messages": [1]},
     {"model": "m", "messages": [1], "fallbacks": None, "models": None},
     {"model": "m", "messages": []},
     {"model": "m", "messages": [1], "fallbacks": [{"model": "n"}]},
@@ -243,7 +264,7 @@ def test_what_is_there_is_enough(body):
 
 
 PRESETS = ["@preset/mine", "openai/gpt-5@preset/mine"]
-AUTO = ["openrouter/auto", "openrouter/bodybuilder", "openrouter/pareto", "vendor/auto", "openrouter/auto:online"]
+AUTO = ["openrouter/auto", "openrouter/bodybuilder", "openrouter/pareto", "vendor/auto"]
 PLAIN = ["openai/gpt-5", "openrouter/automatic", "auto", "vendor/auto-1", "openrouter/other", "preset/mine"]
 
 
@@ -262,6 +283,19 @@ def test_presets_and_auto_routers_need_a_permission(model, needed, where):
     assert (error.error_code, error.param, "not allowed" in error.message) == ("model_not_allowed", "model", True)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("where", ["model", "models", "fallbacks"])
+def test_a_variant_of_a_model_needs_what_it_stands_for(variant, where):
+    """`:online` is a plugin by another name, `:nitro` a dearer provider and tier: each needs the field's permission."""
+    for model in (f"a/b:{variant}", f"a/b:{variant.upper()}", f"a/b:{variant}:free", f"a/b:free:{variant}"):
+        body = {"model": "m", "messages": [1], where: model if where == "model" else [model]}
+        assert admitted(dict(body)).body == body
+        for missing in VARIANTS[variant]:
+            error = refusal(admitted, dict(body), [p for p in ALL if p != missing])
+            assert (error.error_code, error.param) == ("model_not_allowed", "model")
+    assert admitted({"model": "a/b:free", "messages": [1]}, [])
+
+
 @pytest.mark.parametrize("body, models", [
     ({}, []),
     ({"model": "a"}, ["a"]),
@@ -270,6 +304,7 @@ def test_presets_and_auto_routers_need_a_permission(model, needed, where):
     ({"model": "a", "fallbacks": [{"model": "b"}, "c", {}, None]}, ["a", "b", "c"]),
     ({"model": "a", "fallbacks": {"model": "b"}}, ["a"]),
     ({"model": "a", "models": ["b"], "fallbacks": ["c"]}, ["a", "b", "c"]),
+    ({"model": "a", "preset": "p", "models": ["b"]}, ["a", "@preset/p", "b"]),
 ])  # fmt: skip
 def test_every_model_that_is_named_is_found(body, models):
     """Scopes and prices see each model that OpenRouter might take."""
