@@ -61,7 +61,7 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Integer pico-USD per token (`request`: per request, `image`: per image).
+    """Integer pico-USD per token (`request`: per request, `image`: per image, `audio`: per input token of audio).
 
     None is unknown or, but for `input` and `output`, not priced apart. `tiers` ascend; each holds all prices.
     """
@@ -73,6 +73,7 @@ class Price:
     reasoning: int | None = None
     request: int | None = None
     image: int | None = None
+    audio: int | None = None
     tiers: tuple[Tier, ...] = ()
 
     def at(self, input_tokens: int) -> Price:
@@ -435,6 +436,7 @@ _PRICED: Final = {
     "internal_reasoning": "reasoning",
     "request": "request",
     "image": "image",
+    "audio": "audio",
 }
 
 

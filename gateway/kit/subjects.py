@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from decimal import Decimal
 from itertools import product
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
+import msgspec
 import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from gateway.errors import Forbidden
 from gateway.units import Duration
 
 if TYPE_CHECKING:
@@ -48,19 +51,32 @@ class OwnLimits(BaseModel):
     usd_per: Period = Field("month", description="When spending starts anew. Default month.")
 
 
-_OUTPUT_CAPS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+def output_cap(body: dict[str, Any], names: Sequence[str]) -> int | None:
+    """The most output tokens that the request allows itself, per choice; None if it sets no limit.
 
-
-def output_cap(body: dict[str, Any]) -> int | None:
-    """The most output tokens that the request allows itself, per choice; None if it sets no limit."""
-    caps = [c for name in _OUTPUT_CAPS if isinstance(c := body.get(name), int) and not isinstance(c, bool) and c > 0]
+    `names`: the fields that set it in this dialect (`exchange.dialect.output_caps`); an upstream ignores others.
+    """
+    caps = [c for name in names if isinstance(c := body.get(name), int) and not isinstance(c, bool) and c > 0]
     return max(caps, default=None)
 
 
 def choices(body: dict[str, Any]) -> int:
-    """How many answers are asked for."""
-    asked = body.get("n")
-    return asked if isinstance(asked, int) and 1 <= asked <= 128 else 1
+    """How many answers may be written, and billed: `n` or `best_of` for each of several prompts."""
+    asked = max(_whole(body.get("n")), _whole(body.get("best_of")))
+    prompts = body.get("prompt")
+    if isinstance(prompts, list) and len(prompts) > 1 and not isinstance(prompts[0], int):
+        asked *= len(prompts)  # a list of numbers is one prompt, in tokens
+    return asked
+
+
+def _whole(value: Any) -> int:
+    """At least 1. Upstreams may read `5.0` and `"5"` as 5, so these count."""
+    if isinstance(value, str | float):
+        try:
+            value = math.ceil(float(value))
+        except (ValueError, OverflowError):
+            return 1
+    return max(1, value) if isinstance(value, int) else 1
 
 
 def input_estimate(exchange: Exchange) -> int:
@@ -71,51 +87,89 @@ def input_estimate(exchange: Exchange) -> int:
     return exchange.dialect.input_characters(exchange.body) // 4 + 1
 
 
+class Media(NamedTuple):
+    """What a request holds beside text. `inline`: bytes of the images that stand in the body itself."""
+
+    images: int = 0
+    inline: int = 0
+    files: int = 0
+    others: int = 0  # audio, video, and what the upstream remembers of earlier requests
+
+
+NO_MEDIA = Media()
 _IMAGES = frozenset({"image", "image_url", "input_image"})
-_OTHER_MEDIA = frozenset({"file", "input_file", "document", "input_audio", "audio", "video_url", "input_video"})
+_FILES = frozenset({"file", "input_file", "document", "container_upload"})
+_OTHERS = frozenset(
+    {"input_audio", "audio", "audio_url", "video", "video_url", "input_video", "item_reference", "compaction"}
+)
+_REMEMBERED = ("previous_response_id", "conversation")
+_TOOL_TOKENS = 1000  # what a model's template says about tools, beside the tools themselves
 
 
-def input_bound(exchange: Exchange, context_length: int | None, image_tokens: int) -> int:
-    """The most input tokens that the request can have: a token is a byte at least, and a context's length is an end.
+def media(exchange: Exchange) -> Media:
+    """Images, files and the like in the body."""
+    body, raw = exchange.body, exchange.raw_body
+    others = any(body.get(name) for name in _REMEMBERED) or isinstance(body.get("prompt"), dict)
+    # a name may be written with escapes
+    if not others and b'"type"' not in raw and b"\\u" not in raw and not exchange.snapshot.hooks.prepare_request:
+        return NO_MEDIA
+    found = [0, 0, 0, int(others)]
+    _find_media(body, found, 0)
+    return Media(*found)
 
-    Images count `image_tokens` each; other media as much as the context holds.
+
+def input_bound(exchange: Exchange, context_length: int | None, image_tokens: int, found: Media) -> int | None:
+    """The most input tokens that the request can have; None if nothing bounds them.
+
+    A token is a byte at least, and a context's length is an end. Images count `image_tokens` each, other media as much
+    as the context holds. `found`: its `media`.
     """
-    raw, edited = exchange.raw_body, bool(exchange.snapshot.hooks.prepare_request)
-    images, others = _media(exchange.body, 0) if edited or b'"type"' in raw else (0, 0)
-    if others:
-        return len(raw) if context_length is None else context_length
-    if images or edited:
-        # four bytes a character, and what the model's template adds
-        bound = max(4 * exchange.dialect.input_characters(exchange.body) + 2000, 0 if images else len(raw))
-        bound += images * image_tokens
-    else:
-        bound = len(raw)
+    if found.files or found.others:
+        return context_length
+    body, size = exchange.body, len(exchange.raw_body)
+    if exchange.snapshot.hooks.prepare_request:
+        size = max(size, len(msgspec.json.encode(body)))  # plugins may have edited it
+    bound = size - found.inline + found.images * image_tokens
+    if body.get("tools") or body.get("functions"):
+        bound += _TOOL_TOKENS
     return bound if context_length is None else min(bound, context_length)
 
 
-def _media(value: Any, depth: int) -> tuple[int, int]:
-    """(images, other media) among the parts of messages."""
-    if depth > 16:
-        return 0, 1
-    images = others = 0
+def _find_media(value: Any, found: list[int], depth: int) -> None:
+    if depth > 32:
+        found[3] += 1  # nobody looks deeper: as much as the context holds
+        return
     if isinstance(value, dict):
         kind = value.get("type")
         if isinstance(kind, str):
             if kind in _IMAGES:
-                return 1, 0
-            if kind in _OTHER_MEDIA:
-                return 0, 1
+                found[0] += 1
+                found[1] += _inline(value)
+                return
+            if kind in _FILES:
+                found[2] += 1
+                return
+            if kind in _OTHERS:
+                found[3] += 1
+                return
         below: Any = value.values()
     elif isinstance(value, list):
         below = value
     else:
-        return 0, 0
+        return
     for part in below:
         if isinstance(part, dict | list):
-            found = _media(part, depth + 1)
-            images += found[0]
-            others += found[1]
-    return images, others
+            _find_media(part, found, depth + 1)
+
+
+def _inline(image: dict[str, Any]) -> int:
+    """Bytes of an image's base64, in any of the APIs' places; what stands beside it is text for all we know."""
+    place = image.get("image_url", image.get("source"))
+    url = place.get("url") if isinstance(place, dict) else place
+    text = url if isinstance(url, str) and url.startswith("data:") else None
+    if text is None and isinstance(place, dict):
+        text = place.get("data")
+    return len(text) if isinstance(text, str) and text.isascii() else 0
 
 
 _EVERYBODY = [""]
@@ -170,21 +224,24 @@ def _quoted(value: str) -> str:
 
 
 def own_limits(exchange: Exchange) -> OwnLimits | None:
-    """The caller's own; None if it has none, or if what it has can't be understood."""
+    """The caller's own; None if it has none. Raises Forbidden if it has some that can't be understood."""
     principal = exchange.principal
     if principal is None or not principal.limits:
         return None
-    return _own(tuple(sorted((name, value) for name, value in principal.limits.items() if isinstance(value, _PLAIN))))
+    known = OwnLimits.model_fields
+    return _own(tuple(sorted((n, _plain(v)) for n, v in principal.limits.items() if n in known and v is not None)))
 
 
-_PLAIN = (str, int, float, Decimal)
+def _plain(value: Any) -> str | float | Decimal:
+    return value if isinstance(value, str | int | float | Decimal) else "neither a number nor a text"
 
 
 @functools.lru_cache(maxsize=4096)
-def _own(limits: tuple[tuple[str, Any], ...]) -> OwnLimits | None:
+def _own(limits: tuple[tuple[str, Any], ...]) -> OwnLimits:
     try:
         return OwnLimits.model_validate(dict(limits))
     except ValidationError as error:
-        problem = str(error.errors(include_input=False, include_url=False)[0]["msg"])
+        found = error.errors(include_input=False, include_url=False)[0]
+        problem = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
         log.warning("limits_not_understood", problem=problem)
-        return None
+        raise Forbidden(f"The limits that this caller brings along can't be understood ({problem}).") from None

@@ -33,17 +33,36 @@ from gateway import (
     compile_when,
     hookimpl,
 )
-from gateway.kit import By, OwnLimits, Period, Rule, State, choices, input_bound, output_cap, own_limits, subjects
+from gateway.kit import (
+    By,
+    Media,
+    OwnLimits,
+    Period,
+    Rule,
+    State,
+    choices,
+    input_bound,
+    media,
+    output_cap,
+    own_limits,
+    subjects,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from gateway import AttemptRecord, Correction, Exchange, GatewayError, Services, Target
+    from gateway import AttemptRecord, Correction, Exchange, GatewayError, Services
 
 # An attempt that failed like this may have been billed all the same.
 _PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.CLIENT_DISCONNECT, Cause.ABANDONED})
 _ENDLESS = 10**15  # micro-USD: what a soft budget "allows"
 _REMEMBERED = 10_000  # operations whose true cost may still become known
+_LONG_CACHE = 2  # Anthropic's price of what it keeps for an hour, in times of plain input
+_SEARCHED = 100  # documents that one price per request of rerank is for; a longer one counts as several
+_SEARCHED_TOKENS = 500
+# Variants of a model's name that cost what the model costs; `exacto` and what a client says in `provider` at the price
+# that is asked for by `max_price`.
+_SAME_PRICE = frozenset({"floor", "thinking", "exacto"})
 
 
 def _zone(name: str) -> str:
@@ -136,6 +155,7 @@ class _Bound(msgspec.Struct, frozen=True):
     most: int
     least: int  # with the fewest output tokens that are worth it
     clamps: tuple[tuple[int, int], ...] = ()
+    ceiling: tuple[int, int] | None = None  # list prices of input and output that the client's `provider` must keep to
 
 
 _FREE = _Bound(0, 0)
@@ -227,6 +247,8 @@ class Plugin:
             if bound is None:
                 bound = self._bound(exchange)
                 most, least = _micro(bound.most), _micro(bound.least) if bound.clamps else None
+            if bound.ceiling is not None and budget.hard:
+                _keep_to(bound.ceiling, exchange.body)
             name, end = window.now()
             for subject in subjects(budget.by, exchange):
                 exchange.hold(
@@ -317,54 +339,117 @@ class Plugin:
         if fixed is not None:
             most = int(fixed * 10**12) * choices(exchange.body)
             return _Bound(most, most)
-        unknown = _unbounded(exchange)
-        bounds = [] if unknown else [self._target_bound(exchange, *target) for target in _targets(exchange)]
-        if unknown or None in bounds:
+        found = media(exchange)
+        try:
+            bounds = [self._target_bound(exchange, target, found) for target in self._targets(exchange)]
+        except _Unbounded as why:
             if self._config.unknown_price == "allow":
                 return _FREE
             raise Refused(
-                f"This request's cost has no known limit ({unknown or 'a model has no known price'}), which its budget "
-                "needs. Use another model or leave that out, or ask the operator for a price (`catalogue.overrides`) "
-                "or `unknown_price: allow`.",
+                f"This request's cost has no known limit ({why}), which its budget needs. Use another model or leave "
+                "that out, or ask the operator for a price (`catalogue.overrides`) or `unknown_price: allow`.",
                 code="unknown_price",
-            )
-        known = [bound for bound in bounds if bound is not None]
-        clamps = tuple(clamp for bound in known for clamp in bound.clamps)
-        return _Bound(max(b.most for b in known), max(b.least for b in known), clamps)
+            ) from None
+        ceilings = [bound.ceiling for bound in bounds if bound.ceiling is not None]
+        return _Bound(
+            max(bound.most for bound in bounds),
+            max(bound.least for bound in bounds),
+            tuple(clamp for bound in bounds for clamp in bound.clamps),
+            (max(c[0] for c in ceilings), max(c[1] for c in ceilings)) if ceilings else None,
+        )
 
-    def _target_bound(
-        self, exchange: Exchange, upstream: str, model_id: str, changes: dict[str, Any], strip: Sequence[str]
-    ) -> _Bound | None:
-        model = self._services.catalogue.model(upstream, model_id)
+    def _targets(self, exchange: Exchange) -> Iterator[_Asked]:
+        """All that may answer: ours, and those that an OpenRouter may take by `models` or `fallbacks` in the body."""
+        for target in exchange.decision.targets if exchange.decision else ():
+            body = exchange.body
+            if target.overrides or target.strip:
+                body = {n: v for n, v in {**body, **target.overrides}.items() if n not in target.strip}
+            openrouter = self._services.settings.upstreams[target.upstream].kind == "openrouter"
+            added = len(msgspec.json.encode(target.overrides)) if target.overrides else 0
+            yield _Asked(target.upstream, target.model, body, target.strip, openrouter, added)
+            for named in (*(body.get("models") or ()), *(body.get("fallbacks") or ())) if openrouter else ():
+                further = {**body, **named} if isinstance(named, dict) else body
+                model = str(named.get("model") if isinstance(named, dict) else named)
+                yield _Asked(target.upstream, model, further, target.strip, openrouter, added)
+
+    def _target_bound(self, exchange: Exchange, asked: _Asked, found: Media) -> _Bound:
+        """Raises _Unbounded."""
+        body = asked.body
+        extra = _extra(body)
+        if extra is not None:
+            raise _Unbounded(extra)
+        model = self._services.catalogue.model(asked.upstream, asked.model)
         if model is None:
-            return None
-        if model_id.endswith(":free"):
-            return _FREE
-        tokens = input_bound(exchange, model.context_length, self._config.image_tokens)
-        price = model.price
-        entry, each = price.dearest(tokens)
-        if entry is None:
-            return None
-        entry = entry * tokens + (price.request or 0)
-        grammar = exchange.dialect.grammar
-        if grammar is None:  # embeddings, rerank: no output is billed
-            return _Bound(entry, entry)
-        if each is None or exchange.endpoint in {"images/generations", "audio/transcriptions"}:
-            return None
-        body = {**exchange.body, **changes} if changes or strip else exchange.body
-        cap = output_cap({k: v for k, v in body.items() if k not in strip} if strip else body)
+            raise _Unbounded("a model has no known price")
+        if asked.openrouter and (variants := _unlisted_variants(asked.model, model.id)):
+            if variants == ["free"]:
+                return _FREE
+            wrong = [name for name in variants if name not in _SAME_PRICE]
+            if wrong:
+                raise _Unbounded(f"`:{wrong[0][:50]}` may cost extra")
+        entry, each = self._prices(exchange, asked, model, found)
+        ceiling = None
+        if asked.openrouter and (asked.model != model.id or body.get("provider") is not None):
+            ceiling = (model.price.input or 0, model.price.output or 0)
+        if exchange.dialect.grammar is None:
+            return _Bound(entry, entry, ceiling=ceiling)
         each *= choices(body)
+        prediction = body.get("prediction")
+        if prediction is not None:  # what it got wrong is billed as output, beside the limit
+            entry += len(msgspec.json.encode(prediction)) * each
+        cap, thought = output_cap(body, exchange.dialect.output_caps), _thinking(body)
         if cap is not None:
-            most = entry + cap * each
-            return _Bound(most, most)
+            # a thinking budget is part of the limit, but for upstreams that raise the limit to fit it
+            most = entry + (cap if thought < cap else cap + thought) * each
+            return _Bound(most, most, ceiling=ceiling)
         if isinstance(self._config.no_max_tokens, Assume):
             most = entry + self._config.no_max_tokens.assume * each
-            return _Bound(most, most)
+            return _Bound(most, most, ceiling=ceiling)
         longest = model.max_output or model.context_length
         if longest is None:
-            return None
+            raise _Unbounded("a model has no known limit of output; set one in the request")
+        if thought or self.cap_field(exchange) in asked.strip:  # a limit that we set would not hold
+            most = entry + (longest + thought) * each
+            return _Bound(most, most, ceiling=ceiling)
         least = min(self._config.least_tokens, longest)
-        return _Bound(entry + longest * each, entry + least * each, ((entry, each),))
+        return _Bound(entry + longest * each, entry + least * each, ((entry, each),), ceiling)
+
+    def _prices(self, exchange: Exchange, asked: _Asked, model: Any, found: Media) -> tuple[int, int]:
+        """(all input, one output token), at the dearest. Raises _Unbounded."""
+        endpoint, price = exchange.endpoint, model.price
+        modalities = model.raw.get("architecture")
+        takes, gives = (
+            (modalities.get(name) if isinstance(modalities, dict) and asked.openrouter else None)
+            for name in ("input_modalities", "output_modalities")
+        )
+        tokens = input_bound(exchange, model.context_length, self._config.image_tokens, found)
+        if tokens is None:
+            raise _Unbounded("nothing says how much a file, audio or video of a model without context length may be")
+        if found.files and isinstance(takes, list) and "file" not in takes:
+            raise _Unbounded("reading files for a model that can't costs extra")
+        tokens += asked.added
+        entry, each = price.dearest(tokens)
+        if entry is None:
+            raise _Unbounded("a model has no known price")
+        if found.others:
+            entry = max(entry, price.audio or 0)
+        if _kept_for_long(exchange, asked.body):
+            entry *= _LONG_CACHE
+        requests = 1
+        if endpoint == "rerank":
+            documents = asked.body.get("documents")
+            count = len(documents) if isinstance(documents, list) else 1
+            requests = -(-(count + len(exchange.raw_body) // _SEARCHED_TOKENS) // _SEARCHED)
+        entry = entry * tokens + (price.request or 0) * requests + (price.image or 0) * found.images
+        if exchange.dialect.grammar is None and endpoint != "audio/speech":  # embeddings, rerank: no output is billed
+            return entry, 0
+        if each is None or endpoint in {"images/generations", "audio/transcriptions"}:
+            raise _Unbounded("a model has no known price of output")
+        if endpoint == "audio/speech" and each:
+            raise _Unbounded("nothing limits the speech that a text becomes")
+        if exchange.dialect.grammar is not None and isinstance(gives, list) and set(gives) - {"text"}:
+            raise _Unbounded("a model answers with more than text")
+        return entry, each
 
     def cap_field(self, exchange: Exchange) -> str:
         """What sets the output limit in this dialect, for the upstream that is asked first."""
@@ -376,42 +461,103 @@ class Plugin:
         return names[0]
 
 
-def _targets(exchange: Exchange) -> list[tuple[str, str, dict[str, Any], Sequence[str]]]:
-    """(upstream, model, overrides, stripped fields) of all that may answer: ours, and those that the upstream may take
-    by `models` or `fallbacks` in the body.
-    """
-    targets: Sequence[Target] = exchange.decision.targets if exchange.decision else ()
-    out: list[tuple[str, str, dict[str, Any], Sequence[str]]] = []
-    out += [(t.upstream, t.model, dict(t.overrides), t.strip) for t in targets]
-    first = targets[0].upstream if targets else ""
-    for field in ("models", "fallbacks"):
-        for named in exchange.body.get(field) or ():
-            model = named.get("model") if isinstance(named, dict) else named
-            out.append((first, str(model), {}, ()))
-    return out
+class _Unbounded(Exception):
+    """Why the price list is no bound, in words."""
 
 
-def _unbounded(exchange: Exchange) -> str | None:
-    """What makes the price list no bound, in words; None if nothing does."""
-    body = exchange.body
-    if body.get("plugins"):
-        return "`plugins` cost extra"
-    if body.get("web_search_options"):
-        return "web search costs extra"
-    tier = body.get("service_tier")
-    if tier not in {None, "auto", "default", "flex", "standard_only", "standard"}:
-        return "this `service_tier` costs extra"
-    tools = body.get("tools")
-    if isinstance(tools, list):
-        for tool in tools:
-            kind = tool.get("type") if isinstance(tool, dict) else None
+class _Asked(msgspec.Struct, frozen=True):
+    """One model that may answer, and the body that it would be asked with."""
+
+    upstream: str
+    model: str
+    body: dict[str, Any]
+    strip: Sequence[str]
+    openrouter: bool
+    added: int  # bytes that the target's own fields add to the body
+
+
+# Fields that make a request cost more than its tokens: searches, tools and models that run at the upstream.
+_EXTRAS = ("plugins", "web_search_options", "preset", "mcp_servers", "container")
+_PLAIN_VALUES: dict[str, tuple[object, ...]] = {
+    "service_tier": (None, "auto", "default", "flex", "standard_only", "standard"),
+    "speed": (None, "standard"),
+    "inference_geo": (None, "global", "not_available"),
+    "modalities": (None, ["text"], []),
+}
+
+
+def _extra(body: dict[str, Any]) -> str | None:
+    """What costs more than tokens, in words; None if nothing does."""
+    for name in _EXTRAS:
+        if body.get(name):
+            return f"`{name}` may cost extra"
+    for name, plain in _PLAIN_VALUES.items():
+        if name in body and body[name] not in plain:
+            return f"this `{name}` costs extra"
+    for name in ("tools", "deferred_tools"):
+        tools = body.get(name)
+        for tool in tools if isinstance(tools, list) else [tools] if tools else ():
+            kind = tool.get("type") if isinstance(tool, dict) else str(tool)
             # a function of the client's own, which runs there; in Anthropic's dialect it has no type
-            if kind not in {None, "function", "custom"}:
+            if kind not in (None, "function", "custom"):
                 return f"the tool {str(kind)[:50]!r} costs extra"
-    for _, model, _, _ in _targets(exchange):
-        if model.endswith(":online"):
-            return "`:online` costs extra"
+    provider = body.get("provider")
+    if isinstance(provider, dict) and provider.get("options"):
+        return "`provider.options` may cost extra"
+    if body.get("context_management") and b"compact" in msgspec.json.encode(body["context_management"]):
+        return "compaction costs extra"
     return None
+
+
+def _unlisted_variants(asked: str, listed: str) -> list[str]:
+    """`:nitro` … of a name that the price list has without it, or with another."""
+    variants = asked.split(":")[1:]
+    return variants if variants != listed.split(":")[1:] else []
+
+
+def _thinking(body: dict[str, Any]) -> int:
+    """Tokens that the model may think, where the request says how many."""
+    given = [
+        part.get(name)
+        for field, name in (("reasoning", "max_tokens"), ("thinking", "budget_tokens"))
+        if isinstance(part := body.get(field), dict)
+    ]
+    return max((int(n) for n in given if isinstance(n, int | float) and 0 < n < 10**9), default=0)
+
+
+def _kept_for_long(exchange: Exchange, body: dict[str, Any]) -> bool:
+    """`cache_control: {ttl: 1h}` anywhere."""
+    raw = exchange.raw_body
+    if (
+        b'"ttl"' not in raw
+        and b"\\u" not in raw
+        and body is exchange.body
+        and not exchange.snapshot.hooks.prepare_request
+    ):
+        return False
+    return _has_ttl(body)
+
+
+def _has_ttl(value: Any) -> bool:
+    if isinstance(value, dict):
+        ttl = value.get("ttl")
+        return (isinstance(ttl, str) and ttl != "5m") or any(_has_ttl(v) for v in value.values())
+    return isinstance(value, list) and any(_has_ttl(v) for v in value)
+
+
+def _keep_to(ceiling: tuple[int, int], body: dict[str, Any]) -> None:
+    """Whichever provider the client prefers, it may cost the list price at most."""
+    asked = body.get("provider")
+    provider = dict(asked) if isinstance(asked, dict) else {}
+    theirs = provider.get("max_price")
+    limits = dict(theirs) if isinstance(theirs, dict) else {}
+    for name, pico in zip(("prompt", "completion"), ceiling, strict=True):
+        ours = float(Decimal(pico).scaleb(-6))  # pico-USD a token are micro-USD a million: USD a million
+        try:
+            limits[name] = min(ours, float(limits[name]))
+        except (KeyError, TypeError, ValueError):
+            limits[name] = ours
+    body["provider"] = {**provider, "max_price": limits}
 
 
 def _micro(pico: int) -> int:
@@ -441,8 +587,10 @@ def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
         return
     tokens = min((state.granted * 10**6 - entry) // each for entry, each in rule.bound.clamps if each)
     name = rule.owner.cap_field(exchange)
-    known = exchange.body.get(name)
-    exchange.body[name] = tokens if not isinstance(known, int) else min(known, tokens)
+    for other in exchange.dialect.output_caps:  # -1, "100" or whatever was no limit for us may be one for the upstream
+        if output_cap(exchange.body, (other,)) is None:
+            exchange.body.pop(other, None)
+    exchange.body[name] = min(tokens, exchange.body.get(name, tokens))
     exchange.reply_headers["x-xenios-clamped"] = f"{name}={exchange.body[name]}"
 
 

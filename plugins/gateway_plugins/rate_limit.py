@@ -179,7 +179,7 @@ class Plugin:
         """Input by its length, output by what the request allows itself."""
         output = 0
         if exchange.dialect.grammar is not None:
-            cap = output_cap(exchange.body)
+            cap = output_cap(exchange.body, exchange.dialect.output_caps)
             output = (self._config.output_estimate if cap is None else cap) * choices(exchange.body)
         return input_estimate(exchange) + output
 
