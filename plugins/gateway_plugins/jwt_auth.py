@@ -5,7 +5,12 @@ plugins after this one. The algorithms of each issuer are fixed in the configura
 nothing else in a token's header (`jku`, `jwk`, `x5u`) says which key to trust.
 
 Public keys (JWKS) are fetched in the background and again when a token names one that isn't known; while the issuer
-doesn't answer, those known go on. Without any, requests get 503, not 401.
+doesn't answer, those known go on. Without any, requests get 503, not 401. A key that its issuer takes back is believed
+for five minutes at most (`REFRESH_SECONDS`, `BELIEVED_SECONDS`), a token until it ends: issuers make them short.
+
+An issuer's callers are its own: their ids, and their tenants unless `shared_tenants` says otherwise, can't be those of
+another issuer or of a key. What a claim says and can't be understood is 401, never "no limit". `restore_principal` is
+not there: a caller's rights stand in its token alone, so what goes on without the token goes on without them.
 """
 
 from __future__ import annotations
@@ -23,9 +28,10 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import jwt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from gateway import Duration, Principal, Scopes, Tasks, Unauthenticated, Unavailable, hookimpl
+from gateway.kit import OwnLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -36,12 +42,15 @@ Algorithm = Literal[
     "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
 ]
 LONGEST_TOKEN = 16_384
+LONGEST_LIST = 200  # roles, globs
+LATEST = 253_402_300_800  # the year 10,000
 LONGEST_JWKS = 512 * 1024
 REFRESH_SECONDS = 240.0
 COOLDOWN_SECONDS = 30.0  # between fetches because of keys that nobody knows
 FETCH_SECONDS = 5.0
 BELIEVED_SECONDS = 60.0  # a verified token isn't verified again for so long
 CACHE_SIZE = 10_000
+_SECRET_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}  # RFC 7518, 3.2: as long as the hash
 _CURVES = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521"}
 
 
@@ -63,13 +72,24 @@ class Claims(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str = Field("sub", description="Who it is. Default sub.")
-    tenant: str | None = Field(None, description="Whose data it may see. Default: a tenant for each caller.")
-    team: str | None = Field(None, description="The team that its use is counted for. Default none.")
+    id: str = Field("sub", description="Who it is: nothing that users can change, such as an email. Default sub.")
+    tenant: str | None = Field(
+        None, description="Whose data it may see, among the issuer's (`shared_tenants`). Default: its own alone."
+    )
+    team: str | None = Field(
+        None,
+        description="The team that its use is counted for; teams of keys of the same name are the same. Default none.",
+    )
     roles: str | None = Field(None, description="Its roles: a list, or text with blanks between them. Default none.")
-    limits: str | None = Field(None, description="Limits of its own: requests, tokens, per, usd … Default none.")
-    models: str | None = Field(None, description="Globs of the models it may use. Default: the issuer's `models`.")
-    endpoints: str | None = Field(None, description="Globs of endpoints. Default: the issuer's `endpoints`.")
+    limits: str | None = Field(
+        None, description="Limits of its own: an object of requests, tokens, per, usd … as of keys. Default none."
+    )
+    models: str | None = Field(
+        None, description="Globs of the models it may use, instead of the issuer's `models`. Default: these."
+    )
+    endpoints: str | None = Field(
+        None, description="Globs of endpoints, instead of the issuer's `endpoints`. Default: these."
+    )
 
 
 class Issuer(BaseModel):
@@ -78,16 +98,18 @@ class Issuer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_.-]+$", description="Name in logs and limits. Default: the issuer's host."
+        None,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="Name in logs, limits and tenants; no other issuer's. Default: the issuer's host.",
     )
     issuer: Url | None = Field(
         None, description="What `iss` of its tokens is, to the letter. Required but for Supabase."
     )
     supabase: Url | None = Field(
         None,
-        description="Instead of `issuer`: address of a Supabase project, such as https://abc.supabase.co. Its "
-        "signed-in users are accepted, its anon and service keys are not; tenant, team, roles and limits come from "
-        "app_metadata.",
+        description="Address of a Supabase project, such as https://abc.supabase.co: fills in issuer, audience, "
+        "jwks_url and claims. Its signed-in users are accepted, its anon and service keys are not; tenant, team, roles "
+        "and limits come from app_metadata.",
     )
     audience: str | tuple[str, ...] = Field(
         (), description="What `aud` must be, one of several. Required; of Supabase `authenticated`."
@@ -96,7 +118,9 @@ class Issuer(BaseModel):
         (), description="What its tokens may be signed with. Default: HS256 with a secret, else RS256, ES256 and EdDSA."
     )
     secret: SecretStr | None = Field(
-        None, min_length=32, description="The secret that HS256 tokens are signed with, 32 characters or more."
+        None,
+        description="The secret that HS256 tokens are signed with: 32 bytes or more (HS384: 48, HS512: 64). With it "
+        "no public keys are asked for.",
     )
     jwks_url: Url | None = Field(
         None, description="Where its public keys are. Default: as its /.well-known/openid-configuration says."
@@ -109,7 +133,14 @@ class Issuer(BaseModel):
     require: dict[str, str | bool | int] = Field(
         default_factory=dict, description="Claims that must have these values. Default none."
     )
-    admin_roles: tuple[str, ...] = Field((), description="Roles that may use the admin routes. Default none.")
+    shared_tenants: bool = Field(
+        False,
+        description="`claims.tenant` names tenants of keys and other issuers too; false: they are the issuer's own, "
+        "`<name>/<tenant>`. Default false.",
+    )
+    admin_roles: tuple[str, ...] = Field(
+        (), description="Roles (of `claims.roles`) that may use the admin routes. Default none."
+    )
     models: tuple[str, ...] | None = Field(
         None, description="Globs of the models that its callers may use. Default all."
     )
@@ -119,7 +150,7 @@ class Issuer(BaseModel):
     @classmethod
     def _preset(cls, value: object) -> object:
         """`supabase: URL` fills in what such a project's tokens need."""
-        if not isinstance(value, dict) or not isinstance(value.get("supabase"), str) or "issuer" in value:
+        if not isinstance(value, dict) or not isinstance(value.get("supabase"), str):
             return value
         issuer = value["supabase"].rstrip("/") + "/auth/v1"
         claims = {name: f"app_metadata.{name}" for name in ("tenant", "team", "roles", "limits")}
@@ -138,7 +169,7 @@ class Issuer(BaseModel):
     def _sound(self) -> Issuer:
         if self.issuer is None:
             raise ValueError("needs issuer, or supabase")
-        if not self.audience:
+        if not self.audience or not all(self.audience):
             raise ValueError("needs audience: without it tokens that were made for others would be accepted")
         if self.secret is not None and self.jwks_url is not None:
             raise ValueError("has either a secret or public keys (jwks_url); list the issuer twice for both")
@@ -147,10 +178,23 @@ class Issuer(BaseModel):
             raise ValueError(f"{shared[0]} needs a secret")
         if self.secret is not None and len(shared) < len(self.algorithms):
             raise ValueError("a secret goes with HS256, HS384 or HS512 alone: never mixed with public keys")
-        for name, path in self.claims:
+        if self.secret is not None:
+            _check_secret(self.secret.get_secret_value(), self.accepted)
+        if self.admin_roles and self.claims.roles is None:
+            raise ValueError("admin_roles needs claims.roles: where the roles stand")
+        if self.shared_tenants and self.claims.tenant is None:
+            raise ValueError("shared_tenants needs claims.tenant: where the tenant stands")
+        for name, path in [
+            *((f"claims.{name}", path) for name, path in self.claims),
+            *(("require", p) for p in self.require),
+        ]:
             if path is not None and path.split(".")[0] == "user_metadata":
-                raise ValueError(f"claims.{name}: users change user_metadata themselves; use app_metadata")
+                raise ValueError(f"{name}: users change user_metadata themselves; use app_metadata")
         return self
+
+    @property
+    def called(self) -> str:
+        return self.name or str(urlsplit(self.issuer or "").hostname)
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -167,12 +211,26 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _tell_apart(self) -> Config:
         seen: set[tuple[str | None, str]] = set()
+        names: dict[str, str | None] = {}
         for entry in self.issuers:
+            # Else `ann` of the one were `ann` of the other.
+            if names.setdefault(entry.called, entry.issuer) != entry.issuer:
+                raise ValueError(
+                    f"{names[entry.called]} and {entry.issuer} are both called {entry.called}: give each a `name`"
+                )
             for algorithm in entry.accepted:
                 if (entry.issuer, algorithm) in seen:
                     raise ValueError(f"{entry.issuer} is listed twice with {algorithm}")
                 seen.add((entry.issuer, algorithm))
         return self
+
+
+def _check_secret(secret: str, algorithms: Sequence[str]) -> None:
+    if secret.lstrip().startswith(("-----BEGIN", "{", "ssh-")):
+        raise ValueError("secret is a key, which others may know; a public key goes behind jwks_url")
+    least = max(_SECRET_BYTES[name] for name in algorithms)
+    if len(secret.encode()) < least:
+        raise ValueError(f"secret must have {least} bytes at least")
 
 
 class IssuerUnavailable(Unavailable):
@@ -189,7 +247,7 @@ class _Keys:
         self._log = log
         self._keys: list[dict[str, Any]] = []
         self._fetched: float | None = None  # when they last came
-        self._tried = -1e9
+        self._asked = -1e9  # when they were last fetched because of a token
         self._flight: asyncio.Task[bool] | None = None
         self._tasks = Tasks()
         self._session: aiohttp.ClientSession | None = None
@@ -211,7 +269,11 @@ class _Keys:
     async def find(self, kid: str | None, algorithm: str) -> jwt.PyJWK:
         """Raises Unauthenticated, IssuerUnavailable."""
         key = self._find(kid, algorithm)
-        if key is None and time.monotonic() - self._tried > COOLDOWN_SECONDS:
+        if key is None and self._flight is not None:  # it may bring the key, and costs nothing
+            await asyncio.shield(self._flight)
+            key = self._find(kid, algorithm)
+        if key is None and time.monotonic() - self._asked > COOLDOWN_SECONDS:
+            self._asked = time.monotonic()
             await self._fetch()
             key = self._find(kid, algorithm)
         elif key is None and self._flight is not None:
@@ -261,14 +323,13 @@ class _Keys:
         self._flight = None
 
     async def _fetch_once(self) -> bool:
-        self._tried = time.monotonic()
         self.fetches += 1
         try:
             url = self._entry.jwks_url or await self._discover()
             found = (await self._get(url)).get("keys")
             if not isinstance(found, list):
                 raise ValueError("no list of keys")  # noqa: TRY301, TRY004 - told as other bad answers are
-        except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever the issuer sent, old keys go on and it is asked again
             self._log.warning(
                 "jwks_not_fetched", issuer=self._entry.issuer, error=f"{type(error).__name__}: {error}"[:300]
             )
@@ -319,13 +380,18 @@ class _Source:
 
     def __init__(self, entry: Issuer, log: Any) -> None:
         self.entry = entry
-        self.name = entry.name or str(urlsplit(entry.issuer or "").hostname)
+        self.name = entry.called
         self.keys = _Keys(entry, log) if entry.secret is None else None
         self._secret = entry.secret.get_secret_value().encode() if entry.secret else b""
 
-    async def verify(self, token: str, header: dict[str, Any]) -> tuple[Principal, float]:
-        """The caller, and when the token ends. Raises Unauthenticated, IssuerUnavailable."""
+    async def verify(self, token: str, header: dict[str, Any], said: dict[str, Any]) -> tuple[Principal, float]:
+        """The caller, and when the token ends. Raises Unauthenticated, IssuerUnavailable.
+
+        `said`: its claims, which nobody has checked yet.
+        """
         entry = self.entry
+        for name in ("exp", "nbf", "iat"):
+            _check_time(said, name)
         algorithm = str(header["alg"])
         kid = header.get("kid")
         key: Any = (
@@ -354,9 +420,10 @@ class _Source:
         except jwt.PyJWTError:
             raise Unauthenticated("The token's signature or form is wrong.", code="invalid_token") from None
         for name, wanted in entry.require.items():
-            if _at(claims, name) != wanted:
+            given = _at(claims, name)
+            if type(given) is not type(wanted) or given != wanted:  # 1 is not true
                 raise Unauthenticated(f"The token's `{name}` is not what is accepted here.", code="invalid_token")
-        if entry.supabase is not None and claims.get("is_anonymous") is True:
+        if entry.supabase is not None and claims.get("is_anonymous") not in (None, False):
             raise Unauthenticated("Anonymous users are not accepted here.", code="invalid_token")
         return self._principal(claims), float(claims["exp"])
 
@@ -366,22 +433,29 @@ class _Source:
         if caller is None:
             raise Unauthenticated(f"The token has no `{where.id}`.", code="invalid_token")
         roles = frozenset(_list(claims, where.roles) or ())
-        limits = _at(claims, where.limits) if where.limits else None
         models, endpoints = _list(claims, where.models), _list(claims, where.endpoints)
         return Principal(
             id=caller,
             kind=f"jwt.{self.name}",
-            tenant=(_text(claims, where.tenant) if where.tenant else None) or f"{self.name}/{caller}",
+            tenant=self._tenant(claims, caller),
             team=_text(claims, where.team) if where.team else None,
             roles=roles,
             scopes=Scopes(
                 models=entry.models if models is None else models,
                 endpoints=entry.endpoints if endpoints is None else endpoints,
             ),
-            limits=limits if isinstance(limits, dict) else {},
+            limits=_limits(claims, where.limits),
             claims={"iss": entry.issuer},
             admin=not roles.isdisjoint(entry.admin_roles),
         )
+
+    def _tenant(self, claims: dict[str, Any], caller: str) -> str:
+        """`name/tenant`, or `name:caller` for one without: no claim can make the one the other's."""
+        where = self.entry.claims.tenant
+        named = _text(claims, where) if where else None
+        if named is None:
+            return f"{self.name}:{caller}"
+        return named if self.entry.shared_tenants else f"{self.name}/{named}"
 
 
 class Plugin:
@@ -413,10 +487,10 @@ class Plugin:
         known = self._verified.get(digest)
         if known is not None and known[0] > now:
             return known[1]
-        source, header = self._source(token)
+        source, header, claims = self._source(token)
         if source is None:
             return None
-        principal, ends = await source.verify(token, header)
+        principal, ends = await source.verify(token, header, claims)
         self._verified[digest] = min(ends + source.entry.leeway, now + BELIEVED_SECONDS), principal
         if len(self._verified) > CACHE_SIZE:
             self._verified.popitem(last=False)
@@ -430,28 +504,47 @@ class Plugin:
         team = f", team {who.team}" if who.team else ""
         return [f"token of {who.kind[4:]}: {who.id}, tenant {who.tenant}{team}{', admin' if who.admin else ''}"]
 
-    def _source(self, token: str) -> tuple[_Source | None, dict[str, Any]]:
+    def _source(self, token: str) -> tuple[_Source | None, dict[str, Any], dict[str, Any]]:
         """Who must have made it, by what it says itself: nothing of this is believed. Raises Unauthenticated."""
         head, body, _ = token.split(".")
         header, claims = _decoded(head), _decoded(body)
-        issuer = claims.get("iss") if claims is not None else None
-        if header is None or not isinstance(issuer, str) or issuer not in self._issuers:
-            return None, {}
+        if header is None or claims is None:
+            return None, {}, {}
+        issuer = claims.get("iss")
+        if not isinstance(issuer, str) or issuer not in self._issuers:
+            return None, {}, {}
         if "crit" in header:
             raise Unauthenticated("The token asks for an extension that isn't known here.", code="invalid_token")
         algorithm = header.get("alg")
         for source in self._sources:
             if source.entry.issuer == issuer and algorithm in source.entry.accepted:
-                return source, header
+                return source, header, claims
         raise Unauthenticated("The token is signed in a way that isn't accepted here.", code="invalid_token")
 
 
 def _decoded(part: str) -> dict[str, Any] | None:
+    """None if it is no JSON object, or one that two readers may read differently."""
     try:
-        value = json.loads(urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+        value = json.loads(urlsafe_b64decode(part + "=" * (-len(part) % 4)), object_pairs_hook=_told_once)
     except (binascii.Error, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _told_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _check_time(claims: dict[str, Any], name: str) -> None:
+    """A number of seconds in a year of four digits, if it is there. Raises Unauthenticated."""
+    value = claims.get(name)
+    if value is None and name not in claims:
+        return
+    if type(value) not in (int, float) or not 0 <= value < LATEST:  # type: ignore[operator]  # a number: just asked
+        raise Unauthenticated(f"The token's `{name}` is no time.", code="invalid_token")
 
 
 def _at(claims: dict[str, Any], path: str) -> Any:
@@ -480,6 +573,22 @@ def _list(claims: dict[str, Any], path: str | None) -> tuple[str, ...] | None:
     if value is None:
         return None
     items = value.split() if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+    if not isinstance(items, list) or len(items) > LONGEST_LIST or not all(isinstance(item, str) for item in items):
         raise Unauthenticated(f"The token's `{path}` is no list of texts.", code="invalid_token")
     return tuple(items)
+
+
+def _limits(claims: dict[str, Any], path: str | None) -> dict[str, Any]:
+    """Raises Unauthenticated where a limit makes no sense: without it the caller would have none."""
+    value = _at(claims, path) if path else None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise Unauthenticated(f"The token's `{path}` is no object.", code="invalid_token")
+    try:
+        OwnLimits.model_validate(value)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join(map(str, found["loc"]))
+        raise Unauthenticated(f"The token's `{path}.{name}`: {found['msg']}.", code="invalid_token") from None
+    return value

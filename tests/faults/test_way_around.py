@@ -328,8 +328,8 @@ async def test_escapes_hide_nothing_from_the_price():
 @pytest.mark.parametrize(
     "fields",
     [
-        said({"type": "file", "file": {"file_data": "data:application/pdf;base64,AA"}}),
-        said({"type": "input_audio", "input_audio": {"data": "AA"}}),
+        {"max_tokens": 5, **said({"type": "file", "file": {"file_data": "data:application/pdf;base64,AA"}})},
+        {"max_tokens": 5, **said({"type": "input_audio", "input_audio": {"data": "AA"}})},
         {},
     ],
 )
@@ -419,7 +419,6 @@ async def test_a_limit_that_is_none_does_not_stand_beside_the_one_that_is_set(wr
         }
 
 
-@SCOPE
 @pytest.mark.parametrize(("target", "least"), [
     ({"model": MODEL, "strip": ["max_tokens"]}, 50_000),
     ({"model": MODEL, "set": {"max_tokens": 4000}}, 40_000),
@@ -442,6 +441,17 @@ async def test_what_the_operator_sets_and_strips_is_reserved_for(target, least):
             [(_, reserved)] = await gw.snapshot.services.ledger.budgets(["budgets:all:total:"])
             assert reserved >= least * times
             asked.cancel()
+
+
+@SCOPE
+async def test_a_limit_that_a_target_strips_is_no_limit():
+    """Where no limit can be set for it, a request is admitted for the most that its model may answer, or not at all."""
+    aliases = {"alias": [{"model": MODEL, "strip": ["max_tokens"]}]}
+    for usd, status in (("0.02", 429), ("0.06", 200)):
+        budget = {"budgets": [{"name": "all", "by": [], "usd": usd, "per": "total"}]}
+        plugins = ["api_keys", {"use": "budgets", "config": budget}, {"use": "routing", "config": {"aliases": aliases}}]
+        async with Gateway.test(plugins=plugins, settings={"catalogue": {"overrides": PRICES}}) as gw:
+            assert (await gw.chat(model="alias")).status == status
 
 
 def test_every_field_that_clients_may_be_allowed_is_tried():

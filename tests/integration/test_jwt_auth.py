@@ -12,8 +12,8 @@ import jwt
 import openai
 import pytest
 from aiohttp import web
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from pydantic import ValidationError
 
 from gateway.kit import hash_key, new_key
@@ -21,6 +21,7 @@ from gateway.kit.testing import PEPPER, Gateway
 from gateway.kit.upstream import MODEL
 from gateway.tasks import Tasks
 from gateway_plugins import jwt_auth
+from tests.integration.process import xenios
 
 SECRET = "a shared secret of more than thirty-two characters"
 RSA, OTHER_RSA = (rsa.generate_private_key(public_exponent=65537, key_size=2048) for _ in range(2))
@@ -44,6 +45,7 @@ class Issuer:
         self.keys = [public(RSA, "r1", "RS256"), public(EC, "e1", "ES256"), public(ED, "d1", "EdDSA")]
         self.status = 200
         self.asked = 0
+        self.answer = None
         self.url = ""
 
     async def configuration(self, _):
@@ -51,6 +53,8 @@ class Issuer:
 
     async def jwks(self, _):
         self.asked += 1
+        if self.answer is not None:
+            return web.Response(text=self.answer, content_type="application/json")
         return web.json_response({"keys": self.keys}, status=self.status)
 
     def token(self, key=RSA, algorithm="RS256", kid="r1", headers=None, **claims):
@@ -106,7 +110,7 @@ async def test_a_token_of_the_issuer_is_a_caller(issuer, key, algorithm, kid):
         assert (await ask(gw, token)).status == 200
         [exchange] = await gw.finished()
         who = exchange.principal
-        assert (who.id, who.kind, who.tenant, who.team) == ("ann", "jwt.test", "acme", "blue")
+        assert (who.id, who.kind, who.tenant, who.team) == ("ann", "jwt.test", "test/acme", "blue")
         assert (who.roles, who.limits, who.admin) == ({"a", "b"}, {"requests": 9}, False)
 
 
@@ -131,9 +135,42 @@ def pem(key):
     return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
+def signed(key, header, claims, algorithm=None):
+    """Signed with RS256 whatever the parts are, as the issuer itself might by mistake."""
+    parts = [part if isinstance(part, str) else json.dumps(part) for part in (header, claims)]
+    text = ".".join(base64.urlsafe_b64encode(part.encode()).rstrip(b"=").decode() for part in parts)
+    signature = key.sign(text.encode(), padding.PKCS1v15(), algorithm or hashes.SHA256())
+    return text + "." + base64.urlsafe_b64encode(signature).rstrip(b"=").decode()
+
+
+def raw_token(issuer, **claims):
+    """What PyJWT would refuse to make."""
+    now = int(time.time())
+    body = {"iss": issuer.url, "aud": "gateway", "sub": "ann", "exp": now + 600, **claims}
+    return signed(RSA, {"alg": "RS256", "kid": "r1"}, body)
+
+
+TIMES = [
+    True,
+    "tomorrow",
+    "99999999999",
+    [],
+    {},
+    1e300,
+    10**400,
+    -(10**400),
+    -1,
+    float("inf"),
+    float("nan"),
+    253402300800,
+]
+
+
 def forged(issuer):
     now = int(time.time())
     claims = {"iss": issuer.url, "aud": "gateway", "sub": "ann", "exp": now + 600}
+    twice = json.dumps({**claims, "sub": "root"})[:-1] + ',"sub":"ann"}'
+    twice_deep = json.dumps(claims)[:-1] + ',"app_metadata":{"tenant":"a","tenant":"b"}}'
 
     def hs256(key, **header):
         signed = raw({"alg": "HS256", "typ": "JWT", **header}, claims).rpartition(".")[0]
@@ -167,8 +204,26 @@ def forged(issuer):
         "no sub": issuer.token(sub=None),
         "no aud": issuer.token(aud=None),
         "another audience": issuer.token(aud="others"),
-        "exp as text": issuer.token(exp="tomorrow"),
-        "sub as number": issuer.token(sub="\u0000"),
+        "sub with a NUL": issuer.token(sub="\u0000"),
+        "sub as number": raw_token(issuer, sub=5),
+        "sub empty": issuer.token(sub=""),
+        "iss as a list": raw_token(issuer, iss=[issuer.url]),
+        "iss nearly": issuer.token(iss=issuer.url + "/"),
+        **{
+            f"{name} {value!r:.20}": raw_token(issuer, **{name: value})
+            for name in ("exp", "nbf", "iat")
+            for value in TIMES
+        },
+        "no exp but null": raw_token(issuer, exp=None),
+        "a name twice in the payload": signed(RSA, {"alg": "RS256", "kid": "r1"}, twice),
+        "a name twice in the header": signed(RSA, '{"alg":"none","alg":"RS256","kid":"r1"}', claims),
+        "a name twice, deep": signed(RSA, {"alg": "RS256", "kid": "r1"}, twice_deep),
+        "b64 false": signed(RSA, {"alg": "RS256", "kid": "r1", "b64": False}, claims),
+        "alg as a list": raw({"alg": ["RS256"], "kid": "r1"}, claims, b"x"),
+        "RS384 with an RS256 key": signed(RSA, {"alg": "RS384", "kid": "r1"}, claims, hashes.SHA384()),
+        "PS256 that isn't accepted": raw({"alg": "PS256", "kid": "r1"}, claims, b"x"),
+        "five parts": good + ".x.y",
+        "blanks": good.replace(".", " .", 1),
         "twice": good + "." + good,
         "huge": good + "A" * 20_000,
         "no JSON": "a.b.c",
@@ -199,13 +254,12 @@ async def test_clocks_may_be_a_little_wrong(issuer):
         assert (await ask(gw, issuer.token(nbf=now + 15))).status == 200
 
 
-async def test_a_new_key_is_fetched_once(issuer, monkeypatch):
-    """A token with a key that isn't known yet: one fetch, whatever the number of requests, and then it is known."""
+async def test_a_new_key_is_fetched_once(issuer):
+    """A token with a key that isn't known yet: one fetch, at once, whatever the number of requests; then it is known."""
     async with gateway(entry(issuer, jwks_url=issuer.url + "/keys")) as gw:
         assert (await ask(gw, issuer.token())).status == 200
         issuer.keys = [public(OTHER_RSA, "r2", "RS256")]
         asked = issuer.asked
-        monkeypatch.setattr(jwt_auth, "COOLDOWN_SECONDS", 0.0)
         replies = await asyncio.gather(*(ask(gw, issuer.token(OTHER_RSA, kid="r2", jti=str(i))) for i in range(20)))
         assert {r.status for r in replies} == {200}
         assert issuer.asked == asked + 1
@@ -213,13 +267,15 @@ async def test_a_new_key_is_fetched_once(issuer, monkeypatch):
 
 
 async def test_invented_keys_bring_no_storm_of_fetches(issuer):
-    """Hundreds of tokens with invented key ids: no fetch within the cooldown, and 401."""
+    """Hundreds of tokens with invented key ids: one fetch within the cooldown, and 401."""
     async with gateway(entry(issuer)) as gw:
         assert (await ask(gw, issuer.token())).status == 200
         asked = issuer.asked
         replies = await asyncio.gather(*(ask(gw, issuer.token(OTHER_RSA, kid=f"k{i}")) for i in range(200)))
         assert {r.status for r in replies} == {401}
-        assert issuer.asked == asked
+        again = await asyncio.gather(*(ask(gw, issuer.token(OTHER_RSA, kid=f"more{i}")) for i in range(50)))
+        assert {r.status for r in again} == {401}
+        assert issuer.asked == asked + 1
 
 
 async def test_known_keys_go_on_while_the_issuer_is_away(issuer, monkeypatch):
@@ -259,13 +315,15 @@ async def test_supabase(issuer):
         meta = {"tenant": "acme", "roles": ["ops"], "limits": {"requests": 5}}
         assert (await ask(gw, token(app_metadata=meta, user_metadata={"tenant": "victim"}))).status == 200
         [exchange] = await gw.finished()
-        assert (exchange.principal.tenant, exchange.principal.admin) == ("acme", True)
+        assert (exchange.principal.tenant, exchange.principal.admin) == ("127.0.0.1/acme", True)
         assert (await ask(gw, token(user_metadata={"tenant": "victim", "roles": ["ops"]}))).status == 200
         plain = (await gw.finished(2))[1].principal
-        assert (plain.tenant, plain.admin) == ("127.0.0.1/ann", False)
+        assert (plain.tenant, plain.admin) == ("127.0.0.1:ann", False)
         assert (await ask(gw, token(role="anon", aud="anon", sub=None))).status == 401
         assert (await ask(gw, token(role="service_role"))).status == 401
         assert (await ask(gw, token(is_anonymous=True))).status == 401
+        assert (await ask(gw, token(is_anonymous="true"))).status == 401
+        assert (await ask(gw, token(role=None))).status == 401
         legacy = jwt.encode(
             {"iss": "supabase", "role": "service_role", "exp": time.time() + 99}, SECRET, algorithm="HS256"
         )
@@ -321,7 +379,14 @@ async def test_tokens_are_nowhere_to_be_found(issuer, capfd):
         ({"algorithms": ["HS256"]}, "HS256 needs a secret"),
         ({"secret": SECRET, "algorithms": ["HS256", "RS256"]}, "never mixed"),
         ({"secret": SECRET, "jwks_url": "https://x.y/keys"}, "either a secret or public keys"),
-        ({"secret": "short"}, "at least 32"),
+        ({"secret": "short"}, "32 bytes at least"),
+        ({"secret": "s" * 63, "algorithms": ["HS256", "HS512"]}, "64 bytes at least"),
+        ({"secret": "-----BEGIN PUBLIC KEY-----" + "A" * 99}, "a public key goes behind jwks_url"),
+        ({"secret": '{"kty": "RSA", "n": "' + "A" * 99}, "a public key goes behind jwks_url"),
+        ({"audience": ["gateway", ""]}, "needs audience"),
+        ({"admin_roles": ["ops"]}, "admin_roles needs claims.roles"),
+        ({"shared_tenants": True}, "shared_tenants needs claims.tenant"),
+        ({"require": {"user_metadata.paid": True}}, "users change user_metadata themselves"),
         ({"issuer": "http://login.example.com"}, "must be https"),
         ({"jwks_url": "http://169.254.169.254/keys"}, "must be https"),
         ({"algorithms": ["none"]}, "Input should be"),
@@ -333,6 +398,147 @@ def test_settings_that_would_let_forgers_in_are_mistakes(changes, what):
     with pytest.raises(ValidationError, match=what) as caught:
         jwt_auth.Config(issuers=[{"issuer": "https://x.y", "audience": "gateway", **changes}])
     assert SECRET not in str(caught.value)
+
+
+def test_two_issuers_on_one_host_need_names():
+    """Two realms of one login would share the ids and tenants of their users: a mistake, until each has a name."""
+    realms = [{"issuer": f"https://login.example.com/{realm}", "audience": "x"} for realm in "ab"]
+    with pytest.raises(ValidationError, match="give each a `name`"):
+        jwt_auth.Config(issuers=realms)
+    assert jwt_auth.Config(issuers=[{**realm, "name": f"n{i}"} for i, realm in enumerate(realms)])
+    same = {"issuer": "https://login.example.com/a", "audience": "x"}
+    assert jwt_auth.Config(issuers=[same, {**same, "secret": "s" * 32}])  # one login, two kinds of keys
+
+
+def test_a_supabase_of_ones_own_keeps_its_guards():
+    """With an issuer of its own the preset still refuses anon and service keys."""
+    entry = jwt_auth.Issuer(supabase="https://db.example.com", issuer="https://auth.example.com", secret="s" * 32)
+    assert (entry.issuer, entry.audience) == ("https://auth.example.com", "authenticated")
+    assert entry.require == {"role": "authenticated"}
+    assert entry.claims.tenant == "app_metadata.tenant"
+
+
+async def test_a_mistake_in_the_settings_is_told_by_check(tmp_path):
+    """`xenios check` says where and what, without the secret."""
+    config = tmp_path / "x.yaml"
+    config.write_text(
+        "upstreams: {openrouter: {without_key: simulate}}\n"
+        "plugins:\n  - use: jwt_auth\n    config:\n      issuers:\n"
+        f"        - {{issuer: 'https://a.b', audience: x, secret: '{SECRET}', algorithms: [RS256]}}\n"
+        "        - {issuer: 'http://a.b', audience: x}\n"
+        "        - {issuer: 'https://c.d'}\n"
+    )
+    done = await asyncio.to_thread(xenios, "check", "--config", config, cwd=tmp_path)
+    assert done.returncode != 0
+    for line, what in ((6, "never mixed with public keys"), (7, "must be https://"), (8, "needs audience")):
+        assert f"x.yaml:{line}" in done.stderr
+        assert what in done.stderr
+    assert SECRET not in done.stdout + done.stderr
+
+
+async def test_tenants_of_a_token_are_its_issuers_own(issuer):
+    """No token of one issuer becomes a tenant of another, of a key, or of another caller, whatever it claims."""
+    key = new_key()
+    shared = {"issuer": issuer.url, "audience": "gateway", "secret": SECRET}
+    claims = {"claims": {"tenant": "org"}}
+    plugins = [
+        {"use": "api_keys", "config": {"keys": [{"id": "acme", "hash": hash_key(key, PEPPER)}]}},
+        {"use": "jwt_auth", "config": {"issuers": [entry(issuer, **claims), {**shared, **claims, "name": "other"}]}},
+    ]
+    async with Gateway.test(plugins=plugins) as gw:
+        tokens = [
+            key,
+            *(issuer.token(org=org) for org in ("acme", "ann", "other/acme", ":ann", "/ann")),
+            issuer.token(),
+            *(issuer.token(SECRET, "HS256", org=org) for org in ("acme", "ann", None)),
+        ]
+        for number, token in enumerate(tokens, 1):
+            assert (await ask(gw, token)).status == 200
+            await gw.finished(number)
+        tenants = [exchange.principal.tenant for exchange in await gw.finished(len(tokens))]
+        assert len(set(tenants)) == len(tokens), tenants
+        assert all(tenant.startswith(("test/", "test:", "other/", "other:")) for tenant in tenants[1:])
+
+
+async def test_tenants_are_shared_where_the_operator_says_so(issuer):
+    """`shared_tenants`: a token's tenant is that of keys of the same name; without the claim it is still its own."""
+    where = entry(issuer, claims={"tenant": "org"}, shared_tenants=True)
+    async with gateway(where) as gw:
+        for number, token in enumerate([issuer.token(org="acme"), issuer.token()], 1):
+            await ask(gw, token)
+            await gw.finished(number)
+        assert [e.principal.tenant for e in await gw.finished(2)] == ["acme", "test:ann"]
+
+
+@pytest.mark.parametrize("limits", [
+    {"requests": -1}, {"requests": 0}, {"requests": "many"}, {"requests": [5]}, {"tokens": 1.5}, {"usd": -5},
+    {"usd": "1e400"}, {"per": 0}, {"per": "soon"}, {"usd_per": "moment"}, [5], 5, "5", True,
+])  # fmt: skip
+async def test_limits_that_make_no_sense_are_no_licence(issuer, limits):
+    """A token whose limits can't be understood is 401 and told which: not a caller without limits."""
+    rate = {"use": "rate_limit", "config": {}}
+    async with gateway(entry(issuer, claims={"limits": "app.limits"}), plugins=[rate]) as gw:
+        reply = await ask(gw, issuer.token(app={"limits": limits}))
+        assert (reply.status, reply.data["error"]["code"]) == (401, "invalid_token")
+        assert "app.limits" in reply.data["error"]["message"]
+        good = {"requests": 1, "per": "1h", "unheard": [1]}
+        asked = [(await ask(gw, issuer.token(app={"limits": good}))).status for _ in range(2)]
+        assert asked == [200, 429]
+        assert (await ask(gw, issuer.token(sub="bob", app={"limits": None}))).status == 200
+
+
+@pytest.mark.parametrize("claims", [{"level": True}, {"level": "1"}, {"level": 1.0}, {"level": [1]}, {"level": 2}, {}])
+async def test_what_is_required_is_required_to_the_letter(issuer, claims):
+    """1 is neither true nor "1", and a claim that isn't there isn't what was asked for."""
+    async with gateway(entry(issuer, require={"level": 1})) as gw:
+        assert (await ask(gw, issuer.token(**claims))).status == 401
+        assert (await ask(gw, issuer.token(level=1))).status == 200
+
+
+async def test_only_admin_roles_make_administrators(issuer):
+    """No other claim does: not `admin`, not `role`, not a role of another issuer's list."""
+    shared = {"issuer": issuer.url, "audience": "gateway", "secret": SECRET, "name": "other"}
+    both = [
+        entry(issuer, claims={"roles": "groups"}, admin_roles=["ops"]),
+        {**shared, "claims": {"roles": "groups"}},
+    ]
+    async with gateway(*both) as gw:
+        tokens = [
+            issuer.token(groups=["ops"]),
+            issuer.token(groups="dev ops"),
+            issuer.token(groups=["opsx", "OPS"]),
+            issuer.token(admin=True, is_admin=True, role="ops", roles=["ops"], scope="admin"),
+            issuer.token(SECRET, "HS256", groups=["ops"]),
+            issuer.token(groups={"ops": True}),
+            issuer.token(groups=["r"] * 201),
+        ]
+        statuses = [(await ask(gw, token)).status for token in tokens]
+        assert statuses == [200] * 5 + [401] * 2
+        assert [e.principal.admin for e in (await gw.finished(7)) if e.principal] == [True, True, False, False, False]
+
+
+async def test_a_token_is_believed_no_longer_than_it_lasts(issuer):
+    """A verified token isn't verified again for a moment, but once it has ended it is refused all the same."""
+    async with gateway(entry(issuer, leeway=0)) as gw:
+        ends = int(time.time()) + 2
+        token = issuer.token(exp=ends)
+        while (reply := await ask(gw, token)).status == 200:
+            assert time.time() < ends + 1
+        assert time.time() >= ends
+        assert (reply.status, reply.data["error"]["code"]) == (401, "expired_token")
+
+
+async def test_keys_go_on_whatever_the_issuer_answers(issuer):
+    """No list, no JSON, nesting without end, a redirect: what is known goes on, and the issuer is asked again."""
+    async with gateway(entry(issuer)) as gw:
+        assert (await ask(gw, issuer.token())).status == 200
+        keys = gw.plugin("jwt_auth")._sources[0].keys
+        for odd in ("[]", "{}", '{"keys": 5}', '{"keys": {"a": 1}}', "<html>", "[" * 100_000, '{"keys": ["x", null]}x'):
+            issuer.answer = odd
+            assert await keys._fetch() is False
+            assert (await ask(gw, issuer.token(jti=odd[:9]))).status == 200
+        issuer.answer = None
+        assert await keys._fetch() is True
 
 
 async def test_a_slow_issuer_holds_up_nobody_else(issuer):
