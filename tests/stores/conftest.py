@@ -16,3 +16,11 @@ def postgres():
     """A PostgreSQL for the tests of one file."""
     with postgres_server() as running:
         yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def url(request, tmp_path):
+    """Address of a new database, of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/keys.sqlite"
+    return await request.getfixturevalue("postgres").new()

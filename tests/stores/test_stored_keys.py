@@ -13,13 +13,6 @@ from tests.integration.process import xenios
 from tests.stores.postgres import postgres_server
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/keys.sqlite"
-    return await request.getfixturevalue("postgres").new()
-
-
 def gateway(url, *more, **config):
     plugin = {"use": "api_keys", "config": {"database": True, **config}}
     database = {"url": url, "migrate_on_start": True}
@@ -97,6 +90,18 @@ async def test_a_key_may_be_of_no_other_use(url):
         ({"hash": "hmac-sha256:00"}, "hash"),
         ({"revoked_at": None}, "revoked_at"),
         ({"created_by": "me"}, "created_by"),
+        ({"created_at": 0}, "created_at"),
+        ({"key": new_key()}, "key"),
+        ({"hint": "x"}, "hint"),
+        ({"old_hash": "hmac-sha256:00"}, "old_hash"),
+        ({"old_until": 9e15}, "old_until"),
+        ({"last_used_at": None}, "last_used_at"),
+        ({"state": "active"}, "state"),
+        ({"object": "api_key"}, "object"),
+        ({"claims": {}}, "claims"),
+        ({"scopes": {"models": ["*"]}}, "scopes"),
+        ({"admin": "perhaps"}, "admin"),
+        ({"__class__": "x"}, "__class__"),
         ({"team": "a\u0000b"}, "team"),
         ({"expires": "soon"}, "expires"),
         ({"limits": {"requests": -1}}, "limits.requests"),
@@ -113,6 +118,50 @@ async def test_what_can_not_be_said_of_a_key_is_refused(body, param, tmp_path):
             changed = await gw.request("PATCH", "/admin/keys/there", json=body)
             assert (changed.status, changed.data["error"]["param"]) == (400, param)
         assert (await gw.post("/admin/keys", {"id": "there"})).status == 409
+
+
+async def test_nobody_makes_himself_an_administrator(url):
+    """A key that is none can change neither itself nor another, by whatever route; and an id never changes."""
+    async with gateway(url) as gw:
+        _, plain = await create(gw, id="plain", models=["anthropic/*"])
+        for method, path, body in (
+            ("PATCH", "/admin/keys/plain", {"admin": True}),
+            ("PATCH", "/admin/keys/plain", {"models": None}),
+            ("POST", "/admin/keys", {"admin": True}),
+            ("POST", "/admin/keys/plain/rotate", {}),
+            ("POST", "/admin/keys/plain/revoke", {}),
+        ):
+            assert (await gw.request(method, path, headers=plain, json=body)).status == 403
+        renamed = await gw.request("PATCH", "/admin/keys/plain", json={"id": "bootstrap"})
+        assert (renamed.status, renamed.data["error"]["param"]) == (400, "id")
+        shown = (await gw.get("/admin/keys/plain")).data
+        assert (shown["admin"], shown["models"], shown["state"]) == (False, ["anthropic/*"], "active")
+
+
+async def test_changes_at_the_same_time_all_hold(url):
+    """What one administrator takes away, the change of another doesn't bring back."""
+    changes = [
+        {"admin": False}, {"name": "n"}, {"tags": ["t"]}, {"roles": ["r"]}, {"models": ["m"]}, {"aliases": ["a"]},
+        {"tasks": ["k"]}, {"endpoints": ["chat/*"]}, {"limits": {"requests": 5}}, {"team": "x"}, {"owner": "o"},
+    ]  # fmt: skip
+    async with gateway(url) as gw:
+        await create(gw, id="app", admin=True)
+        asked = (gw.request("PATCH", "/admin/keys/app", json=change) for change in changes)
+        assert {reply.status for reply in await asyncio.gather(*asked)} == {200}
+        shown = (await gw.get("/admin/keys/app")).data
+        for change in changes:
+            assert shown | change == shown
+
+
+async def test_a_row_that_makes_no_sense_keeps_nobody_else_out(url):
+    """A key whose row was broken is refused; keys asked for together with it work."""
+    async with gateway(url) as gw:
+        _, broken = await create(gw, id="broken")
+        _, sound = await create(gw, id="sound")
+        database = gw.snapshot.services.database
+        await database.execute("UPDATE api_keys_keys SET grants = $1 WHERE id = $2", "{", "broken")
+        replies = await asyncio.gather(*(chat(gw, headers) for headers in (broken, sound) for _ in range(3)))
+        assert [reply.status for reply in replies] == [401] * 3 + [200] * 3
 
 
 async def test_a_revoked_key_is_refused_by_every_gateway_within_two_seconds(url):

@@ -181,7 +181,7 @@ class Plugin:
         if config.database:
             from gateway_plugins.api_keys.store import KeyStore  # noqa: PLC0415 - most configurations do without
 
-            self._store = KeyStore(services.database, config.on_store_error)
+            self._store = KeyStore(services.database, config.on_store_error, services.log)
             self.ping = services.database.ping
         self._pepper = services.pepper
         keys = [_key(entry, services.pepper) for entry in config.keys]

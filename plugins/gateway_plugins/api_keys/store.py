@@ -114,6 +114,7 @@ class KeyStore:
 
     database: Database
     on_store_error: str = "allow"
+    log: Any = None
     _known: OrderedDict[str, _Seen] = field(default_factory=OrderedDict)
     _unknown: OrderedDict[str, _Seen] = field(default_factory=OrderedDict)
     _waiting: dict[str, asyncio.Future[Known | None]] = field(default_factory=dict)
@@ -156,6 +157,8 @@ class KeyStore:
         return None if row is None else _known(row, row["hash"])
 
     async def _ask(self) -> None:
+        """Until nobody waits."""
+        late: set[str] = set()
         try:
             while self._waiting:
                 digests = list(self._waiting)[:BATCH]
@@ -164,14 +167,28 @@ class KeyStore:
                 except StoreUnavailable as error:
                     for digest in digests:
                         self._answer_without(digest, error)
+                except Exception:
+                    self.log.exception("api_keys_look_up_failed")
+                    for digest in digests:
+                        self._answer_without(digest, StoreUnavailable())
                 else:
                     for digest in digests:
-                        seen = self._known.get(digest)
-                        waiting = self._waiting.pop(digest)
-                        if not waiting.done():
-                            waiting.set_result(seen.known if seen is not None else None)
+                        self._answer(digest, late)
         finally:
             self._asking = False
+
+    def _answer(self, digest: str, late: set[str]) -> None:
+        """A yes that took longer than it may be believed is asked for once more: there may have been a revocation."""
+        seen = self._known.get(digest)
+        known = seen.known if seen is not None else None
+        if seen is None or known is None or known.revoked or time.monotonic() - seen.checked < FRESH_SECONDS:
+            waiting = self._waiting.pop(digest)
+            if not waiting.done():
+                waiting.set_result(known)
+        elif digest in late:
+            self._answer_without(digest, StoreUnavailable())
+        else:
+            late.add(digest)
 
     def _answer_without(self, digest: str, error: StoreUnavailable) -> None:
         """The database is away: what was known is believed on, if the settings allow it."""
@@ -185,6 +202,7 @@ class KeyStore:
             waiting.set_exception(error)
 
     async def _load(self, digests: Sequence[str]) -> None:
+        """What the database says of these is known from now on, as of the time of the question."""
         asked = time.monotonic()
         places = ", ".join(f"${i}" for i in range(1, len(digests) + 1))
         rows = await self.database.fetch(
@@ -194,9 +212,12 @@ class KeyStore:
         found = {}
         for row in rows:
             for digest in (row["hash"], row["old_hash"]):
-                if digest is not None:
-                    found[digest] = _known(row, digest)
+                if digest is not None and (known := self._read(row, digest)) is not None:
+                    found[digest] = known
         for digest in digests:
+            newer = self._known.get(digest) or self._unknown.get(digest)
+            if newer is not None and newer.checked > asked:
+                continue  # two questions overtook each other: the later one knows of a revocation between them
             if digest in found:
                 self._unknown.pop(digest, None)
                 self._known[digest] = _Seen(found[digest], asked)
@@ -208,6 +229,14 @@ class KeyStore:
             self._known.popitem(last=False)
         while len(self._unknown) > UNKNOWN_SIZE:
             self._unknown.popitem(last=False)
+
+    def _read(self, row: dict[str, Any], digest: str) -> Known | None:
+        """A row that can't be understood is no key, and keeps nobody else out."""
+        try:
+            return _known(row, digest)
+        except (ValueError, KeyError, TypeError):
+            self.log.exception("api_key_not_understood", key_id=row["id"])
+            return None
 
     async def _refresh(self) -> None:
         """Keys in use never wait for the database, and one that was revoked is known to be within two seconds."""
@@ -223,6 +252,8 @@ class KeyStore:
                     await self._write_used()
             except StoreUnavailable:
                 continue
+            except Exception:
+                self.log.exception("api_keys_refresh_failed")
 
     async def _write_used(self) -> None:
         used, self._used = self._used, {}
@@ -302,7 +333,7 @@ async def change(
 ) -> dict[str, Any]:
     """Set the fields named in `changes` to what `wanted` says. Raises NotFound, StoreUnavailable."""
     async with database.transaction() as statements:
-        row = await _row(statements, key_id)
+        row = await _locked(database, statements, key_id)
         grants = json.loads(row["grants"])
         now = json.loads(_grants(wanted))
         grants.update({name: now[name] for name in changes if name in now})
@@ -326,7 +357,7 @@ async def rotate(
     """A new secret; the old one works for `overlap` seconds more. Raises NotFound, BadRequest, StoreUnavailable."""
     secret = new_key()
     async with database.transaction() as statements:
-        row = await _row(statements, key_id)
+        row = await _locked(database, statements, key_id)
         if row["revoked_at"] is not None:
             raise BadRequest(f"The key {key_id!r} was revoked; create another.")
         until = _now() + int(overlap * 1000)
@@ -343,7 +374,7 @@ async def rotate(
 async def revoke(database: Database, key_id: str, actor: str) -> dict[str, Any]:
     """For good, the secret before a rotation too. Raises NotFound, StoreUnavailable."""
     async with database.transaction() as statements:
-        row = await _row(statements, key_id)
+        row = await _locked(database, statements, key_id)
         if row["revoked_at"] is None:
             row["revoked_at"] = _now()
             await statements.execute(
@@ -366,8 +397,13 @@ async def audit(database: Database, *, limit: int, key_id: str | None = None) ->
     }
 
 
-async def _row(statements: Database | Statements, key_id: str) -> dict[str, Any]:
-    row = await statements.fetch_one(f"SELECT {_COLUMNS} FROM api_keys_keys WHERE id = $1", key_id)  # noqa: S608
+async def _locked(database: Database, statements: Statements, key_id: str) -> dict[str, Any]:
+    """Nobody changes it meanwhile: what one administrator takes away, another's change doesn't bring back."""
+    return await _row(statements, key_id, " FOR UPDATE" if database.dialect == "postgresql" else "")
+
+
+async def _row(statements: Database | Statements, key_id: str, lock: str = "") -> dict[str, Any]:
+    row = await statements.fetch_one(f"SELECT {_COLUMNS} FROM api_keys_keys WHERE id = $1{lock}", key_id)  # noqa: S608
     if row is None:
         raise NotFound(f"There is no key {key_id[:100]!r}.")
     return row
