@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import copy
 import gzip
 import itertools
@@ -758,6 +759,7 @@ class _Connection(asyncio.StreamReaderProtocol):
         except (MalformedRequestError, asyncio.LimitOverrunError) as error:
             self._upstream.malformed.append(str(error))
             writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            await _take_the_rest(reader, writer)
         finally:
             writer.close()
 
@@ -805,6 +807,15 @@ async def _read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
     body = await _read_body(reader, headers)
     path, _, query = parts[1].partition("?")
     return Seen(parts[0], path, query, parts[2], headers, body, connection)
+
+
+async def _take_the_rest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A close with unread data resets the connection, and the client may never see the answer."""
+    with contextlib.suppress(OSError, TimeoutError):
+        writer.write_eof()
+        async with asyncio.timeout(0.5):
+            while await reader.read(65536):
+                pass
 
 
 def _header(line: str) -> tuple[str, str]:
