@@ -87,7 +87,8 @@ async def _print_requests(database: Database, query: store.Query, *, as_json: bo
             typer.echo(shown.table(data, shown.REQUEST_COLUMNS, head=head), nl=False)
         else:
             for row in data:
-                cost = "?" if row["cost_usd"] is None else f"{row['cost_usd']:.6f}"
+                unknown = "-" if row["model"] is None else "?"  # nothing answered, nothing was spent
+                cost = unknown if row["cost_usd"] is None else f"{row['cost_usd']:.6f}"
                 typer.echo(
                     f"{row['at']} {row['key']:24} {row['model'] or row['model_asked'] or '-':36} "
                     f"{row['input_tokens'] or 0:>8} {row['output_tokens'] or 0:>8} {cost:>12} {row['outcome']}"
