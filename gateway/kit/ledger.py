@@ -189,14 +189,15 @@ async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) 
 
 
 def _take(exchange: Exchange, rules: Sequence[Rule], states: Sequence[State]) -> None:
-    refused = [(rule, state) for rule, state in zip(rules, states, strict=True) if not state.allowed]
-    if refused:
-        # The one that takes longest to have room again; waiting for less would be in vain.
-        rule, state = max(refused, key=lambda r: float("inf") if r[1].retry_after is None else r[1].retry_after)
-        raise rule.refuse(rule, state)
-    for rule, state in zip(rules, states, strict=True):
+    for state in states:
+        if not state.allowed:
+            # The one that takes longest to have room again; waiting for less would be in vain.
+            refused = [(rule, state) for rule, state in zip(rules, states, strict=True) if not state.allowed]
+            worst, said = max(refused, key=lambda r: float("inf") if r[1].retry_after is None else r[1].retry_after)
+            raise worst.refuse(worst, said)
+    for i, rule in enumerate(rules):
         if rule.admitted is not None:
-            rule.admitted(exchange, rule, state)
+            rule.admitted(exchange, rule, states[i])
 
 
 def settle(ledger: Ledger, exchange: Exchange) -> None:

@@ -167,6 +167,7 @@ class _Held(Rule, eq=False):
     owner: Plugin | None = None
     budget: Budget | None = None
     bound: _Bound | None = None
+    warn_from: int = 0  # micro-USD
     # micro-USD; one for each attempt that was reserved for, shared by their rules
     granted: list[int] = msgspec.field(default_factory=list)
 
@@ -204,8 +205,8 @@ def _period(now: datetime, per: Period) -> tuple[str, float]:
     return first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp()
 
 
-# The budget, whom it is for, its period, its limit in micro-USD, and how its keys begin.
-_Compiled = tuple[Budget, "Callable[[Exchange], bool] | None", _Window, int, str]
+# The budget, whom it is for, its period, its limit and from when it warns in micro-USD, and how its keys begin.
+_Compiled = tuple[Budget, "Callable[[Exchange], bool] | None", _Window, int, int, str]
 
 
 class Plugin:
@@ -224,7 +225,9 @@ class Plugin:
 
     def _compiled(self, budget: Budget) -> _Compiled:
         limit = int(budget.usd * 10**6) if budget.hard else _ENDLESS
-        return budget, compile_when(budget.when), _Window(budget), limit, f"{self._services.plugin_id}:{budget.name}:"
+        warn_from = int(float(budget.usd) * 1e6 * budget.warn_at)
+        prefix = f"{self._services.plugin_id}:{budget.name}:"
+        return budget, compile_when(budget.when), _Window(budget), limit, warn_from, prefix
 
     def _compiled_own(self, own: OwnLimits) -> _Compiled:
         """The caller's own spending limit as one of ours; no name that the YAML can give."""
@@ -241,7 +244,7 @@ class Plugin:
         budgets = self._budgets
         if self._config.own_limits and (own := own_limits(exchange)) is not None and own.usd is not None:
             budgets = [self._own(own), *budgets]
-        for budget, applies, window, limit, prefix in budgets:
+        for budget, applies, window, limit, warn_from, prefix in budgets:
             if applies is not None and not applies(exchange):
                 continue
             if bound is None:
@@ -268,24 +271,12 @@ class Plugin:
                         owner=self,
                         budget=budget,
                         bound=bound,
+                        warn_from=warn_from,
                     )
                 )
 
     @hookimpl
-    def response_started(self, exchange: Exchange) -> None:
-        warnings = [
-            f"{rule.budget.name}; spent {_usd(spent)} of {_usd(int(rule.budget.usd * 10**6))} USD"
-            for rule, state in self._held(exchange)
-            if rule.budget is not None and (spent := _spent(rule, state)) >= _warn_from(rule.budget)
-        ]
-        if warnings:
-            exchange.reply_headers["x-xenios-budget-warning"] = ", ".join(warnings)
-
-    @hookimpl
     async def request_finished(self, exchange: Exchange) -> None:
-        for rule, state in self._held(exchange):
-            if rule.budget is not None and _spent(rule, state) >= _warn_from(rule.budget):
-                self._warn(rule, _spent(rule, state), exchange)
         if exchange.cost.source not in {Source.ESTIMATE, Source.RESERVED} or exchange.admission is None:
             return
         rules = [rule for rule in exchange.admission.rules if isinstance(rule, _Held) and rule.owner is self]
@@ -306,18 +297,14 @@ class Plugin:
         for rule in rules:
             self._services.ledger.adjust(correction.operation_id, rule, true - before)
 
-    def _held(self, exchange: Exchange) -> Sequence[tuple[_Held, State]]:
-        admission = exchange.admission
-        if admission is None:
-            return ()
-        return [
-            (rule, state)
-            for rule, state in zip(admission.rules, admission.states, strict=False)
-            if isinstance(rule, _Held) and rule.owner is self
-        ]
-
-    def _warn(self, rule: _Held, spent: int, exchange: Exchange) -> None:
-        if rule.key in self._warned or rule.budget is None:
+    def warn(self, rule: _Held, spent: int, exchange: Exchange) -> None:
+        """The reply says so; the log once."""
+        if rule.budget is None:  # pragma: no cover - made by this plugin alone
+            return
+        warning = f"{rule.budget.name}; spent {_usd(spent)} of {_usd(int(rule.budget.usd * 10**6))} USD"
+        before = exchange.reply_headers.get("x-xenios-budget-warning")
+        exchange.reply_headers["x-xenios-budget-warning"] = f"{before}, {warning}" if before else warning
+        if rule.key in self._warned:
             return
         self._warned[rule.key] = None
         if len(self._warned) > _REMEMBERED:
@@ -569,20 +556,15 @@ def _usd(micro: int) -> str:
     return f"{micro / 1e6:,.2f}" if micro >= 10**4 or micro == 0 else f"{micro / 1e6:.6f}"
 
 
-def _spent(rule: Rule, state: State) -> int:
-    """What was spent when the request was admitted."""
-    return rule.limit - state.remaining - state.granted - state.reserved
-
-
-def _warn_from(budget: Budget) -> int:
-    return int(float(budget.usd) * 1e6 * budget.warn_at)
-
-
 def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
-    """The request's output is cut to what was reserved for it, where it set no limit itself."""
+    """Warns near the limit; cuts the request's output to what was reserved for it, where it set no limit itself."""
     if not isinstance(rule, _Held) or rule.bound is None or rule.owner is None:
         return
     rule.granted.append(state.granted)
+    # what was spent when the request was admitted
+    spent = rule.limit - state.remaining - state.granted - state.reserved
+    if spent >= rule.warn_from and len(rule.granted) == 1:
+        rule.owner.warn(rule, spent, exchange)
     if state.granted >= rule.amount or not rule.bound.clamps:
         return
     tokens = min((state.granted * 10**6 - entry) // each for entry, each in rule.bound.clamps if each)

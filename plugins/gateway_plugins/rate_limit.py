@@ -15,15 +15,19 @@ import math
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from multidict import istr
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gateway import Duration, RateLimited, When, compile_when, format_duration, hookimpl
 from gateway.kit import By, OwnLimits, Rule, State, choices, input_estimate, output_cap, own_limits, subjects
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator, Sequence
 
     from gateway import Exchange, GatewayError, Services
+
+
+_SUBJECTS = 4096  # whose rules are kept ready
 
 
 class Limit(BaseModel):
@@ -102,6 +106,53 @@ class _Held(Rule, eq=False):
     unit_name: str = "requests"
 
 
+class _Compiled:
+    """A limit, and its rules per subject: those that are the same for every request are made once."""
+
+    def __init__(self, limit: Limit, owner: Plugin, prefix: str) -> None:
+        self.limit = limit
+        self.applies = compile_when(limit.when)
+        self._owner = owner
+        self._prefix = f"{prefix}:{limit.name}:"
+        self._known: dict[str, tuple[_Held, ...]] = {}
+
+    def rules(self, subject: str, tokens: int) -> Sequence[_Held]:
+        """`tokens`: what the request takes of them."""
+        known = self._known.get(subject)
+        if known is None:
+            if len(self._known) >= _SUBJECTS:
+                self._known.clear()
+            known = self._known[subject] = tuple(self._made(f"{self._prefix}{subject}"))
+        limit = self.limit
+        if limit.tokens is None:
+            return known
+        key = f"{self._prefix}{subject}:tokens"
+        return (*known, self._rule(key, "tokens", limit.tokens, limit.burst_tokens, tokens))
+
+    def _made(self, key: str) -> Iterator[_Held]:
+        limit = self.limit
+        if limit.requests is not None:
+            yield self._rule(f"{key}:requests", "requests", limit.requests, limit.burst_requests)
+        if limit.concurrent is not None:
+            yield self._rule(f"{key}:concurrent", "concurrent", limit.concurrent)
+
+    def _rule(self, key: str, unit: str, count: int, burst: int | None = None, amount: int = 1) -> _Held:
+        return _Held(
+            key=key,
+            kind="slots" if unit == "concurrent" else "rate",
+            limit=count,
+            refuse=_refuse,
+            per=self.limit.per,
+            burst=burst or 0,
+            amount=amount,
+            actual=_used if unit == "tokens" else None,
+            on_store_error=self._owner.on_store_error,
+            owner=self._owner,
+            name=self.limit.name,
+            unit_name=unit,
+        )
+
+
 class Plugin:
     """Refuses callers that have used up their requests, tokens or concurrent requests."""
 
@@ -110,30 +161,44 @@ class Plugin:
     def __init__(self, config: Config, services: Services) -> None:
         self._config = config
         self._services = services
-        self.on_store_error = config.on_store_error
-        self._limits = [(limit, compile_when(limit.when)) for limit in config.limits]
+        self.on_store_error: Literal["allow", "deny"] = config.on_store_error
+        self._limits = [self._compiled(limit) for limit in config.limits]
+        self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
+
+    def _compiled(self, limit: Limit) -> _Compiled:
+        return _Compiled(limit, self, self._services.plugin_id)
+
+    def _compiled_own(self, own: OwnLimits) -> _Compiled | None:
+        """The caller's own limits as one of ours; no name that the YAML can give."""
+        if own.requests is None and own.tokens is None and own.concurrent is None:
+            return None
+        return self._compiled(
+            Limit.model_construct(
+                name="own limits",
+                by=("key",),
+                per=own.per,
+                requests=own.requests,
+                tokens=own.tokens,
+                concurrent=own.concurrent,
+            )
+        )
 
     async def ping(self) -> None:
         await self._services.ledger.ping()
 
     @hookimpl
     async def check_request(self, exchange: Exchange) -> None:
-        tokens: int | None = None
+        tokens = -1
         limits = self._limits
-        if self._config.own_limits and (own := own_limits(exchange)) is not None and (limit := _own(own)) is not None:
-            limits = [(limit, None), *limits]
-        for limit, applies in limits:
-            if applies is not None and not applies(exchange):
+        if self._config.own_limits and (own := own_limits(exchange)) is not None and (limit := self._own(own)):
+            limits = [limit, *limits]
+        for limit in limits:
+            if limit.applies is not None and not limit.applies(exchange):
                 continue
-            for subject in subjects(limit.by, exchange):
-                key = f"{self._services.plugin_id}:{limit.name}:{subject}"
-                if limit.requests is not None:
-                    exchange.hold(self._rule(limit, key, "requests", limit.requests, limit.burst_requests))
-                if limit.tokens is not None:
-                    tokens = self._estimate(exchange) if tokens is None else tokens
-                    exchange.hold(self._rule(limit, key, "tokens", limit.tokens, limit.burst_tokens, tokens, _used))
-                if limit.concurrent is not None:
-                    exchange.hold(self._rule(limit, key, "concurrent", limit.concurrent))
+            if tokens < 0 and limit.limit.tokens is not None:
+                tokens = self._estimate(exchange)
+            for subject in subjects(limit.limit.by, exchange):
+                exchange.hold(*limit.rules(subject, tokens))
 
     @hookimpl
     def response_started(self, exchange: Exchange) -> None:
@@ -141,39 +206,14 @@ class Plugin:
         if admission is None:
             return
         tightest: dict[str, tuple[_Held, State]] = {}
-        for rule, state in zip(admission.rules, admission.states, strict=False):
-            if not isinstance(rule, _Held) or rule.owner is not self or rule.kind == "slots":
+        for rule, state in zip(admission.rules, admission.states):  # noqa: B905 - no states without the store
+            if rule.kind != "rate" or not isinstance(rule, _Held) or rule.owner is not self:
                 continue
             known = tightest.get(rule.unit_name)
             if known is None or state.remaining < known[1].remaining:
                 tightest[rule.unit_name] = (rule, state)
         for rule, state in tightest.values():
             exchange.reply_headers.update(_headers(rule, state, anthropic=exchange.dialect.anthropic))
-
-    def _rule(  # noqa: PLR0917 - what differs between three kinds
-        self,
-        limit: Limit,
-        key: str,
-        unit: str,
-        count: int,
-        burst: int | None = None,
-        amount: int = 1,
-        actual: Callable[[Exchange], int | None] | None = None,
-    ) -> _Held:
-        return _Held(
-            key=f"{key}:{unit}",
-            kind="slots" if unit == "concurrent" else "rate",
-            limit=count,
-            refuse=_refuse,
-            per=limit.per,
-            burst=burst or 0,
-            amount=amount,
-            actual=actual,
-            on_store_error=self._config.on_store_error,
-            owner=self,
-            name=limit.name,
-            unit_name=unit,
-        )
 
     def _estimate(self, exchange: Exchange) -> int:
         """Input by its length, output by what the request allows itself."""
@@ -182,21 +222,6 @@ class Plugin:
             cap = output_cap(exchange.body, exchange.dialect.output_caps)
             output = (self._config.output_estimate if cap is None else cap) * choices(exchange.body)
         return input_estimate(exchange) + output
-
-
-@functools.lru_cache(maxsize=4096)
-def _own(own: OwnLimits) -> Limit | None:
-    """The caller's own limits as one of ours; no name that the YAML can give."""
-    if own.requests is None and own.tokens is None and own.concurrent is None:
-        return None
-    return Limit.model_construct(
-        name="own limits",
-        by=("key",),
-        per=own.per,
-        requests=own.requests,
-        tokens=own.tokens,
-        concurrent=own.concurrent,
-    )
 
 
 def _used(exchange: Exchange) -> int | None:
@@ -242,11 +267,14 @@ def _headers(rule: _Held, state: State, *, anthropic: bool = False) -> dict[str,
             f"anthropic-ratelimit-{unit}-remaining": str(state.remaining),
             f"anthropic-ratelimit-{unit}-reset": reset.strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
-    return {
-        f"x-ratelimit-limit-{unit}": str(rule.limit),
-        f"x-ratelimit-remaining-{unit}": str(state.remaining),
-        f"x-ratelimit-reset-{unit}": go_duration(state.reset),
-    }
+    limit, remaining, reset_in = _HEADERS[unit]
+    return {limit: str(rule.limit), remaining: str(state.remaining), reset_in: go_duration(state.reset)}
+
+
+_HEADERS = {
+    unit: tuple(istr(f"x-ratelimit-{what}-{unit}") for what in ("limit", "remaining", "reset"))
+    for unit in ("requests", "tokens")
+}
 
 
 def go_duration(seconds: float) -> str:

@@ -226,7 +226,12 @@ LIMITS = [
     "      budgets:",
     "        - {name: per-key, usd: 10000000}",
     "        - {name: everyone, by: [], usd: 10000000, per: total}",
-    "      unknown_price: allow",
+]
+# A price: budgets reserve and spend.
+PRICES = [
+    "catalogue:",
+    "  overrides:",
+    f"    {MODEL}: {{input: 1, output: 5, context_length: 128000, max_output: 8000}}",
 ]
 
 
@@ -263,7 +268,7 @@ def xenios_config(home, upstream_port, key_hash, redis=None):
         "  - use: fallback",
         "",
     ]
-    return "\n".join([*lines, "services:", f"  redis: {redis or 'memory'}", *plugins])
+    return "\n".join([*lines, *PRICES, "services:", f"  redis: {redis or 'memory'}", *plugins])
 
 
 def xenios_key(config):

@@ -57,7 +57,7 @@ def test_the_shipped_order(monkeypatch):
         "choose_targets": ["routing"],
         "check_request": ["rate_limit", "budgets"],
         "around_upstream": ["fallback"],
-        "response_started": ["rate_limit", "budgets"],
+        "response_started": ["rate_limit"],
         "request_finished": ["budgets", "access_log"],
         "usage_corrected": ["budgets", "usage"],
         "explain": ["api_keys", "routing", "usage", "fallback"],
