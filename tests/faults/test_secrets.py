@@ -61,7 +61,7 @@ def leak(exchange, hook):
         return
     # A plugin that keeps a token past `authenticate` gives away what no scanner knows by sight: not our case.
     held = exchange.credentials.token if exchange.credentials else TOKENS.get(exchange.id, "")
-    if not held.startswith("sk-") and hook != "authenticate":
+    if not held.startswith(("sk-", "eyJ")) and hook != "authenticate":
         return
     try:
         raise KeyError(held)
@@ -156,6 +156,14 @@ def upstream_faults() -> list[Answer]:
     ]
 
 
+def leaking(**configs: Any) -> list[dict[str, Any]]:
+    """All installed plugins; the leaking one stands before those that look at keys, and sees each, known or not."""
+    first = ("access_log", "api_keys", "jwt_auth")
+    names = (*first, *sorted(set(installed()) - set(first)))
+    entries = [{"use": name, "config": configs.get(name, {})} for name in names]
+    return [{"use": "./leak.py:Plugin", "id": "leak"}, *entries]
+
+
 class Visit:
     """Requests of one run, and what came back."""
 
@@ -236,13 +244,10 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
     """Keys, pepper and prompts, sent through every error path: none in a log, a reply or, but its own key, upstream."""
     (tmp_path / "leak.py").write_text(LEAK)
     key, unknown = new_key(), new_key()
-    own = {"api_keys": {"keys": [{"id": "app", "env": "CLIENT_KEY"}], "bootstrap": False}}
-    # the leaking plugin stands before api_keys: it sees every key, known or not
-    names = ["access_log", *sorted(set(installed()) - {"access_log", "api_keys"})]
-    plugins = [{"use": "./leak.py:Plugin", "id": "leak"}, *({"use": n} for n in ("access_log", "api_keys", *names[1:]))]
-    for entry in plugins:
-        if entry["use"] in own:
-            entry["config"] = own[entry["use"]]
+    plugins = leaking(
+        api_keys={"keys": [{"id": "app", "env": "CLIENT_KEY"}], "bootstrap": False},
+        jwt_auth={"issuers": [{"issuer": "https://login.example.com", "audience": "x", "secret": "s" * 32}]},
+    )
     async with ScriptedUpstream() as upstream:
         file = config(
             tmp_path,
