@@ -150,11 +150,13 @@ class Config(BaseModel):
 
 
 class _Bound(msgspec.Struct, frozen=True):
-    """The most that a request may cost, in pico-USD. `clamps`: (fixed part, per output token) of each target."""
+    """The most that a request may cost, in pico-USD. `clamps`: (fixed part, per output token, the most output tokens
+    that it can give) of each target.
+    """
 
     most: int
     least: int  # with the fewest output tokens that are worth it
-    clamps: tuple[tuple[int, int], ...] = ()
+    clamps: tuple[tuple[int, int, int], ...] = ()
     ceiling: tuple[int, int] | None = None  # list prices of input and output that the client's `provider` must keep to
 
 
@@ -399,7 +401,7 @@ class Plugin:
             most = entry + (longest + thought) * each
             return _Bound(most, most, ceiling=ceiling)
         least = min(self._config.least_tokens, longest)
-        return _Bound(entry + longest * each, entry + least * each, ((entry, each),), ceiling)
+        return _Bound(entry + longest * each, entry + least * each, ((entry, each, longest),), ceiling)
 
     def _prices(self, exchange: Exchange, asked: _Asked, model: Any, found: Media) -> tuple[int, int]:
         """(all input, one output token), at the dearest. Raises _Unbounded."""
@@ -567,7 +569,11 @@ def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
         rule.owner.warn(rule, spent, exchange)
     if state.granted >= rule.amount or not rule.bound.clamps:
         return
-    tokens = min((state.granted * 10**6 - entry) // each for entry, each in rule.bound.clamps if each)
+    money = state.granted * 10**6
+    # no more than each of them takes: an upstream refuses a limit above its own
+    tokens = min(
+        min(longest, (money - entry) // each if each else longest) for entry, each, longest in rule.bound.clamps
+    )
     name = rule.owner.cap_field(exchange)
     for other in exchange.dialect.output_caps:  # -1, "100" or whatever was no limit for us may be one for the upstream
         if output_cap(exchange.body, (other,)) is None:

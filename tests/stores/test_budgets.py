@@ -153,6 +153,16 @@ async def test_no_output_limit_is_clamped_to_what_is_left(services):
         assert refused.status == 429
 
 
+async def test_a_limit_that_is_set_is_one_that_every_model_takes(services):
+    """A successor that could answer at more length than the first model raises no limit above what the first takes."""
+    prices = {**PRICES, "test/other": {**PRICES[MODEL], "context_length": 100_000, "max_output": 50_000}}
+    upstream = ScriptedUpstream(default=costs(0.0003))
+    async with limited(services, cents("0.001"), upstream=upstream, prices=prices, fallback=True) as gw:
+        reply = await gw.chat(model="alias")
+        assert reply.headers["x-xenios-clamped"] == "max_tokens=500"
+        assert upstream.seen[0].json["max_tokens"] == 500
+
+
 async def test_no_output_limit_may_be_assumed(services):
     """With `assume: N` so much is reserved, and nothing is set."""
     upstream = ScriptedUpstream(Hang())
