@@ -231,10 +231,11 @@ class Database:
             driver = self._make()
             try:
                 await self._connect(driver)
-            except Exception as error:
+            except OldSchema:
+                await driver.close()
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, the database is away
                 driver.abort()
-                if isinstance(error, OldSchema):
-                    raise
                 self._fail(driver, error)
                 raise StoreUnavailable from None
             return driver

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
@@ -104,3 +106,16 @@ async def started(file: Path, env: Mapping[str, str] | None = None, *, ready: bo
             process.kill()
         await process.wait()
         await asyncio.gather(*gateway._readers)
+
+
+async def stored_rows(url: str, folder: Path) -> str:
+    """All that a database holds; of SQLite the bytes of whatever lies in the data directory."""
+    if url.startswith("sqlite"):
+        return "".join(p.read_bytes().decode("latin-1") for p in folder.rglob("*") if p.is_file() and p.name != "s")
+    connection = await asyncpg.connect(url)
+    try:
+        names = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        found = [await connection.fetch(f'SELECT to_json(t)::text FROM "{n["tablename"]}" t') for n in names]
+        return "".join(row[0] for table in found for row in table)
+    finally:
+        await connection.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,9 @@ from gateway.kit.upstream import (
     response_failed,
 )
 from gateway.plugins import installed
-from tests.faults.process import UPSTREAM_KEY, config, started
+from tests.faults.process import UPSTREAM_KEY, config, started, stored_rows
 from tests.faults.raw import CHAT, connect, exchange, head, request
+from tests.stores.postgres import postgres_server
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from tests.faults.process import Process
 
 PEPPER = "pepper-canary-81c2aa"
+DATABASE_PASSWORD = "database-canary-6be1d4"
 PROMPT = "prompt-canary-5a9e77"
 ANSWER = "answer-canary-c3f02b"
 FOREIGN = "foreign.token-canary-19ab44"
@@ -237,23 +240,39 @@ class Visit:
         )
 
 
+async def all_stored(url: str, folder: Path, at_least: int) -> str:
+    """What the database holds once the rows of so many requests are in it."""
+    async with asyncio.timeout(10):
+        while (found := await stored_rows(url, folder)).count('"outcome"') < at_least:
+            await asyncio.sleep(0.1)
+    return found
+
+
 @pytest.mark.promise("P12.log")
 @pytest.mark.promise("P12.reply")
+@pytest.mark.promise("P12.db")
 @pytest.mark.parametrize("form", ["json", "pretty"])
 async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
-    """Keys, pepper and prompts, sent through every error path: none in a log, a reply or, but its own key, upstream."""
+    """Keys, pepper, the database's password and prompts, sent through every error path, the database's end among them:
+    none in a log, a reply, a row or, but its own key, upstream.
+    """
     (tmp_path / "leak.py").write_text(LEAK)
     key, unknown = new_key(), new_key()
     plugins = leaking(
-        api_keys={"keys": [{"id": "app", "env": "CLIENT_KEY"}], "bootstrap": False},
+        api_keys={"keys": [{"id": "app", "env": "CLIENT_KEY"}], "bootstrap": False, "database": True},
         jwt_auth={"issuers": [{"issuer": "https://login.example.com", "audience": "x", "secret": "s" * 32}]},
     )
-    async with ScriptedUpstream() as upstream:
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(postgres_server(own=True))
+        # it trusts whoever comes from here, and so takes any password
+        url = (await server.new()).replace("xenios@", f"xenios:{DATABASE_PASSWORD}@")
+        upstream = await stack.enter_async_context(ScriptedUpstream())
         file = config(
             tmp_path,
             upstream,
             server={"pepper": PEPPER, "bootstrap_key": False, "drain_timeout": 0.5, "body_timeout": 1},
             upstream={"first_event_timeout": 0.2, "stall_timeout": 0.2},
+            services={"database": {"url": url, "migrate_on_start": True}},
             log={"level": "debug", "format": form},
             plugins=plugins,
         )
@@ -267,6 +286,10 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
             upstream.on("m/fine", lambda seen: fine if seen.stream else Json(chat_completion(ANSWER)))
             await visit.leaked((key, *strange))
             assert (await exchange(process.port, request(None, CHAT, key=key))).status == 200
+            stored = await all_stored(url, tmp_path / "data", at_least=len(upstream.seen))
+            server.kill()
+            # a key of the database's, which nobody can look up now
+            assert (await exchange(process.port, request(None, CHAT, key=new_key()))).status == 503
             async with connect(process.port) as raw:
                 upstream.on("m/one", Stream(*chat_events(ANSWER, finish=None, done=False), end="hang"))
                 await raw.send(request(None, {**DIALECTS["/v1/chat/completions"], "stream": True}, key=key))
@@ -284,11 +307,14 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
     logged = bytes(process.out + process.err).decode()
     assert logged.count("plugin_failed") >= len(HOOKS)
     assert b"event" in process.out  # the access log has spoken
-    keys = (key, unknown, TYPO, FOREIGN, UPSTREAM_KEY, PEPPER)
+    assert "database_away" in logged
+    assert "key:app" in stored
+    keys = (key, unknown, TYPO, FOREIGN, UPSTREAM_KEY, PEPPER, DATABASE_PASSWORD)
     for name, text, canaries in (
         ("log", logged, (*keys, PROMPT, ANSWER)),
         ("replies", visit.replies.decode("latin-1"), keys),
         ("requests", requests.decode("latin-1"), keys),
+        ("rows", stored, (*keys, ANSWER)),
     ):
         for canary in canaries:
             for form_of_it in (canary, canary[:24], canary[-16:]):

@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from gateway.kit.upstream import Json, ScriptedUpstream, Stream, chat_completion, chat_events
-from tests.faults.process import config, started
+from tests.faults.process import config, started, stored_rows
 from tests.faults.raw import CHAT, request
 from tests.faults.test_secrets import ANSWER, HOOKS, LEAK, PROMPT, Visit, leaking
 from tests.stores.postgres import postgres_server
@@ -78,19 +77,6 @@ def canaries(tokens: list[str]) -> Iterator[str]:
         for part in made.split(".")[1:]:
             if len(part) > 24:
                 yield from (part[:60], part[-40:])
-
-
-async def rows(url: str, folder: Path) -> str:
-    """All that a database holds; of SQLite the bytes of whatever lies in the data directory."""
-    if url.startswith("sqlite"):
-        return "".join(p.read_bytes().decode("latin-1") for p in folder.rglob("*") if p.is_file() and p.name != "s")
-    connection = await asyncpg.connect(url)
-    try:
-        names = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
-        found = [await connection.fetch(f'SELECT to_json(t)::text FROM "{n["tablename"]}" t') for n in names]
-        return "".join(row[0] for table in found for row in table)
-    finally:
-        await connection.close()
 
 
 class TokenVisit(Visit):
@@ -155,7 +141,7 @@ async def test_no_token_anywhere(tmp_path: Path, database: str) -> None:
                 process.signal()
                 assert await process.exit_code() == 0
             requests = b"".join(f"{s.path} {s.headers.raw}".encode() + s.body for s in upstream.seen)
-        stored = await rows(url, tmp_path / "data")
+        stored = await stored_rows(url, tmp_path / "data")
     logged = bytes(process.out + process.err).decode()
     assert logged.count("plugin_failed") >= len(HOOKS)
     assert "jwks_not_fetched" in logged
