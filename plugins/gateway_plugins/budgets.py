@@ -5,6 +5,10 @@ input tokens and its output limit, at the dearest price of the models that may a
 reservation becomes what it really cost. So spent and reserved never exceed a hard limit at any admission, whatever the
 number of requests, workers and gateways. A request whose cost stays unknown is charged what was reserved.
 
+What has no known limit of cost is refused (`unknown_price`), by whichever field or spelling it is asked for. Prices
+are the catalogue's: a provider that the client prefers is held to them; where it names none, an OpenRouter may balance
+to a dearer one, and such a reply overshoots its reservation. So does an image of more than `image_tokens`.
+
 Counts live where `services.redis` says: in the process, which forgets at its end, or in a Redis, which must keep its
 data (`appendonly yes`).
 """
