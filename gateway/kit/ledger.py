@@ -48,7 +48,7 @@ RETRY_SECONDS = 0.5
 SWEEP_EVERY = 10_000
 
 
-class State(msgspec.Struct, frozen=True):
+class State(msgspec.Struct, frozen=True, gc=False):
     """One rule after the request was judged. Seconds; `retry_after` is None if waiting does not help."""
 
     allowed: bool

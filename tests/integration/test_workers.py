@@ -124,6 +124,27 @@ def test_an_embedded_valkey_that_is_killed_is_replaced(tmp_path):
         assert 5 <= served <= 6
 
 
+def test_what_was_spent_outlives_a_killed_valkey(tmp_path):
+    """A budget that is used up stays so when its Valkey is killed with -9 and started again."""
+    file = config(tmp_path)
+    budget = "{name: all, by: [], usd: 0.002, per: total}"
+    file.write_text(file.read_text() + f"  - use: budgets\n    config: {{budgets: [{budget}]}}\n")
+    body = {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "Hello"}]}
+    with serving(tmp_path, "--config", file) as running:
+
+        def status():
+            return running.request("POST", "/v1/chat/completions", body).status
+
+        assert status() == 200
+        eventually(lambda: status() == 429)
+        parent = xenios_pid(tmp_path)
+        [first] = [pid for pid, command in children(parent).items() if "valkey-server" in command]
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: status() == 503 or not alive(first))
+        eventually(lambda: running.request("GET", "/health/ready").data["status"] == "ok")
+        assert {status() for _ in range(20)} == {429}
+
+
 def open_stream(running):
     """A stream that goes on for seconds; its first event was read."""
     connection = http.client.HTTPConnection(urlsplit(running.url).netloc, timeout=30)
