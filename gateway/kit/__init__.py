@@ -5,6 +5,7 @@ from gateway.kit.ledger import Admission, Rule, State
 from gateway.kit.ledger import Row as PendingRow
 from gateway.kit.schema import Schema
 from gateway.kit.subjects import (
+    NO_MEDIA,
     By,
     Media,
     OwnLimits,
@@ -22,6 +23,7 @@ from gateway.kit.text import clean, cleaned
 from gateway.stores.database import Database, Row, Statements
 
 __all__ = [
+    "NO_MEDIA",
     "Admission",
     "By",
     "Database",

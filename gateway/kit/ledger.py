@@ -203,10 +203,15 @@ def _take(exchange: Exchange, rules: Sequence[Rule], states: Sequence[State]) ->
 def settle(ledger: Ledger, exchange: Exchange) -> None:
     """When a request is over; also if it was admitted without the store, which may be back by now."""
     admission = exchange.admission
+    admitted = admission is None or bool(admission.states)
     actual: list[tuple[Rule, int | None]] = []
     for rule in admission.rules if admission is not None else ():
+        if rule.actual is None:
+            if rule.kind != "rate" or not admitted:  # what it took stays taken
+                actual.append((rule, None))
+            continue
         try:
-            actual.append((rule, rule.actual(exchange) if rule.actual is not None else None))
+            actual.append((rule, rule.actual(exchange)))
         except Exception:
             log.exception("ledger_actual_failed", key=rule.key, request_id=exchange.request_id)
             actual.append((rule, None))
@@ -217,11 +222,11 @@ def settle(ledger: Ledger, exchange: Exchange) -> None:
         except Exception:
             log.exception("ledger_record_failed", request_id=exchange.request_id)
     if actual or row:
-        ledger.settle(exchange.id, actual, row, admitted=admission is None or bool(admission.states))
+        ledger.settle(exchange.id, actual, row, admitted=admitted)
 
 
-def _states(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> list[State]:
-    """From what each rule held before: microseconds of its bucket, slots, or (spent, reserved).
+def _states(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> tuple[list[State], bool]:
+    """From what each rule held before: microseconds of its bucket, slots, or (spent, reserved). And: was it taken?
 
     One loop without calls: it runs for every request.
     """
@@ -252,14 +257,15 @@ def _states(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> lis
             least = rule.amount if rule.least is None else rule.least
             grant = min(left, rule.amount) if grant < 0 else min(grant, left, rule.amount)
             taken = taken and least <= left
-            out.append(State(least <= left, max(0, left), reserved=int(reserved)))
+            out.append(State(least <= left, max(0, left), 0.0, None, 0, int(reserved)))
     if not taken:
-        return [_untaken(rule, state, level) for rule, state, (level, _) in zip(rules, out, levels, strict=True)]
+        untaken = zip(rules, out, levels, strict=True)
+        return [_untaken(rule, state, level) for rule, state, (level, _) in untaken], False
     if grant >= 0:
         for i, state in enumerate(out):
             if rules[i].kind == "budget":
-                out[i] = State(True, state.remaining - grant, granted=grant, reserved=state.reserved)
-    return out
+                out[i] = State(True, state.remaining - grant, 0.0, None, grant, state.reserved)
+    return out, True
 
 
 def _untaken(rule: Rule, state: State, level: float) -> State:
@@ -318,10 +324,9 @@ class MemoryLedger:
             else:
                 budget = self._budgets.get(rule.key)
                 levels.append((budget.spent, budget.reserved) if budget is not None else _NOTHING)
-        states = _states(rules, levels)
-        for state in states:
-            if not state.allowed:
-                return states
+        states, taken = _states(rules, levels)
+        if not taken:
+            return states
         for rule, (level, _), state in zip(rules, levels, states, strict=True):
             if rule.kind == "rate":
                 full_at[rule.key] = now + level + rule.amount * rule.per * 1e6 / rule.limit
@@ -671,7 +676,7 @@ class RedisLedger:
         if answer[0] == 1:
             self._held.update(dict.fromkeys(taken))
         levels = [text.decode().partition(" ") for text in answer[1:]]
-        return _states(rules, [(float(level), float(reserved or 0)) for level, _, reserved in levels])
+        return _states(rules, [(float(level), float(reserved or 0)) for level, _, reserved in levels])[0]
 
     def settle(
         self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True

@@ -56,13 +56,18 @@ def output_cap(body: dict[str, Any], names: Sequence[str]) -> int | None:
 
     `names`: the fields that set it in this dialect (`exchange.dialect.output_caps`); an upstream ignores others.
     """
-    caps = [c for name in names if isinstance(c := body.get(name), int) and not isinstance(c, bool) and c > 0]
-    return max(caps, default=None)
+    most = None
+    for name in names:
+        cap = body.get(name)
+        if isinstance(cap, int) and not isinstance(cap, bool) and cap > 0 and (most is None or cap > most):
+            most = cap
+    return most
 
 
 def choices(body: dict[str, Any]) -> int:
     """How many answers may be written, and billed: `n` or `best_of` for each of several prompts."""
-    asked = max(_whole(body.get("n")), _whole(body.get("best_of")))
+    n, best_of = body.get("n"), body.get("best_of")
+    asked = 1 if n is None and best_of is None else max(_whole(n), _whole(best_of))
     prompts = body.get("prompt")
     if isinstance(prompts, list) and len(prompts) > 1 and not isinstance(prompts[0], int):
         asked *= len(prompts)  # a list of numbers is one prompt, in tokens
@@ -173,6 +178,7 @@ def _inline(image: dict[str, Any]) -> int:
 
 
 _EVERYBODY = [""]
+_KEY = ("key",)
 
 
 def subjects(by: Sequence[Subject], exchange: Exchange) -> list[str]:
@@ -180,7 +186,7 @@ def subjects(by: Sequence[Subject], exchange: Exchange) -> list[str]:
     if not by:
         return _EVERYBODY
     principal = exchange.principal
-    if len(by) == 1 and by[0] == "key":  # what most limits are by
+    if by == _KEY:  # what most limits are by
         return [_quoted(principal.reference)] if principal is not None else [""]
     parts = [_values(name, exchange, principal) for name in by]
     return ["|".join(_quoted(value) for value in values) for values in product(*parts)]

@@ -38,6 +38,7 @@ from gateway import (
     hookimpl,
 )
 from gateway.kit import (
+    NO_MEDIA,
     By,
     Media,
     OwnLimits,
@@ -53,12 +54,22 @@ from gateway.kit import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from gateway import AttemptRecord, Correction, Exchange, GatewayError, Services
 
+_SUBJECTS = 10_000  # whose rules are kept
+# Fields that make no request cost more than its bytes and its output limit; `_extra` has those that do.
+_SIMPLE = frozenset(
+    {
+        "frequency_penalty", "input", "instructions", "logit_bias", "max_completion_tokens", "max_output_tokens",
+        "max_tokens", "messages", "metadata", "model", "presence_penalty", "response_format", "seed", "stop",
+        "stop_sequences", "stream", "stream_options", "system", "temperature", "top_k", "top_p", "user",
+    }
+)  # fmt: skip
 # An attempt that failed like this may have been billed all the same.
 _PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.CLIENT_DISCONNECT, Cause.ABANDONED})
+_TOLD = frozenset({Source.UPSTREAM, Source.CATALOGUE})
 _ENDLESS = 10**15  # micro-USD: what a soft budget "allows"
 _REMEMBERED = 10_000  # operations whose true cost may still become known
 _LONG_CACHE = 2  # Anthropic's price of what it keeps for an hour, in times of plain input
@@ -211,8 +222,49 @@ def _period(now: datetime, per: Period) -> tuple[str, float]:
     return first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp()
 
 
-# The budget, whom it is for, its period, its limit and from when it warns in micro-USD, and how its keys begin.
-_Compiled = tuple[Budget, "Callable[[Exchange], bool] | None", _Window, int, int, str]
+class _Compiled:
+    """A budget, and its rule per subject: what is the same for every request of its period is made once."""
+
+    def __init__(self, budget: Budget, owner: Plugin, prefix: str) -> None:
+        self.budget = budget
+        self.applies = compile_when(budget.when)
+        self._owner = owner
+        self._window = _Window(budget)
+        self._limit = int(budget.usd * 10**6) if budget.hard else _ENDLESS
+        self._warn_from = int(float(budget.usd) * 1e6 * budget.warn_at)
+        self._prefix = f"{prefix}:{budget.name}:"
+        self._period = ""
+        self._known: dict[str, _Held] = {}
+
+    def rule(self, subject: str, most: int, least: int | None, bound: _Bound) -> _Held:
+        """`most` and `least` to reserve, in micro-USD."""
+        period, end = self._window.now()
+        if period != self._period or len(self._known) >= _SUBJECTS:
+            self._period = period
+            self._known.clear()
+        known = self._known.get(subject)
+        if known is None:
+            known = self._known[subject] = self._made(f"{self._prefix}{period}:{subject}", end)
+        rule: _Held = known.__copy__()  # type: ignore[attr-defined]  # msgspec's, at half the cost of `copy.copy`
+        rule.amount, rule.least, rule.bound, rule.granted = most, least, bound, []
+        return rule
+
+    def _made(self, key: str, end: float | None) -> _Held:
+        return _Held(
+            key=key,
+            kind="budget",
+            limit=self._limit,
+            refuse=_refuse,
+            # corrections come within minutes, requests last for hours at most
+            until=None if end is None else end + 2 * 86400,
+            actual=_actual,
+            admitted=_admitted,
+            again=_again,
+            on_store_error=self._owner.on_store_error,
+            owner=self._owner,
+            budget=self.budget,
+            warn_from=self._warn_from,
+        )
 
 
 class Plugin:
@@ -223,17 +275,15 @@ class Plugin:
     def __init__(self, config: Config, services: Services) -> None:
         self._config = config
         self._services = services
-        self.on_store_error = config.on_store_error
+        self.on_store_error: Literal["allow", "deny"] = config.on_store_error
+        self._plain: dict[tuple[str, str, str], _Plain] = {}
         self._budgets = [self._compiled(budget) for budget in config.budgets]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
         self._warned: OrderedDict[str, None] = OrderedDict()
         self._correctable: OrderedDict[str, tuple[Sequence[_Held], dict[int, int]]] = OrderedDict()
 
     def _compiled(self, budget: Budget) -> _Compiled:
-        limit = int(budget.usd * 10**6) if budget.hard else _ENDLESS
-        warn_from = int(float(budget.usd) * 1e6 * budget.warn_at)
-        prefix = f"{self._services.plugin_id}:{budget.name}:"
-        return budget, compile_when(budget.when), _Window(budget), limit, warn_from, prefix
+        return _Compiled(budget, self, self._services.plugin_id)
 
     def _compiled_own(self, own: OwnLimits) -> _Compiled:
         """The caller's own spending limit as one of ours; no name that the YAML can give."""
@@ -250,36 +300,16 @@ class Plugin:
         budgets = self._budgets
         if self._config.own_limits and (own := own_limits(exchange)) is not None and own.usd is not None:
             budgets = [self._own(own), *budgets]
-        for budget, applies, window, limit, warn_from, prefix in budgets:
-            if applies is not None and not applies(exchange):
+        for budget in budgets:
+            if budget.applies is not None and not budget.applies(exchange):
                 continue
             if bound is None:
-                bound = self._bound(exchange)
+                bound = self._simple_bound(exchange) or self._bound(exchange)
                 most, least = _micro(bound.most), _micro(bound.least) if bound.clamps else None
-            if bound.ceiling is not None and budget.hard:
+            if bound.ceiling is not None and budget.budget.hard:
                 _keep_to(bound.ceiling, exchange.body)
-            name, end = window.now()
-            for subject in subjects(budget.by, exchange):
-                exchange.hold(
-                    _Held(
-                        key=f"{prefix}{name}:{subject}",
-                        kind="budget",
-                        limit=limit,
-                        refuse=_refuse,
-                        amount=most,
-                        least=least,
-                        # corrections come within minutes, requests last for hours at most
-                        until=None if end is None else end + 2 * 86400,
-                        actual=_actual,
-                        admitted=_admitted,
-                        again=_again,
-                        on_store_error=self._config.on_store_error,
-                        owner=self,
-                        budget=budget,
-                        bound=bound,
-                        warn_from=warn_from,
-                    )
-                )
+            for subject in subjects(budget.budget.by, exchange):
+                exchange.hold(budget.rule(subject, most, least, bound))
 
     @hookimpl
     async def request_finished(self, exchange: Exchange) -> None:
@@ -325,6 +355,75 @@ class Plugin:
         )
 
     # --- the most that a request may cost ---------------------------------------------------------------------------
+
+    def _simple_bound(self, exchange: Exchange) -> _Bound | None:
+        """As `_bound`, for one model and a body of text that has nothing special: most requests. None for others."""
+        body, raw, decision = exchange.body, exchange.raw_body, exchange.decision
+        if (
+            decision is None
+            or len(decision.targets) != 1
+            or not body.keys() <= _SIMPLE
+            or self._config.cost_per_request
+        ):
+            return None
+        target = decision.targets[0]
+        if target.overrides or target.strip or exchange.snapshot.hooks.prepare_request:
+            return None
+        if b'"type"' in raw or b'"ttl"' in raw or b"\\u" in raw:
+            return None
+        name = (target.upstream, target.model, exchange.endpoint)
+        plain = self._plain.get(name)
+        model = self._services.catalogue.model(target.upstream, target.model)
+        if plain is None or plain.model is not model:
+            if len(self._plain) >= _SUBJECTS:
+                self._plain.clear()
+            plain = self._plain[name] = self._made_plain(exchange, target.upstream, target.model, model)
+        size = len(raw)
+        if size > plain.most_input:
+            return None
+        cap = 0
+        for field in plain.caps:
+            value = body.get(field)
+            if value is None:
+                continue
+            if type(value) is not int or value <= 0:
+                return None
+            cap = max(cap, value)
+        entry = plain.entry * size + plain.request
+        if cap:
+            most = entry + cap * plain.each
+            return _Bound(most, most)
+        if self._config.no_max_tokens != "clamp":
+            return None
+        least = min(self._config.least_tokens, plain.longest)
+        clamps = ((entry, plain.each, plain.longest),)
+        return _Bound(entry + plain.longest * plain.each, entry + least * plain.each, clamps)
+
+    def _made_plain(self, exchange: Exchange, upstream: str, model_id: str, model: Any) -> _Plain:
+        """What `_target_bound` would find of the model, where that is the same for all simple requests."""
+        nothing = _Plain(model)
+        if model is None or model.id != model_id or exchange.dialect.grammar is None:
+            return nothing
+        asked = _Asked(upstream, model_id, {}, (), self._services.settings.upstreams[upstream].kind == "openrouter", 0)
+        longest = model.max_output or model.context_length
+        try:
+            self._prices(exchange, asked, model, NO_MEDIA)
+        except _Unbounded:
+            return nothing
+        entry, each = model.price.dearest(0)
+        if entry is None or each is None or longest is None:
+            return nothing
+        ends = [tier.min_input_tokens for tier in model.price.tiers]
+        ends += [model.context_length] if model.context_length is not None else []
+        return _Plain(
+            model,
+            entry,
+            each,
+            model.price.request or 0,
+            min(ends, default=10**9),
+            longest,
+            exchange.dialect.output_caps,
+        )
 
     def _bound(self, exchange: Exchange) -> _Bound:
         """Raises Refused if it has none, and the settings want one."""
@@ -452,6 +551,18 @@ class Plugin:
             upstream = self._services.settings.upstreams[decision.targets[0].upstream]
             return names[0] if upstream.kind == "openai" else names[-1]
         return names[0]
+
+
+class _Plain(msgspec.Struct, frozen=True):
+    """A model's prices for simple requests of up to `most_input` bytes; -1: none is simple."""
+
+    model: Any
+    entry: int = 0
+    each: int = 0
+    request: int = 0
+    most_input: int = -1
+    longest: int = 0
+    caps: Sequence[str] = ()
 
 
 class _Unbounded(Exception):
@@ -592,6 +703,9 @@ def _actual(exchange: Exchange) -> int | None:
     For a hard budget an estimate is no knowledge: an upstream may bill all of an answer that was broken off. The true
     cost, asked for at OpenRouter, puts it right (`usage_corrected`).
     """
+    attempts = exchange.attempts
+    if len(attempts) == 1 and attempts[0].cost.pico_usd is not None and attempts[0].cost.source in _TOLD:
+        return exchange.cost.micro_usd or 0
     granted, hard = _granted(exchange)
     number = 0  # of the reservation that the attempt uses
     charged = False

@@ -114,7 +114,7 @@ class _Compiled:
         self.applies = compile_when(limit.when)
         self._owner = owner
         self._prefix = f"{prefix}:{limit.name}:"
-        self._known: dict[str, tuple[_Held, ...]] = {}
+        self._known: dict[str, tuple[tuple[_Held, ...], _Held | None]] = {}
 
     def rules(self, subject: str, tokens: int) -> Sequence[_Held]:
         """`tokens`: what the request takes of them."""
@@ -122,12 +122,21 @@ class _Compiled:
         if known is None:
             if len(self._known) >= _SUBJECTS:
                 self._known.clear()
-            known = self._known[subject] = tuple(self._made(f"{self._prefix}{subject}"))
+            known = self._known[subject] = self._template(f"{self._prefix}{subject}")
+        fixed, counted = known
+        if counted is None:
+            return fixed
+        rule: _Held = counted.__copy__()  # type: ignore[attr-defined]  # msgspec's, at half the cost of `copy.copy`
+        rule.amount = tokens
+        return (*fixed, rule)
+
+    def _template(self, key: str) -> tuple[tuple[_Held, ...], _Held | None]:
+        """(rules that are the same for every request, the one whose amount is the request's own)."""
         limit = self.limit
-        if limit.tokens is None:
-            return known
-        key = f"{self._prefix}{subject}:tokens"
-        return (*known, self._rule(key, "tokens", limit.tokens, limit.burst_tokens, tokens))
+        counted = None
+        if limit.tokens is not None:
+            counted = self._rule(f"{key}:tokens", "tokens", limit.tokens, limit.burst_tokens)
+        return tuple(self._made(key)), counted
 
     def _made(self, key: str) -> Iterator[_Held]:
         limit = self.limit
@@ -136,7 +145,7 @@ class _Compiled:
         if limit.concurrent is not None:
             yield self._rule(f"{key}:concurrent", "concurrent", limit.concurrent)
 
-    def _rule(self, key: str, unit: str, count: int, burst: int | None = None, amount: int = 1) -> _Held:
+    def _rule(self, key: str, unit: str, count: int, burst: int | None = None) -> _Held:
         return _Held(
             key=key,
             kind="slots" if unit == "concurrent" else "rate",
@@ -144,7 +153,6 @@ class _Compiled:
             refuse=_refuse,
             per=self.limit.per,
             burst=burst or 0,
-            amount=amount,
             actual=_used if unit == "tokens" else None,
             on_store_error=self._owner.on_store_error,
             owner=self._owner,

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import redis
 
 from tests.integration.process import XENIOS, environment, serving, xenios
 
@@ -107,6 +108,15 @@ def test_a_worker_that_is_killed_is_replaced_while_others_serve(tmp_path):
         assert set(fresh_chats(running, 20)) == {200}
 
 
+def kill_valkey(parent):
+    """kill -9, once the operating system has all that was counted; while a slow disk syncs, that takes a moment."""
+    [(pid, command)] = [(pid, c) for pid, c in children(parent).items() if "valkey-server" in c]
+    with redis.Redis(unix_socket_path=command.split("unixsocket:")[1].split()[0]) as valkey:
+        eventually(lambda: valkey.info("persistence")["aof_buffer_length"] == 0)
+        os.kill(pid, signal.SIGKILL)
+    return pid
+
+
 def test_an_embedded_valkey_that_is_killed_is_replaced(tmp_path):
     """kill -9 of the Valkey: it is started again with what it counted, and limits hold on."""
     with serving(tmp_path, "--config", config(tmp_path, limit=10)) as running:
@@ -116,8 +126,7 @@ def test_an_embedded_valkey_that_is_killed_is_replaced(tmp_path):
         def valkeys():
             return [pid for pid, command in children(parent).items() if "valkey-server" in command]
 
-        [first] = valkeys()
-        os.kill(first, signal.SIGKILL)
+        first = kill_valkey(parent)
         eventually(lambda: valkeys() and valkeys() != [first])
         eventually(lambda: running.request("GET", "/health/ready").data["status"] == "ok")
         served = fresh_chats(running, 20).count(200)
@@ -137,9 +146,7 @@ def test_what_was_spent_outlives_a_killed_valkey(tmp_path):
 
         assert status() == 200
         eventually(lambda: status() == 429)
-        parent = xenios_pid(tmp_path)
-        [first] = [pid for pid, command in children(parent).items() if "valkey-server" in command]
-        os.kill(first, signal.SIGKILL)
+        first = kill_valkey(xenios_pid(tmp_path))
         eventually(lambda: status() == 503 or not alive(first))
         eventually(lambda: running.request("GET", "/health/ready").data["status"] == "ok")
         assert {status() for _ in range(20)} == {429}

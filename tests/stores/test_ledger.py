@@ -455,6 +455,7 @@ async def test_a_further_attempt_that_meets_an_outage_keeps_the_first_ones_cost(
         async with asyncio.timeout(10):
             while store.is_open or ledger._pending:
                 await asyncio.sleep(0.02)
+        await ledger.flush()  # waits for one that is under way
         assert await ledger.budgets(["budget"]) == [(33, 0)]
 
 
