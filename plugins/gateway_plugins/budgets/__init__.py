@@ -1,0 +1,326 @@
+"""Budgets: how many dollars a key, team, user, model … or everyone may spend in an hour, day, week, month, or ever.
+
+Before a request goes out, the most that it can cost is reserved in each budget that it falls under: a bound of its
+input tokens and its output limit, at the dearest price of the models that may answer it. When it is over, the
+reservation becomes what it really cost. So spent and reserved never exceed a hard limit at any admission, whatever the
+number of requests, workers and gateways. A request whose cost stays unknown is charged what was reserved.
+
+What has no known limit of cost is refused (`unknown_price`), by whichever field or spelling it is asked for. Prices
+are the catalogue's: a provider that the client prefers is held to them; where it names none, an OpenRouter may balance
+to a dearer one, and such a reply overshoots its reservation. So does an image of more than `image_tokens`.
+
+Counts live where `services.redis` says: in the process, which forgets at its end, or in a Redis, which must keep its
+data (`appendonly yes`).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import time
+from collections import OrderedDict
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Literal, TypeAlias
+from zoneinfo import ZoneInfo
+
+import msgspec
+
+from gateway import Cause, Cost, RateLimited, Source, compile_when, hookimpl
+from gateway.kit import OwnLimits, Period, Rule, State, output_cap, own_limits, subjects
+from gateway_plugins.budgets.bounds import Bound, Pricing, keep_to
+from gateway_plugins.budgets.settings import Budget, Config
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway import AttemptRecord, Correction, Exchange, GatewayError, Services
+
+_SUBJECTS = 10_000  # whose rules are kept
+# An attempt that failed like this may have been billed all the same.
+_PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.CLIENT_DISCONNECT, Cause.ABANDONED})
+_TOLD = frozenset({Source.UPSTREAM, Source.CATALOGUE})
+_ENDLESS = 10**15  # micro-USD: what a soft budget "allows"
+_REMEMBERED = 10_000  # operations whose true cost may still become known
+
+
+class _Held(Rule, eq=False):
+    """A rule of this plugin, with what its errors and corrections say."""
+
+    owner: Plugin | None = None
+    budget: Budget | None = None
+    bound: Bound | None = None
+    warn_from: int = 0  # micro-USD
+    # micro-USD; one for each attempt that was reserved for, shared by their rules
+    granted: list[int] = msgspec.field(default_factory=list)
+
+
+class _Window:
+    """The period that is now: its name in keys, and when it ends (seconds since 1970; None: never)."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._per = budget.per
+        self._zone = ZoneInfo(budget.time_zone)
+        self.name = "total"
+        self.end: float | None = None
+        self._until = 0.0
+
+    def now(self) -> tuple[str, float | None]:
+        now = time.time()
+        if self._per != "total" and now >= self._until:
+            self.name, self._until = _period(datetime.fromtimestamp(now, self._zone), self._per)
+            self.end = self._until
+        return self.name, self.end
+
+
+def _period(now: datetime, per: Period) -> tuple[str, float]:
+    """Name and end of the period around this moment, in the moment's time zone."""
+    if per == "hour":
+        start = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+        return start.strftime("%Y-%m-%dT%HZ"), (start + timedelta(hours=1)).timestamp()
+    day = now.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+    if per == "day":
+        return day.strftime("%Y-%m-%d"), (day + timedelta(days=1)).timestamp()
+    if per == "week":
+        monday = day - timedelta(days=day.weekday())
+        return monday.strftime("week-%Y-%m-%d"), (monday + timedelta(days=7)).timestamp()
+    first = day.replace(day=1)
+    return first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp()
+
+
+class _Compiled:
+    """A budget, and its rule per subject: what is the same for every request of its period is made once."""
+
+    def __init__(self, budget: Budget, owner: Plugin, prefix: str) -> None:
+        self.budget = budget
+        self.applies = compile_when(budget.when)
+        self._owner = owner
+        self._window = _Window(budget)
+        self._limit = int(budget.usd * 10**6) if budget.hard else _ENDLESS
+        self._warn_from = int(float(budget.usd) * 1e6 * budget.warn_at)
+        self._prefix = f"{prefix}:{budget.name}:"
+        self._period = ""
+        self._known: dict[str, _Held] = {}
+
+    def rule(self, subject: str, most: int, least: int | None, bound: Bound) -> _Held:
+        """`most` and `least` to reserve, in micro-USD."""
+        period, end = self._window.now()
+        if period != self._period or len(self._known) >= _SUBJECTS:
+            self._period = period
+            self._known.clear()
+        known = self._known.get(subject)
+        if known is None:
+            known = self._known[subject] = self._made(f"{self._prefix}{period}:{subject}", end)
+        rule: _Held = known.__copy__()  # type: ignore[attr-defined]  # msgspec's, at half the cost of `copy.copy`
+        rule.amount, rule.least, rule.bound, rule.granted = most, least, bound, []
+        return rule
+
+    def _made(self, key: str, end: float | None) -> _Held:
+        return _Held(
+            key=key,
+            kind="budget",
+            limit=self._limit,
+            refuse=_refuse,
+            # corrections come within minutes, requests last for hours at most
+            until=None if end is None else end + 2 * 86400,
+            actual=_actual,
+            admitted=_admitted,
+            again=_again,
+            on_store_error=self._owner.on_store_error,
+            owner=self._owner,
+            budget=self.budget,
+            warn_from=self._warn_from,
+        )
+
+
+class Plugin:
+    """Refuses requests that could spend more than a budget has left."""
+
+    Config: TypeAlias = Config
+
+    def __init__(self, config: Config, services: Services) -> None:
+        self._config = config
+        self._services = services
+        self.on_store_error: Literal["allow", "deny"] = config.on_store_error
+        self.pricing = Pricing(config, services)
+        self._budgets = [self._compiled(budget) for budget in config.budgets]
+        self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
+        self._warned: OrderedDict[str, None] = OrderedDict()
+        self._correctable: OrderedDict[str, tuple[Sequence[_Held], dict[int, int]]] = OrderedDict()
+
+    def _compiled(self, budget: Budget) -> _Compiled:
+        return _Compiled(budget, self, self._services.plugin_id)
+
+    def _compiled_own(self, own: OwnLimits) -> _Compiled:
+        """The caller's own spending limit as one of ours; no name that the YAML can give."""
+        usd = own.usd or Decimal(0)
+        return self._compiled(Budget.model_construct(name="own limits", by=("key",), usd=usd, per=own.usd_per))
+
+    async def ping(self) -> None:
+        await self._services.ledger.ping()
+
+    @hookimpl
+    async def check_request(self, exchange: Exchange) -> None:
+        bound: Bound | None = None
+        most, least = 0, None
+        budgets = self._budgets
+        if self._config.own_limits and (own := own_limits(exchange)) is not None and own.usd is not None:
+            budgets = [self._own(own), *budgets]
+        for budget in budgets:
+            if budget.applies is not None and not budget.applies(exchange):
+                continue
+            if bound is None:
+                bound = self.pricing.bound(exchange)
+                most, least = _micro(bound.most), _micro(bound.least) if bound.clamps else None
+            if bound.ceiling is not None and budget.budget.hard:
+                keep_to(bound.ceiling, exchange.body)
+            for subject in subjects(budget.budget.by, exchange):
+                exchange.hold(budget.rule(subject, most, least, bound))
+
+    @hookimpl
+    async def request_finished(self, exchange: Exchange) -> None:
+        if exchange.cost.source not in {Source.ESTIMATE, Source.RESERVED} or exchange.admission is None:
+            return
+        rules = [rule for rule in exchange.admission.rules if isinstance(rule, _Held) and rule.owner is self]
+        if rules:
+            charged = {a.number: a.cost.micro_usd or 0 for a in exchange.attempts if a.generation_id is not None}
+            self._correctable[exchange.id] = rules, charged
+            if len(self._correctable) > _REMEMBERED:
+                self._correctable.popitem(last=False)
+
+    @hookimpl
+    async def usage_corrected(self, correction: Correction) -> None:
+        rules, charged = self._correctable.get(correction.exchange_id, ((), {}))
+        number = int(correction.operation_id.rpartition("/")[2])
+        true = correction.cost.micro_usd
+        before = charged.pop(number, None)
+        if true is None or before is None or true == before:
+            return
+        for rule in rules:
+            self._services.ledger.adjust(correction.operation_id, rule, true - before)
+
+    def warn(self, rule: _Held, spent: int, exchange: Exchange) -> None:
+        """The reply says so; the log once."""
+        if rule.budget is None:  # pragma: no cover - made by this plugin alone
+            return
+        warning = f"{rule.budget.name}; spent {_usd(spent)} of {_usd(int(rule.budget.usd * 10**6))} USD"
+        before = exchange.reply_headers.get("x-xenios-budget-warning")
+        exchange.reply_headers["x-xenios-budget-warning"] = f"{before}, {warning}" if before else warning
+        if rule.key in self._warned:
+            return
+        self._warned[rule.key] = None
+        if len(self._warned) > _REMEMBERED:
+            self._warned.popitem(last=False)
+        self._services.log.warning(
+            "budget_warning",
+            budget=rule.budget.name,
+            spent_usd=spent / 1e6,
+            limit_usd=float(rule.budget.usd),
+            principal=exchange.principal.reference if exchange.principal else None,
+            request_id=exchange.request_id,
+        )
+
+
+def _micro(pico: int) -> int:
+    return -(-pico // 10**6)
+
+
+def _usd(micro: int) -> str:
+    """Dollars and cents, and more digits where it is less."""
+    return f"{micro / 1e6:,.2f}" if micro >= 10**4 or micro == 0 else f"{micro / 1e6:.6f}"
+
+
+def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
+    """Warns near the limit; cuts the request's output to what was reserved for it, where it set no limit itself."""
+    if not isinstance(rule, _Held) or rule.bound is None or rule.owner is None:
+        return
+    rule.granted.append(state.granted)
+    # what was spent when the request was admitted
+    spent = rule.limit - state.remaining - state.granted - state.reserved
+    if spent >= rule.warn_from and len(rule.granted) == 1:
+        rule.owner.warn(rule, spent, exchange)
+    if state.granted >= rule.amount or not rule.bound.clamps:
+        return
+    money = state.granted * 10**6
+    # no more than each of them takes: an upstream refuses a limit above its own
+    tokens = min(
+        min(longest, (money - entry) // each if each else longest) for entry, each, longest in rule.bound.clamps
+    )
+    name = rule.owner.pricing.cap_field(exchange)
+    for other in exchange.dialect.output_caps:  # -1, "100" or whatever was no limit for us may be one for the upstream
+        if output_cap(exchange.body, (other,)) is None:
+            exchange.body.pop(other, None)
+    exchange.body[name] = min(tokens, exchange.body.get(name, tokens))
+    exchange.reply_headers["x-xenios-clamped"] = f"{name}={exchange.body[name]}"
+
+
+def _actual(exchange: Exchange) -> int | None:
+    """What it cost, in micro-USD. An attempt whose cost is unknown is charged what was reserved for it, and says so.
+
+    For a hard budget an estimate is no knowledge: an upstream may bill all of an answer that was broken off. The true
+    cost, asked for at OpenRouter, puts it right (`usage_corrected`).
+    """
+    attempts = exchange.attempts
+    if len(attempts) == 1 and attempts[0].cost.pico_usd is not None and attempts[0].cost.source in _TOLD:
+        return exchange.cost.micro_usd or 0
+    granted, hard = _granted(exchange)
+    number = 0  # of the reservation that the attempt uses
+    charged = False
+    for record in exchange.attempts:
+        cost = record.cost
+        if (hard and cost.source is Source.ESTIMATE) or _perhaps_billed(record):
+            reserved = granted[min(number, len(granted) - 1)] * 10**6
+            if reserved > (cost.pico_usd or 0):
+                record.cost = Cost(reserved, Source.RESERVED)
+                charged = True
+        number += bool(record.cost.pico_usd)
+    if charged:
+        costs = [record.cost for record in exchange.attempts if record.cost.pico_usd is not None]
+        exchange.cost = functools.reduce(operator.add, costs)
+    return exchange.cost.micro_usd or 0
+
+
+def _granted(exchange: Exchange) -> tuple[Sequence[int], bool]:
+    """(micro-USD that were reserved for the first attempt and for each after one that may have been billed, is there a
+    hard budget).
+    """
+    rules = [rule for rule in exchange.admission.rules if isinstance(rule, _Held)] if exchange.admission else []
+    # nothing was, where the store was away: then what it would have been
+    granted = max((rule.granted or [rule.amount] for rule in rules), key=sum, default=[0])
+    return granted, any(rule.budget is not None and rule.budget.hard for rule in rules)
+
+
+def _perhaps_billed(record: AttemptRecord) -> bool:
+    """May it have cost something, though nobody told what?"""
+    if record.cost.pico_usd is not None:
+        return False
+    return record.first_content is not None or record.cause in _PERHAPS_BILLED
+
+
+def _again(exchange: Exchange) -> int:
+    """Before a further attempt: as much again, if the last one may have used up what was reserved."""
+    last = exchange.attempts[-1]
+    if not last.cost.pico_usd and not _perhaps_billed(last):
+        return 0
+    return _granted(exchange)[0][0]
+
+
+def _refuse(rule: Rule, state: State) -> GatewayError:
+    budget = rule.budget if isinstance(rule, _Held) else None
+    if budget is None:  # pragma: no cover - made by this plugin alone
+        raise TypeError(type(rule).__name__)
+    left = state.remaining
+    spent = rule.limit - left - state.reserved
+    period = "" if budget.per == "total" else f" this {budget.per}"
+    if rule.limit - spent >= rule.amount:
+        detail = f"{_usd(state.reserved)} USD are reserved by requests under way"
+    elif left > 0:
+        detail = f"this request may cost up to {_usd(rule.amount)} USD; set a lower output limit"
+    else:
+        detail = "nothing is left"
+    return RateLimited(
+        f"Budget reached ({budget.name}): {_usd(spent)} of {_usd(rule.limit)} USD are spent{period}, and {detail}.",
+        type="insufficient_quota",
+        code="insufficient_quota",
+        should_retry=False,
+    )
