@@ -138,12 +138,15 @@ class PostgresServer:
         raise TimeoutError("PostgreSQL did not start: " + (self._directory / "log").read_text()[-2000:])
 
     def freeze(self) -> None:
-        for pid in self._pids():
-            os.kill(pid, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
         for pid in self._pids():
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # a backend may end just now
+                os.kill(pid, number)
 
     def _pids(self) -> list[int]:
         """Its backends make process groups of their own."""

@@ -115,13 +115,14 @@ class Load:
     async def running(self, kinds):
         """`kinds`: name → what asks once."""
         tasks = Tasks()
+        self.lanes = []
 
         async def lane(name, ask):
             while True:
                 self.answers[name].append(await ask())
 
         for name, ask in kinds.items():
-            tasks.spawn(lane(name, ask), f"lane {name}")
+            self.lanes.append(tasks.spawn(lane(name, ask), f"lane {name}"))
         try:
             await self.further(kinds, 5)
             yield
@@ -134,6 +135,9 @@ class Load:
         async with asyncio.timeout(20):
             while any(len(self.answers[name]) < n for name, n in target.items()):
                 await asyncio.sleep(0.01)
+                for lane in self.lanes:
+                    if lane.done():
+                        lane.result()  # raises what ended it
 
     def between(self, name, start, end):
         """Answers to what was asked then."""

@@ -75,7 +75,7 @@ class Crowd:
 
 async def asked_by(valkey):
     """How many scripts each worker has sent."""
-    return sorted(int(c["tot-cmds"]) for c in await valkey.client_list() if c["cmd"] == "evalsha")
+    return sorted(int(c["tot-cmds"]) for c in await valkey.client_list() if c["cmd"] in {"evalsha", "eval"})
 
 
 async def test_requests_race_over_two_workers(tmp_path, server):
