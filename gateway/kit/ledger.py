@@ -767,18 +767,21 @@ class RedisLedger:
     async def flush(self) -> None:
         """Send what is settled but not yet in Redis."""
         async with self._flushing:
-            while self._pending and not self._store.is_open:
+            left = len(self._pending)  # what comes meanwhile has its own 20 ms
+            while left > 0 and not self._store.is_open:
                 size = units = 0
                 for unit in self._pending:
                     if size and size + len(unit) > 500:
                         break
                     size += len(unit)
                     units += 1
+                left -= units
                 try:
                     await self._send([self._pending.popleft() for _ in range(units)])
                 except StoreUnavailable:
+                    left = 1  # for later
                     break
-        if self._pending:
+        if left > 0:
             self._later(RETRY_SECONDS)
 
     async def _send(self, units: Sequence[tuple[_Change, ...]]) -> None:
