@@ -75,15 +75,20 @@ class Rule(msgspec.Struct, eq=False):
     admitted: Callable[[Exchange, Rule, State], None] | None = None  # called once all rules had room
     again: Callable[[Exchange], int] | None = None  # budget: what a further attempt may cost on top, 0 for nothing
     on_store_error: Literal["allow", "deny"] = "deny"
+    about: Any = None  # what else its plugin has to know of it; nobody else looks. No subclasses: they cost speed
+    # What follows from these.
+    size: int = 0  # rate: units that the bucket holds
+    unit: float = 0.0  # rate: microseconds until one unit has come back
 
-    @property
-    def size(self) -> int:
-        return self.burst or self.limit
+    def __post_init__(self) -> None:
+        if self.kind == "rate":
+            self.size = self.burst or self.limit
+            self.unit = self.per * 1e6 / self.limit
 
-    @property
-    def unit(self) -> float:
-        """Rate: microseconds until one unit has come back."""
-        return self.per * 1e6 / self.limit
+    def copy(self) -> Rule:
+        """For a request whose amount is its own: a fifth of what making one costs."""
+        made: Rule = self.__copy__()  # type: ignore[attr-defined]  # msgspec's
+        return made
 
 
 class Admission(msgspec.Struct, eq=False):
@@ -232,19 +237,20 @@ def _states(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> tup
     """
     out: list[State] = []
     taken, grant = True, -1
-    for rule, (level, reserved) in zip(rules, levels, strict=True):
+    for i, rule in enumerate(rules):
+        level, reserved = levels[i]
         kind = rule.kind
         if kind == "rate":
-            unit = rule.per * 1e6 / rule.limit
-            amount, size = rule.amount, rule.burst or rule.limit
-            room = size * unit - level
+            unit, amount = rule.unit, rule.amount
+            take = amount * unit
             # half a microsecond: what floats lose must not refuse the bucket's last unit
-            if amount * unit <= room + 0.5:
-                out.append(State(True, int((room + 0.5) / unit) - amount, (level + amount * unit) / 1e6))
+            room = rule.size * unit - level + 0.5
+            if take <= room:
+                out.append(State(True, int(room / unit) - amount, (level + take) / 1e6))
             else:
                 taken = False
-                wait = (amount * unit - room) / 1e6 if amount <= size else None
-                out.append(State(False, int((room + 0.5) / unit) if room > 0 else 0, level / 1e6, wait))
+                wait = (take - room + 0.5) / 1e6 if amount <= rule.size else None
+                out.append(State(False, max(0, int(room / unit)), level / 1e6, wait))
         elif kind == "slots":
             left = int(rule.limit - level)
             if left > 0:
@@ -254,9 +260,13 @@ def _states(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> tup
                 out.append(State(False, 0, 0.0, 1.0))
         else:
             left = int(rule.limit - level - reserved)
-            least = rule.amount if rule.least is None else rule.least
-            grant = min(left, rule.amount) if grant < 0 else min(grant, left, rule.amount)
-            taken = taken and least <= left
+            amount = rule.amount
+            least = amount if rule.least is None else rule.least
+            amount = min(amount, left)
+            if grant < 0 or amount < grant:
+                grant = amount
+            if least > left:
+                taken = False
             out.append(State(least <= left, max(0, left), 0.0, None, 0, int(reserved)))
     if not taken:
         untaken = zip(rules, out, levels, strict=True)
@@ -315,10 +325,11 @@ class MemoryLedger:
         full_at = self._full_at
         levels: list[tuple[float, float]] = []
         for rule in rules:
-            if rule.kind == "rate":
+            kind = rule.kind
+            if kind == "rate":
                 ahead = full_at.get(rule.key, 0.0) - now
                 levels.append((ahead, 0.0) if ahead > 0 else _NOTHING)
-            elif rule.kind == "slots":
+            elif kind == "slots":
                 held = self._slots.get(rule.key)
                 levels.append((len(held), 0.0) if held else _NOTHING)
             else:
@@ -327,15 +338,17 @@ class MemoryLedger:
         states, taken = _states(rules, levels)
         if not taken:
             return states
-        for rule, (level, _), state in zip(rules, levels, states, strict=True):
-            if rule.kind == "rate":
-                full_at[rule.key] = now + level + rule.amount * rule.per * 1e6 / rule.limit
-            elif rule.kind == "slots":
+        for i, rule in enumerate(rules):
+            kind = rule.kind
+            if kind == "rate":
+                full_at[rule.key] = now + levels[i][0] + rule.amount * rule.unit
+            elif kind == "slots":
                 self._slots.setdefault(rule.key, set()).add(op)
             else:
+                granted = states[i].granted
                 budget = self._budget(rule)
-                budget.held[op] = budget.held.get(op, 0) + state.granted
-                budget.reserved += state.granted
+                budget.held[op] = budget.held.get(op, 0) + granted
+                budget.reserved += granted
         return states
 
     def settle(

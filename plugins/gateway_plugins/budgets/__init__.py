@@ -44,15 +44,12 @@ _ENDLESS = 10**15  # micro-USD: what a soft budget "allows"
 _REMEMBERED = 10_000  # operations whose true cost may still become known
 
 
-class _Held(Rule, eq=False):
-    """A rule of this plugin, with what its errors and corrections say."""
+class _About(msgspec.Struct, eq=False):
+    """What this plugin has to know of a request's rule."""
 
-    owner: Plugin | None = None
-    budget: Budget | None = None
-    bound: Bound | None = None
-    warn_from: int = 0  # micro-USD
-    # micro-USD; one for each attempt that was reserved for, shared by their rules
-    granted: list[int] = msgspec.field(default_factory=list)
+    budget: _Compiled
+    bound: Bound
+    granted: list[int]  # micro-USD; one for each attempt that was reserved for, shared by their rules
 
 
 class _Window:
@@ -94,15 +91,15 @@ class _Compiled:
     def __init__(self, budget: Budget, owner: Plugin, prefix: str) -> None:
         self.budget = budget
         self.applies = compile_when(budget.when)
-        self._owner = owner
+        self.owner = owner
         self._window = _Window(budget)
         self._limit = int(budget.usd * 10**6) if budget.hard else _ENDLESS
-        self._warn_from = int(float(budget.usd) * 1e6 * budget.warn_at)
+        self.warn_from = int(float(budget.usd) * 1e6 * budget.warn_at)
         self._prefix = f"{prefix}:{budget.name}:"
         self._period = ""
-        self._known: dict[str, _Held] = {}
+        self._known: dict[str, Rule] = {}
 
-    def rule(self, subject: str, most: int, least: int | None, bound: Bound) -> _Held:
+    def rule(self, subject: str, most: int, least: int | None, bound: Bound) -> Rule:
         """`most` and `least` to reserve, in micro-USD."""
         period, end = self._window.now()
         if period != self._period or len(self._known) >= _SUBJECTS:
@@ -111,12 +108,12 @@ class _Compiled:
         known = self._known.get(subject)
         if known is None:
             known = self._known[subject] = self._made(f"{self._prefix}{period}:{subject}", end)
-        rule: _Held = known.__copy__()  # type: ignore[attr-defined]  # msgspec's, at half the cost of `copy.copy`
-        rule.amount, rule.least, rule.bound, rule.granted = most, least, bound, []
+        rule = known.copy()
+        rule.amount, rule.least, rule.about = most, least, _About(self, bound, [])
         return rule
 
-    def _made(self, key: str, end: float | None) -> _Held:
-        return _Held(
+    def _made(self, key: str, end: float | None) -> Rule:
+        return Rule(
             key=key,
             kind="budget",
             limit=self._limit,
@@ -126,10 +123,7 @@ class _Compiled:
             actual=_actual,
             admitted=_admitted,
             again=_again,
-            on_store_error=self._owner.on_store_error,
-            owner=self._owner,
-            budget=self.budget,
-            warn_from=self._warn_from,
+            on_store_error=self.owner.on_store_error,
         )
 
 
@@ -146,7 +140,7 @@ class Plugin:
         self._budgets = [self._compiled(budget) for budget in config.budgets]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
         self._warned: OrderedDict[str, None] = OrderedDict()
-        self._correctable: OrderedDict[str, tuple[Sequence[_Held], dict[int, int]]] = OrderedDict()
+        self._correctable: OrderedDict[str, tuple[Sequence[Rule], dict[int, int]]] = OrderedDict()
 
     def _compiled(self, budget: Budget) -> _Compiled:
         return _Compiled(budget, self, self._services.plugin_id)
@@ -181,7 +175,7 @@ class Plugin:
     async def request_finished(self, exchange: Exchange) -> None:
         if exchange.cost.source not in {Source.ESTIMATE, Source.RESERVED} or exchange.admission is None:
             return
-        rules = [rule for rule in exchange.admission.rules if isinstance(rule, _Held) and rule.owner is self]
+        rules = [r for r in exchange.admission.rules if isinstance(r.about, _About) and r.about.budget.owner is self]
         if rules:
             charged = {a.number: a.cost.micro_usd or 0 for a in exchange.attempts if a.generation_id is not None}
             self._correctable[exchange.id] = rules, charged
@@ -199,11 +193,10 @@ class Plugin:
         for rule in rules:
             self._services.ledger.adjust(correction.operation_id, rule, true - before)
 
-    def warn(self, rule: _Held, spent: int, exchange: Exchange) -> None:
+    def warn(self, rule: Rule, spent: int, exchange: Exchange) -> None:
         """The reply says so; the log once."""
-        if rule.budget is None:  # pragma: no cover - made by this plugin alone
-            return
-        warning = f"{rule.budget.name}; spent {_usd(spent)} of {_usd(int(rule.budget.usd * 10**6))} USD"
+        budget: Budget = rule.about.budget.budget
+        warning = f"{budget.name}; spent {_usd(spent)} of {_usd(int(budget.usd * 10**6))} USD"
         before = exchange.reply_headers.get("x-xenios-budget-warning")
         exchange.reply_headers["x-xenios-budget-warning"] = f"{before}, {warning}" if before else warning
         if rule.key in self._warned:
@@ -213,9 +206,9 @@ class Plugin:
             self._warned.popitem(last=False)
         self._services.log.warning(
             "budget_warning",
-            budget=rule.budget.name,
+            budget=budget.name,
             spent_usd=spent / 1e6,
-            limit_usd=float(rule.budget.usd),
+            limit_usd=float(budget.usd),
             principal=exchange.principal.reference if exchange.principal else None,
             request_id=exchange.request_id,
         )
@@ -232,21 +225,19 @@ def _usd(micro: int) -> str:
 
 def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
     """Warns near the limit; cuts the request's output to what was reserved for it, where it set no limit itself."""
-    if not isinstance(rule, _Held) or rule.bound is None or rule.owner is None:
-        return
-    rule.granted.append(state.granted)
+    about: _About = rule.about
+    about.granted.append(state.granted)
     # what was spent when the request was admitted
     spent = rule.limit - state.remaining - state.granted - state.reserved
-    if spent >= rule.warn_from and len(rule.granted) == 1:
-        rule.owner.warn(rule, spent, exchange)
-    if state.granted >= rule.amount or not rule.bound.clamps:
+    if spent >= about.budget.warn_from and len(about.granted) == 1:
+        about.budget.owner.warn(rule, spent, exchange)
+    clamps = about.bound.clamps
+    if state.granted >= rule.amount or not clamps:
         return
     money = state.granted * 10**6
     # no more than each of them takes: an upstream refuses a limit above its own
-    tokens = min(
-        min(longest, (money - entry) // each if each else longest) for entry, each, longest in rule.bound.clamps
-    )
-    name = rule.owner.pricing.cap_field(exchange)
+    tokens = min(min(longest, (money - entry) // each if each else longest) for entry, each, longest in clamps)
+    name = about.budget.owner.pricing.cap_field(exchange)
     for other in exchange.dialect.output_caps:  # -1, "100" or whatever was no limit for us may be one for the upstream
         if output_cap(exchange.body, (other,)) is None:
             exchange.body.pop(other, None)
@@ -284,10 +275,10 @@ def _granted(exchange: Exchange) -> tuple[Sequence[int], bool]:
     """(micro-USD that were reserved for the first attempt and for each after one that may have been billed, is there a
     hard budget).
     """
-    rules = [rule for rule in exchange.admission.rules if isinstance(rule, _Held)] if exchange.admission else []
+    rules = [rule for rule in exchange.admission.rules if isinstance(rule.about, _About)] if exchange.admission else []
     # nothing was, where the store was away: then what it would have been
-    granted = max((rule.granted or [rule.amount] for rule in rules), key=sum, default=[0])
-    return granted, any(rule.budget is not None and rule.budget.hard for rule in rules)
+    granted = max((rule.about.granted or [rule.amount] for rule in rules), key=sum, default=[0])
+    return granted, any(rule.about.budget.budget.hard for rule in rules)
 
 
 def _perhaps_billed(record: AttemptRecord) -> bool:
@@ -306,9 +297,7 @@ def _again(exchange: Exchange) -> int:
 
 
 def _refuse(rule: Rule, state: State) -> GatewayError:
-    budget = rule.budget if isinstance(rule, _Held) else None
-    if budget is None:  # pragma: no cover - made by this plugin alone
-        raise TypeError(type(rule).__name__)
+    budget: Budget = rule.about.budget.budget
     left = state.remaining
     spent = rule.limit - left - state.reserved
     period = "" if budget.per == "total" else f" this {budget.per}"
