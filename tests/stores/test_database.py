@@ -6,19 +6,14 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from gateway.errors import StatementError, StoreUnavailable
 from gateway.settings import load_text
 from gateway.stores import open_database
+from tests.stores.certificates import certificate_for
 from tests.stores.postgres import pgbouncer, postgres_server
 
 SOMEBODY_ELSES = Path(__file__).parents[1] / "faults" / "untrusted.pem"
@@ -180,30 +175,6 @@ async def test_tls_as_sslmode_says(server, tmp_path):
         async with opened(f"{plain}?sslmode=verify-full&sslrootcert={authority}", tmp_path) as database:
             with pytest.raises(StoreUnavailable):  # its certificate is for another name
                 await database.fetch("SELECT 1 AS one")
-
-
-def certificate_for(name, folder):
-    """(file with its key and certificate, file of who signed it: itself)."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    who = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(who)
-        .issuer_name(who)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-        .public_bytes(Encoding.PEM)
-    )
-    both, authority = folder / "both.pem", folder / "authority.pem"
-    both.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + made)
-    authority.write_bytes(made)
-    return both, authority
 
 
 async def test_no_free_connection_is_told_fast(server, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import ssl
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from gateway.logs import scrub
 from gateway.settings import load_text
 from gateway.stores import open_redis
 from gateway.stores.redis import MAX_CONNECTIONS, TIMEOUT, RedisStore
+from tests.integration.process import serving_beside
+from tests.stores.certificates import certificate_for
 from tests.stores.postgres import free_port
 from tests.stores.servers import valkey_server
 
@@ -203,6 +206,60 @@ async def test_a_certificate_that_nobody_signed_is_said():
                 await store.script(ECHO, ["k"], ["a"])
     [said] = [entry for entry in logs if entry["event"] == "redis_away"]
     assert "ssl_ca_certs" in said["hint"]
+
+
+async def test_limits_hold_over_tls(server, tmp_path):
+    """rediss:// from the real process: counted as without TLS; cut off and back, its policy holds and then it counts."""
+    certificate, authority = certificate_for("localhost", tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    writers = set()
+
+    async def pipe(reader, writer):
+        writers.add(writer)
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def front(reader, writer):
+        behind = await asyncio.open_unix_connection(server.socket)
+        await asyncio.gather(pipe(reader, behind[1]), pipe(behind[0], writer))
+
+    port = free_port()
+    await server_flushed(server)
+    limits = {"limits": [{**LIMIT, "requests": 3}], "on_store_error": "deny"}
+    text = {
+        "server": {"port": 0, "data_dir": str(tmp_path / "data"), "drain_timeout": 1},
+        "services": {"redis": f"rediss://localhost:{port}/0?ssl_ca_certs={authority}"},
+        "upstreams": {"openrouter": {"without_key": "simulate"}},
+        "log": {"format": "json"},
+        "plugins": [{"use": "api_keys"}, {"use": "rate_limit", "config": limits}],
+    }
+    (tmp_path / "tls.yaml").write_text(json.dumps(text))
+    listening = await asyncio.start_server(front, "localhost", port, ssl=context)
+    async with serving_beside(tmp_path, "--config", tmp_path / "tls.yaml") as gateway:
+
+        async def status():
+            return (await asyncio.to_thread(gateway.chat, "anthropic/claude-haiku-4.5")).status
+
+        assert [await status() for _ in range(2)] == [200, 200]
+        listening.close()
+        for writer in writers:
+            writer.transport.abort()
+        assert await status() == 503
+        listening = await asyncio.start_server(front, "localhost", port, ssl=context)
+        async with asyncio.timeout(10):
+            while (found := await status()) == 503:
+                await asyncio.sleep(0.1)
+        assert [found, await status()] == [200, 429]
+    listening.close()
+
+
+async def server_flushed(server):
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        await client.flushall()
 
 
 async def test_readiness_is_no_lever(server):
