@@ -255,6 +255,7 @@ async def test_limits_hold_over_tls(server, tmp_path):
                 await asyncio.sleep(0.1)
         assert [found, await status()] == [200, 429]
     listening.close()
+    await server_flushed(server)  # others count under that name too
 
 
 async def server_flushed(server):
