@@ -15,7 +15,7 @@ import typer
 from gateway._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
     from gateway.catalogue import Catalogue, Price
     from gateway.kit.schema import Schema
@@ -60,7 +60,7 @@ def main() -> None:
     if name is not None and (name not in BUILT_IN or plugins_too):
         # --config says whose plugins to ask: it is no option of the plugin's command
         arguments = others
-        _add_plugin_commands(_config_path(config), name)
+        _add_plugin_commands(_config_path(config), [word for word in others if not word.startswith("-")])
     app(arguments)
 
 
@@ -508,6 +508,8 @@ def _schemas(config: Path | None, name: str | None = None) -> tuple[Loaded, Path
     blueprints, problems, loaded = _examine(_config_path(config))
     _stop_on(problems)
     found = schemas(blueprints)
+    if not found:
+        typer.echo("No plugin of this configuration has tables.", err=True)
     if name is not None:
         found = [schema for schema in found if schema.name == name]
         if not found:
@@ -563,8 +565,8 @@ def _without_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return Path(given) if given else None, others
 
 
-def _add_plugin_commands(config: Path, wanted: str) -> None:
-    """Commands that plugins of the configuration bring (`register_commands`)."""
+def _add_plugin_commands(config: Path, wanted: Sequence[str]) -> None:
+    """Commands that plugins of the configuration bring (`register_commands`). Ends it if none brings what is wanted."""
     import inspect
 
     blueprints, problems, loaded = _examine(config)
@@ -576,8 +578,18 @@ def _add_plugin_commands(config: Path, wanted: str) -> None:
             register(_Unstarted(blueprint, loaded), app)
         except Exception as error:  # noqa: BLE001 - a plugin's own code
             _fail(f"plugin {blueprint.id}: register_commands failed: {type(error).__name__}: {error}", 1)
-    if problems and wanted not in typer.main.get_group(app).commands:
-        typer.echo(f"note: {config} has mistakes (`xenios check`); commands of its plugins may be missing.", err=True)
+    found: Any = typer.main.get_group(app)
+    for word in wanted:
+        if not hasattr(found, "commands"):
+            return
+        found = found.commands.get(word)
+        if found is None:
+            _stop_on(problems)
+            _fail(
+                f"No such command '{word}', nor does a plugin of {config} bring it. `usage` comes with the plugin "
+                "usage, `keys create` and its like with api_keys and `database: true`.",
+                2,
+            )
 
 
 class _Unstarted:
@@ -623,5 +635,5 @@ class _Unstarted:
             return asyncio.run(run())
         except (StartError, DataDirError) as error:
             _fail(str(error), 2)
-        except StoreUnavailable as error:
-            _fail(f"{error} (services.database)", 1)
+        except StoreUnavailable:
+            _fail("The database (services.database) can't be used now; the line above says why.", 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import structlog
 from gateway import dispatch
 from gateway.errors import GatewayError
 from gateway.exchange import Correction, Cost, Source, Usage
+from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("gateway.corrections")
 
-QUEUE = 1000
+WAITING = 10_000  # look-ups that are wanted at the same time
+AT_ONCE = 20
+LAST_SECONDS = 5.0
 # The row appears at OpenRouter after a delay; seconds before each try.
 DELAYS = (1.0, 3.0, 10.0, 30.0)
 
@@ -37,13 +39,15 @@ class _Wanted:
 
 
 class Corrections:
-    """A bounded queue and one task. What is dropped or given up is counted: `dropped`, `given_up`."""
+    """A bounded number of look-ups. What is dropped or given up is counted and logged: `dropped`, `given_up`."""
 
     def __init__(self, current: Callable[[], Snapshot], delays: tuple[float, ...] = DELAYS) -> None:
         self._current = current
         self._delays = delays
-        self._queue: deque[_Wanted] = deque()
-        self._wake = asyncio.Event()
+        self._tasks = Tasks()
+        self._waiting = 0
+        self._at_once = asyncio.Semaphore(AT_ONCE)
+        self._closing = asyncio.Event()
         self.dropped = 0
         self.given_up = 0
         self.corrected = 0
@@ -52,46 +56,60 @@ class Corrections:
         upstream = exchange.snapshot.upstreams[record.target.upstream]
         if upstream.kind != "openrouter" or record.generation_id is None or not exchange.snapshot.hooks.usage_corrected:
             return
-        if len(self._queue) >= QUEUE:
+        if self._waiting >= WAITING or self._closing.is_set():
             self.dropped += 1
+            if self.dropped & (self.dropped - 1) == 0:  # not a line for each
+                log.warning("corrections_dropped", so_far=self.dropped)
             return
         operation = f"{exchange.id}/{record.number}"
-        self._queue.append(_Wanted(operation, exchange.id, upstream.name, record.generation_id))
-        self._wake.set()
+        self._waiting += 1
+        wanted = _Wanted(operation, exchange.id, upstream.name, record.generation_id)
+        self._tasks.spawn(self._correct(wanted), "correction")
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        task = asyncio.get_running_loop().create_task(self._work(), name="corrections")
+        """At its end what is still wanted is asked for once more, for a few seconds."""
         try:
             yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-
-    async def _work(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._queue:
-                wanted = self._queue.popleft()
-                try:
-                    await self._correct(wanted)
-                except Exception:
-                    self.given_up += 1
-                    log.exception("correction_failed", operation=wanted.operation_id)
+            self._closing.set()
+            await self._tasks.drain(LAST_SECONDS + 1)
+            if self._waiting:
+                log.warning("corrections_left", requests=self._waiting)
 
     async def _correct(self, wanted: _Wanted) -> None:
+        try:
+            tries = 0
+            async for _ in self._moments():
+                tries += 1
+                async with self._at_once:
+                    data = await self._generation(wanted)
+                if data is not None:
+                    self.corrected += 1
+                    await dispatch.run_corrected(self._current().hooks.usage_corrected, _correction(wanted, data))
+                    return
+            self.given_up += 1
+            log.warning("correction_given_up", operation=wanted.operation_id, tries=tries)
+        except Exception:
+            self.given_up += 1
+            log.exception("correction_failed", operation=wanted.operation_id)
+        finally:
+            self._waiting -= 1
+
+    async def _moments(self) -> AsyncIterator[None]:
+        """When to ask; the process's end makes it hurry."""
         for delay in self._delays:
-            await asyncio.sleep(delay)
-            data = await self._generation(wanted)
-            if data is not None:
-                correction = _correction(wanted, data)
-                self.corrected += 1
-                await dispatch.run_corrected(self._current().hooks.usage_corrected, correction)
-                return
-        self.given_up += 1
-        log.warning("correction_given_up", operation=wanted.operation_id, tries=len(self._delays))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._closing.wait()
+                    break
+            yield
+        else:
+            return
+        end = asyncio.get_running_loop().time() + LAST_SECONDS
+        while asyncio.get_running_loop().time() < end:
+            yield
+            await asyncio.sleep(LAST_SECONDS / 5)
 
     async def _generation(self, wanted: _Wanted) -> dict[str, Any] | None:
         upstream = self._current().upstreams.get(wanted.upstream)

@@ -28,7 +28,7 @@ CHOOSING_FIELDS = {
     "fallbacks": ("fallbacks",),
     "route": ("route",),
     "provider": ("provider",),
-    "plugins": ("plugins",),
+    "plugins": ("plugins", "web_search_options"),
     "service_tier": ("service_tier", "speed", "inference_geo"),  # the last two are Anthropic's, and cost more
     "presets": ("preset",),
 }

@@ -201,7 +201,7 @@ def _values(name: Subject, exchange: Exchange, principal: Principal | None) -> S
         case "team":
             return ((principal.team or "") if principal else "",)
         case "role":
-            return sorted(principal.roles) if principal else ()
+            return sorted(principal.roles) or ("",) if principal else ("",)  # nobody goes without
         case "user":
             return (f"{principal.tenant if principal else ''}/{end_user(exchange.body)}",)
         case "model":

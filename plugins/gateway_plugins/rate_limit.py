@@ -42,7 +42,7 @@ class Limit(BaseModel):
         ("key",),
         description="What has a bucket of its own: key (the caller), tenant, team, role, user (the body's `user`, "
         "which clients choose), model (the first target), endpoint; several: one bucket per combination; []: one for "
-        "all.",
+        "all. Callers without a team, or without roles, share one.",
     )
     when: When | None = Field(None, description="The requests that it holds for, as a plugin's `when:`. Default all.")
     requests: int | None = Field(None, ge=1, le=10**9, description="Requests per `per`. Default no limit.")

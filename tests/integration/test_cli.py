@@ -526,12 +526,12 @@ def test_a_command_that_can_not_be_added(tmp_path: Path) -> None:
 
 
 def test_a_command_is_missed_because_of_a_mistake(tmp_path: Path, greeter: Path) -> None:
-    """If the plugin's settings are wrong, its command is missing, and the line says where to look."""
+    """If the plugin's settings are wrong, its command is missing, and the mistakes are told instead."""
     greeter.write_text(greeter.read_text().replace("name: Ada", "nam: Ada"))
     done = xenios("greet", "--config", greeter, cwd=tmp_path)
     assert done.returncode == 2
-    assert "No such command 'greet'" in done.stderr
-    assert "has mistakes (`xenios check`)" in done.stderr
+    assert "plugins[0].config.name: is required" in done.stderr
+    assert "1 mistake in the configuration" in done.stderr
 
 
 def test_the_schema_knows_the_plugins_settings() -> None:
@@ -540,3 +540,17 @@ def test_the_schema_knows_the_plugins_settings() -> None:
     uses = [entry["if"]["properties"]["use"]["const"] for entry in schema["$defs"]["PluginEntry"]["allOf"]]
     points = importlib.metadata.entry_points(group="xenios.plugins")
     assert uses == sorted(point.name for point in points if point.dist is not None and point.dist.name == "xenios")
+
+
+def test_commands_of_plugins_that_are_not_there_say_whose_they_are(tmp_path: Path) -> None:
+    """`usage` and `keys create` without their plugins name these; with a file that is missing or wrong, that is said."""
+    plain = write(tmp_path, simulated("  - use: api_keys\n"), "plain.yaml")
+    for command in (("usage",), ("keys", "create"), ("keys", "list")):
+        done = xenios(*command, "--config", plain, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "with the plugin usage" in done.stderr
+        assert "database: true" in done.stderr
+        gone = xenios(*command, "--config", "gone.yaml", cwd=tmp_path)
+        assert (gone.returncode, "gone.yaml" in gone.stderr) == (2, True)
+    status = xenios("db", "status", "--config", plain, cwd=tmp_path)
+    assert "No plugin of this configuration has tables" in status.stderr

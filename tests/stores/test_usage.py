@@ -18,6 +18,7 @@ from gateway.kit.upstream import (
     Hang,
     Json,
     ScriptedUpstream,
+    Slow,
     Stream,
     chat_completion,
     chat_events,
@@ -44,6 +45,7 @@ async def services(request, tmp_path):
 
 
 def gateway(services, *more, upstream=None, keys=(), config=None, **settings):
+    settings = {"catalogue": {"overrides": PRICES}, **settings}
     plugins = [
         {"use": "api_keys", "config": {"keys": list(keys)}},
         *more,
@@ -52,7 +54,7 @@ def gateway(services, *more, upstream=None, keys=(), config=None, **settings):
     return Gateway.test(
         plugins=plugins,
         upstream=upstream,
-        settings={"services": services, "catalogue": {"overrides": PRICES}, **settings},
+        settings={"services": services, **settings},
     )
 
 
@@ -227,6 +229,68 @@ async def test_the_true_cost_puts_budget_and_row_right(services):
         assert (row["cost_usd"], row["cost_source"]) == (0.000012, "upstream")
         assert (row["input_tokens"], row["output_tokens"], row["usage_source"]) == (5, 7, "upstream")
         assert await spent(gw) == (12, 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("price", ["deny", "allow"])
+async def test_what_a_failed_attempt_cost_reaches_budget_and_row_alike(services, stream, price):
+    """A 200 that was an error, and then another model's answer: once the first's cost is told, both have it."""
+    error = {"error": {"code": 502, "message": "Provider returned error"}}
+    headers = {"X-Generation-Id": "gen-77"}
+    failed = Stream(error, headers=headers) if stream else Json(error, headers=headers)
+    answer = Stream(*chat_events(cost=0.0001)) if stream else Json(chat_completion(cost=0.0001))
+    routing = {"use": "routing", "config": {"aliases": {"two": ["test/bad", MODEL]}}}
+    budget = {"use": "budgets", "config": {**BUDGET["config"], "unknown_price": price}}
+    prices = PRICES if price == "allow" else {**PRICES, "test/bad": PRICES[MODEL]}
+    upstream = ScriptedUpstream(failed, answer, default=Error(404))
+    catalogue = {"catalogue": {"overrides": prices}}
+    async with gateway(services, routing, budget, "fallback", upstream=upstream, **catalogue) as gw:
+        gw.worker.corrections._delays = (0.05,) * 200
+        assert (await gw.chat(model="two", max_tokens=300, stream=stream)).status == 200
+        [row] = await stored(gw)
+        assert (row["attempts"], row["cost_usd"]) == (2, 0.0001)
+        gw.upstream.script(Json(generation("gen-77", cost=0.00005)))
+        async with asyncio.timeout(10):
+            while (row := (await stored(gw))[0])["corrected_at"] is None:
+                await asyncio.sleep(0.02)
+        assert row["cost_usd"] == 0.00015
+        assert await spent(gw) == (150, 0)
+
+
+async def test_many_streams_that_were_left_are_put_right_soon(services):
+    """Look-ups of the true cost wait for each other no more than an upstream would mind."""
+    steps = chat_events("Hello", finish=None, done=False, usage=False, pieces=1)
+
+    def answer(seen):
+        if seen.endpoint == "generation":
+            return Slow(Json(generation("gen", cost=0.000012)), 0.2)
+        return Stream(*steps, end="hang", headers={"X-Generation-Id": f"gen-{seen.connection}"})
+
+    async with gateway(services, BUDGET, upstream=ScriptedUpstream(default=answer)) as gw:
+        gw.worker.corrections._delays = (0.05,)
+        body = {"model": MODEL, "max_tokens": 50, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+
+        async def leave():
+            async with gw.session.post(gw.url + "/v1/chat/completions", json=body, headers=gw.headers) as reply:
+                await reply.content.readuntil(b"Hello")
+
+        await asyncio.gather(*(leave() for _ in range(60)))
+        async with asyncio.timeout(5):
+            while await spent(gw) != (60 * 12, 0):
+                await asyncio.sleep(0.02)
+
+
+async def test_an_orderly_end_asks_for_true_costs_once_more(services):
+    """A gateway that is stopped does not leave left streams charged at their most."""
+    async with gateway(services, BUDGET, upstream=ScriptedUpstream(cut_stream(), default=Json(generation("gen-77", cost=0.000012)))) as gw:  # fmt: skip
+        gw.worker.corrections._delays = (600.0,)
+        body = {"model": MODEL, "max_tokens": 50, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        async with gw.session.post(gw.url + "/v1/chat/completions", json=body, headers=gw.headers) as reply:
+            await reply.content.readuntil(b"Hello")
+        await gw.finished()
+    async with gateway(services, BUDGET) as gw:
+        [row] = (await gw.get("/admin/usage")).data["data"]
+        assert (row["cost_usd"], row["cost_source"]) == (0.000012, "upstream")
 
 
 # --- stored once, whatever happens -----------------------------------------------------------------------------------
@@ -413,7 +477,13 @@ async def test_csv_is_for_spreadsheets(services):
         assert reply.headers["content-type"].startswith("text/csv")
         [row] = csv.DictReader(io.StringIO(reply.body.decode()))
         assert (row["user"], row["model"], row["outcome"]) == ('\'=HYPERLINK("x")', MODEL, "ok")
-        [sums] = csv.DictReader(io.StringIO((await gw.get("/admin/usage?format=csv&group_by=model")).body.decode()))
+        short = await gw.get("/admin/usage?format=csv&group_by=model,day&limit=1")
+        assert short.status == 200
+        await gw.chat(model="test/other")
+        await stored(gw, 2)
+        short = await gw.get("/admin/usage?format=csv&group_by=model&limit=1")
+        assert (short.status, short.data["error"]["param"]) == (400, "limit")  # a table that ends early looks whole
+        sums, _ = csv.DictReader(io.StringIO((await gw.get("/admin/usage?format=csv&group_by=model")).body.decode()))
         assert (sums["model"], sums["requests"]) == (MODEL, "1")
 
 
@@ -430,6 +500,9 @@ async def test_csv_is_for_spreadsheets(services):
         ("format=xml", "format"),
         ("colour=red", "colour"),
         ("team=%00", "team"),
+        ("group_by=model&after=1.x", "after"),
+        ("group_by=model&limit=10001", "limit"),
+        ("limit=" + "9" * 5000, "limit"),
     ],
 )
 async def test_a_wrong_question_is_told_what_is_wrong(query, param, tmp_path):

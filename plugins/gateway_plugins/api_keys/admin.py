@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -36,7 +36,9 @@ class Admin:
             ("POST", "/admin/keys/{id}/revoke", self.revoke, "Refuse the key from now on."),
             ("GET", "/admin/audit", self.audit, "Who changed keys, newest first. Query: limit, key_id."),
         ):
-            router.add(method, path, handler, access="admin", summary=summary)
+            # to revoke needs no body, not even an empty one
+            body: Literal["stream"] | None = "stream" if path.endswith("/revoke") else None
+            router.add(method, path, handler, access="admin", body=body, summary=summary)
 
     async def create(self, exchange: Exchange) -> Reply:
         wanted = parsed(store.NewKey, exchange.body)
@@ -107,7 +109,7 @@ def _query(exchange: Exchange, *known: str) -> dict[str, str]:
 
 def _limit(query: dict[str, str]) -> int:
     text = query.get("limit", "50")
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MOST:
+    if not text.isascii() or not text.isdigit() or len(text) > 6 or not 1 <= int(text) <= MOST:
         raise BadRequest(f"`limit` must be a number from 1 to {MOST}.", param="limit")
     return int(text)
 

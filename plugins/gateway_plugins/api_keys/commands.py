@@ -75,7 +75,7 @@ def add_commands(plugin: Any, cli: typer.Typer) -> None:
             _fail(f"{'.'.join(str(step) for step in first['loc'])}: {first['msg']}", 2)
         except ValueError as error:
             _fail(f"--limits: not JSON: {error}", 2)
-        if wanted.id in {entry.id for entry in plugin.config.keys}:
+        if wanted.id in {"bootstrap", *(entry.id for entry in plugin.config.keys)}:
             _fail(f"The configuration has a key {wanted.id!r} already.", 2)
         pepper = plugin.pepper()
         key, secret = ask(lambda database: store.create(database, pepper, wanted, _actor()))

@@ -173,11 +173,16 @@ class Plugin:
 
     @hookimpl
     async def request_finished(self, exchange: Exchange) -> None:
-        if exchange.cost.source not in {Source.ESTIMATE, Source.RESERVED} or exchange.admission is None:
+        # a broken-off attempt, whatever was known of its cost: the true one may be asked for
+        charged = {
+            a.number: a.cost.micro_usd or 0
+            for a in exchange.attempts
+            if a.cause is not None and a.generation_id is not None
+        }
+        if not charged or exchange.admission is None:
             return
         rules = [r for r in exchange.admission.rules if isinstance(r.about, _About) and r.about.budget.owner is self]
         if rules:
-            charged = {a.number: a.cost.micro_usd or 0 for a in exchange.attempts if a.generation_id is not None}
             self._correctable[exchange.id] = rules, charged
             if len(self._correctable) > _REMEMBERED:
                 self._correctable.popitem(last=False)
@@ -300,7 +305,7 @@ def _refuse(rule: Rule, state: State) -> GatewayError:
     budget: Budget = rule.about.budget.budget
     left = state.remaining
     spent = rule.limit - left - state.reserved
-    period = "" if budget.per == "total" else f" this {budget.per}"
+    period = {"total": "", "day": " today"}.get(budget.per, f" this {budget.per}")
     if rule.limit - spent >= rule.amount:
         detail = f"{_usd(state.reserved)} USD are reserved by requests under way"
     elif left > 0:

@@ -297,7 +297,7 @@ _PLAIN_VALUES: dict[str, tuple[object, ...]] = {
 def _extra(body: dict[str, Any]) -> str | None:
     """What costs more than tokens, in words; None if nothing does."""
     for name in _EXTRAS:
-        if body.get(name):
+        if body.get(name) not in (None, []):  # an empty object is how a search is asked for without more
             return f"`{name}` may cost extra"
     for name, plain in _PLAIN_VALUES.items():
         if name in body and body[name] not in plain:

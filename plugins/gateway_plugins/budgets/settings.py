@@ -31,7 +31,8 @@ class Budget(BaseModel):
     by: By = Field(
         ("key",),
         description="What has a sum of its own: key (the caller), tenant, team, role, user (the body's `user`, which "
-        "clients choose), model (the first target), endpoint; several: one per combination; []: one for all.",
+        "clients choose), model (the first target), endpoint; several: one per combination; []: one for all. "
+        "Callers without a team, or without roles, share one.",
     )
     when: When | None = Field(None, description="The requests that it holds for, as a plugin's `when:`. Default all.")
     usd: Decimal = Field(gt=0, le=10**8, decimal_places=6, description="The limit, in USD.")

@@ -115,8 +115,8 @@ def _print_sums(groups: Sequence[str], data: Sequence[dict[str, Any]], total: di
 def _numbers(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['requests']:,}",
-        *("?" if row[name] is None else f"{row[name]:,}" for name in ("input_tokens", "output_tokens")),
-        "?" if row["cost_usd"] is None else f"{row['cost_usd']:,.6f}",
+        *("-" if row[name] is None else f"{row[name]:,}" for name in ("input_tokens", "output_tokens")),
+        ("?" if row["cost_unknown"] else "-") if row["cost_usd"] is None else f"{row['cost_usd']:,.6f}",
         f"{row['cost_unknown']:,}",
     ]
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gateway import Exchange, Router
     from gateway.kit import Database
 
-_QUERY = "Query: from, to, group_by (day, key, team, model, task, endpoint, outcome), format=csv, limit, after"
+_QUERY = "Query: from, to, group_by (day, tenant, key, team, model, task, endpoint, outcome), format=csv, limit, after"
 
 
 class Routes:
@@ -52,12 +52,15 @@ class Routes:
         query = shown.query(given)
         if tenant is not None:
             query = replace(query, tenant=tenant)
-        most = shown.limit(given.get("limit"))
         as_csv = given.get("format", "json") == "csv"
         if given.get("format", "json") not in {"csv", "json"}:
             raise BadRequest("`format` must be json or csv.", param="format")
         if "group_by" in given:
+            if "after" in given:
+                raise BadRequest("Sums have no pages: `limit` gives up to 10000 groups.", param="after")
+            most = shown.limit(given.get("limit"), shown.MOST_GROUPS, shown.MOST_GROUPS)
             return await self._sums(query, shown.groups(given["group_by"]), most, as_csv=as_csv)
+        most = shown.limit(given.get("limit"), shown.MOST_ROWS if as_csv else shown.DEFAULT_ROWS, shown.MOST_ROWS)
         after = shown.cursor(given["after"]) if "after" in given else None
         rows, further = await store.listed(self._database, query, most, after)
         data = [shown.request(row) for row in rows]
@@ -72,6 +75,12 @@ class Routes:
         data = [shown.sums(row) for row in rows]
         total = shown.sums(store.total(everything))
         if as_csv:
+            if more:
+                raise BadRequest(
+                    f"There are more than {most} groups, and a table that ends early looks whole: raise `limit` (up to "
+                    f"{shown.MOST_GROUPS}), or group by less.",
+                    param="limit",
+                )
             return _csv(shown.table(data if by else [total], [*by, *shown.SUM_COLUMNS]), None)
         return Reply(200, data={"object": "list", "data": data, "has_more": more, "total": total})
 

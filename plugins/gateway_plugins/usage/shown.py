@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gateway.kit import Row
 
 MOST_ROWS = 1_000
+MOST_GROUPS = 10_000
 DEFAULT_ROWS = 100
 DEFAULT_DAYS = 30
 FILTERS = ("tenant", "key", "team", "model", "task")
@@ -69,12 +70,12 @@ def cursor(text: str) -> tuple[int, str]:
     return int(at), row_id
 
 
-def limit(text: str | None) -> int:
+def limit(text: str | None, default: int, most: int) -> int:
     """Raises BadRequest."""
     if text is None:
-        return DEFAULT_ROWS
-    if not text.isascii() or not text.isdigit() or len(text) > 6 or not 1 <= int(text) <= MOST_ROWS:
-        raise BadRequest(f"`limit` must be a number from 1 to {MOST_ROWS}.", param="limit")
+        return default
+    if not text.isascii() or not text.isdigit() or len(text) > 6 or not 1 <= int(text) <= most:
+        raise BadRequest(f"`limit` must be a number from 1 to {most}.", param="limit")
     return int(text)
 
 
