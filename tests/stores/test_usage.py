@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 
 import pytest
 import redis.asyncio
+from typer.testing import CliRunner
 
+from gateway.cli import _add_plugin_commands, app
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import (
     MODEL,
@@ -543,3 +545,58 @@ async def test_old_rows_become_sums(services, roll_up):
         # the next day's come on top
         assert await store.prune(database, begin + 2 * 86_400_000, roll_up=roll_up) == 24
         assert (await gw.get(question)).data == before if roll_up else True
+
+
+async def test_the_command_line_shows_the_same(tmp_path):
+    """`xenios usage`: a table of sums, one sum, every request, JSON and CSV; what is wrong is said, with exit code 2."""
+    database = f"sqlite:///{tmp_path}/usage.db"
+    async with gateway({"database": {"url": database, "migrate_on_start": True}}) as gw:
+        day = int(datetime(2026, 3, 5, 12, tzinfo=UTC).timestamp() * 1000)
+        requests = [
+            a_request(f"r{i}", at=day + i, team="x" if i % 2 else None, cost_micro_usd=1_000_000 * i) for i in range(5)
+        ]
+        refused = a_request("no", at=day, model_served=None, outcome="refused", cost_micro_usd=None, input_tokens=None)
+        await store.store(
+            gw.snapshot.services.database, [pending(i, r.id, r) for i, r in enumerate([*requests, refused])]
+        )
+    text = {
+        "server": {"data_dir": str(tmp_path / "data")},
+        "upstreams": {"openrouter": {"without_key": "simulate"}},
+        "services": {"database": database},
+        "plugins": [{"use": "usage"}],
+    }
+    (tmp_path / "u.yaml").write_text(json.dumps(text))
+
+    def usage(*more):
+        return CliRunner().invoke(app, ["usage", "--from", "2026-03-01", "--to", "2026-03-31", *more])
+
+    before = list(app.registered_commands)
+    _add_plugin_commands(tmp_path / "u.yaml", ["usage"])
+    try:
+        lines = (await asyncio.to_thread(usage, "--by", "team,model")).stdout.splitlines()
+        assert lines[0].split() == [
+            "team",
+            "model",
+            "requests",
+            "input_tokens",
+            "output_tokens",
+            "cost_usd",
+            "cost_unknown",
+        ]
+        assert lines[1].split() == ["-", MODEL, "3", "9", "-", "6.000000", "0"]
+        assert lines[-1].split() == ["total", "6", "15", "-", "10.000000", "0"]
+        [_, one] = (await asyncio.to_thread(usage, "--by", "total", "--team", "x")).stdout.splitlines()
+        assert one.split() == ["2", "6", "-", "4.000000", "0"]
+        sums = json.loads((await asyncio.to_thread(usage, "--json")).stdout)
+        assert (sums["total"]["requests"], len(sums["data"])) == (6, 2)
+        rows = (await asyncio.to_thread(usage, "--rows")).stdout.splitlines()
+        assert [line.split()[-1] for line in rows] == ["ok"] * 4 + ["ok", "refused"]
+        table = list(csv.DictReader(io.StringIO((await asyncio.to_thread(usage, "--rows", "--csv")).stdout)))
+        assert [row["id"] for row in table] == ["r4", "r3", "r2", "r1", "r0", "no"]
+        found = [json.loads(line) for line in (await asyncio.to_thread(usage, "--rows", "--json")).stdout.splitlines()]
+        assert found[0]["cost_usd"] == 4.0
+        for wrong, said in (("--by", "--by"), ("--from", "--from")):
+            done = await asyncio.to_thread(usage, wrong, "nonsense")
+            assert (done.exit_code, said in done.stderr) == (2, True)
+    finally:
+        app.registered_commands[:] = before
