@@ -98,11 +98,11 @@ async def test_twenty_thousand_requests(tmp_path):
     """20,000 requests, whole and streamed, failing upstream or left half-way by their clients, are each answered as
     they must be and logged once; nothing is left over, and memory doesn't grow.
     """
-    plugins = yaml.safe_load((CONFIG / "xenios.yaml").read_text())["plugins"]
+    shipped = yaml.safe_load((CONFIG / "xenios.yaml").read_text())
     with many_files():
         async with Simulator(latency=0, chunk_delay=0) as simulator:
             upstreams = {"openrouter": {"base_url": simulator.url, "api_key": "sk-or-v1-hammer"}}
-            file = config(tmp_path, plugins=plugins, upstreams=upstreams)
+            file = config(tmp_path, plugins=shipped["plugins"], services=shipped["services"], upstreams=upstreams)
             async with started(file) as gateway, client(gateway, CLIENTS) as session:
                 await hammer(session, iter(range(FIRST)))
                 early = await settled(gateway, simulator, session, FIRST)
