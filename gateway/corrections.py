@@ -79,37 +79,46 @@ class Corrections:
 
     async def _correct(self, wanted: _Wanted) -> None:
         try:
-            tries = 0
-            async for _ in self._moments():
-                tries += 1
-                async with self._at_once:
-                    data = await self._generation(wanted)
-                if data is not None:
-                    self.corrected += 1
-                    await dispatch.run_corrected(self._current().hooks.usage_corrected, _correction(wanted, data))
-                    return
-            self.given_up += 1
-            log.warning("correction_given_up", operation=wanted.operation_id, tries=tries)
+            if not await self._told(wanted):
+                self.given_up += 1
+                log.warning("correction_given_up", operation=wanted.operation_id)
         except Exception:
             self.given_up += 1
             log.exception("correction_failed", operation=wanted.operation_id)
         finally:
             self._waiting -= 1
 
-    async def _moments(self) -> AsyncIterator[None]:
-        """When to ask; the process's end makes it hurry."""
+    async def _told(self, wanted: _Wanted) -> bool:
+        """Ask after each delay; once the process ends, without delay and then for `LAST_SECONDS`."""
         for delay in self._delays:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await self._closing.wait()
-                    break
-            yield
+            ending = await self._pause(delay)
+            if await self._ask(wanted):
+                return True
+            if ending:
+                break
         else:
-            return
-        end = asyncio.get_running_loop().time() + LAST_SECONDS
-        while asyncio.get_running_loop().time() < end:
-            yield
+            return False
+        for _ in range(5):
             await asyncio.sleep(LAST_SECONDS / 5)
+            if await self._ask(wanted):
+                return True
+        return False
+
+    async def _pause(self, delay: float) -> bool:
+        """True if the process ends meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._closing.wait()
+        return self._closing.is_set()
+
+    async def _ask(self, wanted: _Wanted) -> bool:
+        async with self._at_once:
+            data = await self._generation(wanted)
+        if data is None:
+            return False
+        self.corrected += 1
+        await dispatch.run_corrected(self._current().hooks.usage_corrected, _correction(wanted, data))
+        return True
 
     async def _generation(self, wanted: _Wanted) -> dict[str, Any] | None:
         upstream = self._current().upstreams.get(wanted.upstream)
