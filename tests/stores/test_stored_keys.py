@@ -100,7 +100,7 @@ async def test_a_key_may_be_of_no_other_use(url):
         ({"object": "api_key"}, "object"),
         ({"claims": {}}, "claims"),
         ({"scopes": {"models": ["*"]}}, "scopes"),
-        ({"admin": "perhaps"}, "admin"),
+        ({"admin": "yes"}, "admin"),
         ({"__class__": "x"}, "__class__"),
         ({"team": "a\u0000b"}, "team"),
         ({"expires": "soon"}, "expires"),
@@ -118,6 +118,16 @@ async def test_what_can_not_be_said_of_a_key_is_refused(body, param, tmp_path):
             changed = await gw.request("PATCH", "/admin/keys/there", json=body)
             assert (changed.status, changed.data["error"]["param"]) == (400, param)
         assert (await gw.post("/admin/keys", {"id": "there"})).status == 409
+
+
+async def test_a_key_is_not_made_to_be_of_no_use(tmp_path):
+    """One that had expired before it was made is refused; in an emergency a key is revoked without any body."""
+    async with gateway(f"sqlite:///{tmp_path}/x") as gw:
+        reply = await gw.post("/admin/keys", {"expires": "2020-01-01"})
+        assert (reply.status, reply.data["error"]["message"]) == (400, "expires: is in the past")
+        await create(gw, id="lost")
+        revoked = await gw.request("POST", "/admin/keys/lost/revoke")
+        assert (revoked.status, revoked.data["state"]) == (200, "revoked")
 
 
 async def test_nobody_makes_himself_an_administrator(url):

@@ -83,7 +83,8 @@ def parsed(model: type[M], body: dict[str, Any]) -> M:
         field = ".".join(str(step) for step in first["loc"])
         unknown = first["type"] == "extra_forbidden"
         raise BadRequest(
-            f"There is no field {field[:100]!r} here." if unknown else f"{field}: {first['msg']}", param=field[:100]
+            f"There is no field {field[:100]!r} here." if unknown else f"{field}: {store.words(first['msg'])}",
+            param=field[:100],
         ) from None
 
 

@@ -72,7 +72,7 @@ def add_commands(plugin: Any, cli: typer.Typer) -> None:
             wanted = store.NewKey.model_validate({k: v for k, v in given.items() if v is not None})
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
-            _fail(f"{'.'.join(str(step) for step in first['loc'])}: {first['msg']}", 2)
+            _fail(f"{'.'.join(str(step) for step in first['loc'])}: {store.words(first['msg'])}", 2)
         except ValueError as error:
             _fail(f"--limits: not JSON: {error}", 2)
         if wanted.id in {"bootstrap", *(entry.id for entry in plugin.config.keys)}:
@@ -124,7 +124,7 @@ def add_commands(plugin: Any, cli: typer.Typer) -> None:
         try:
             seconds = store.Rotation.model_validate({"overlap": overlap}).overlap
         except ValidationError as error:
-            _fail(f"--overlap: {error.errors()[0]['msg']}", 2)
+            _fail(f"--overlap: {store.words(error.errors()[0]['msg'])}", 2)
         pepper = plugin.pepper()
         key, secret = ask(lambda database: store.rotate(database, pepper, key_id, seconds, _actor()))
         _print_secret(key, secret, as_json=as_json)

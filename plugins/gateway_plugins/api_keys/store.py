@@ -59,7 +59,7 @@ class NewKey(BaseModel):
     owner: Plain | None = None
     tags: tuple[Plain, ...] = Field((), max_length=50)
     roles: Globs = ()
-    admin: bool = False
+    admin: bool = Field(False, strict=True)  # "yes" makes nobody an administrator
     models: Globs | None = None
     aliases: Globs | None = None
     tasks: Globs | None = None
@@ -270,7 +270,9 @@ class KeyStore:
 
 
 async def create(database: Database, pepper: str, wanted: NewKey, actor: str) -> tuple[dict[str, Any], str]:
-    """(the key as people see it, its secret). Raises Conflict, StoreUnavailable."""
+    """(the key as people see it, its secret). Raises BadRequest, Conflict, StoreUnavailable."""
+    if wanted.expires is not None and wanted.expires.timestamp() <= time.time():
+        raise BadRequest("expires: is in the past", param="expires")
     key_id = wanted.id or "key_" + secrets.token_hex(8)
     secret = new_key()
     row = {
@@ -467,6 +469,11 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "old_key_until": _iso(row["old_until"]),
         "last_used_at": _iso(row["last_used_at"]),
     }
+
+
+def words(message: str) -> str:
+    """What pydantic says, for people."""
+    return message.removeprefix("Value error, ").replace("dictionary or instance of OwnLimits", "object")
 
 
 def _hint(secret: str) -> str:
