@@ -9,9 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 import redis.asyncio
-from typer.testing import CliRunner
 
-from gateway.cli import _add_plugin_commands, app
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import (
     MODEL,
@@ -29,6 +27,7 @@ from gateway.kit.upstream import (
 from gateway.tasks import Tasks
 from gateway_plugins.usage import rows as usage_rows
 from gateway_plugins.usage import store
+from tests.integration.process import xenios
 from tests.stores.postgres import postgres_server
 from tests.stores.servers import valkey_server
 
@@ -567,36 +566,31 @@ async def test_the_command_line_shows_the_same(tmp_path):
     }
     (tmp_path / "u.yaml").write_text(json.dumps(text))
 
-    def usage(*more):
-        return CliRunner().invoke(app, ["usage", "--from", "2026-03-01", "--to", "2026-03-31", *more])
+    async def usage(*more):
+        period = ("--from", "2026-03-01", "--to", "2026-03-31")
+        done = await asyncio.to_thread(xenios, "usage", "--config", tmp_path / "u.yaml", *period, *more, cwd=tmp_path)
+        assert done.returncode == (2 if "nonsense" in more else 0), done.stderr
+        return done.stderr if "nonsense" in more else done.stdout
 
-    before = list(app.registered_commands)
-    _add_plugin_commands(tmp_path / "u.yaml", ["usage"])
-    try:
-        lines = (await asyncio.to_thread(usage, "--by", "team,model")).stdout.splitlines()
-        assert lines[0].split() == [
-            "team",
-            "model",
-            "requests",
-            "input_tokens",
-            "output_tokens",
-            "cost_usd",
-            "cost_unknown",
-        ]
-        assert lines[1].split() == ["-", MODEL, "3", "9", "-", "6.000000", "0"]
-        assert lines[-1].split() == ["total", "6", "15", "-", "10.000000", "0"]
-        [_, one] = (await asyncio.to_thread(usage, "--by", "total", "--team", "x")).stdout.splitlines()
-        assert one.split() == ["2", "6", "-", "4.000000", "0"]
-        sums = json.loads((await asyncio.to_thread(usage, "--json")).stdout)
-        assert (sums["total"]["requests"], len(sums["data"])) == (6, 2)
-        rows = (await asyncio.to_thread(usage, "--rows")).stdout.splitlines()
-        assert [line.split()[-1] for line in rows] == ["ok"] * 4 + ["ok", "refused"]
-        table = list(csv.DictReader(io.StringIO((await asyncio.to_thread(usage, "--rows", "--csv")).stdout)))
-        assert [row["id"] for row in table] == ["r4", "r3", "r2", "r1", "r0", "no"]
-        found = [json.loads(line) for line in (await asyncio.to_thread(usage, "--rows", "--json")).stdout.splitlines()]
-        assert found[0]["cost_usd"] == 4.0
-        for wrong, said in (("--by", "--by"), ("--from", "--from")):
-            done = await asyncio.to_thread(usage, wrong, "nonsense")
-            assert (done.exit_code, said in done.stderr) == (2, True)
-    finally:
-        app.registered_commands[:] = before
+    lines = (await usage("--by", "team,model")).splitlines()
+    assert lines[0].split() == [
+        "team",
+        "model",
+        "requests",
+        "input_tokens",
+        "output_tokens",
+        "cost_usd",
+        "cost_unknown",
+    ]
+    assert lines[1].split() == ["-", MODEL, "3", "9", "-", "6.000000", "0"]
+    assert lines[-1].split() == ["total", "6", "15", "-", "10.000000", "0"]
+    [_, one] = (await usage("--by", "total", "--team", "x")).splitlines()
+    assert one.split() == ["2", "6", "-", "4.000000", "0"]
+    sums = json.loads(await usage("--json"))
+    assert (sums["total"]["requests"], len(sums["data"])) == (6, 2)
+    assert [line.split()[-1] for line in (await usage("--rows")).splitlines()] == ["ok"] * 5 + ["refused"]
+    table = list(csv.DictReader(io.StringIO(await usage("--rows", "--csv"))))
+    assert [row["id"] for row in table] == ["r4", "r3", "r2", "r1", "r0", "no"]
+    assert json.loads((await usage("--rows", "--json")).splitlines()[0])["cost_usd"] == 4.0
+    assert "--by" in await usage("--by", "nonsense")
+    assert "--from" in await usage("--from", "nonsense")
