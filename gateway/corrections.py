@@ -45,7 +45,6 @@ class Corrections:
         self._current = current
         self._delays = delays
         self._tasks = Tasks()
-        self._waiting = 0
         self._at_once = asyncio.Semaphore(AT_ONCE)
         self._closing = asyncio.Event()
         self.dropped = 0
@@ -56,13 +55,12 @@ class Corrections:
         upstream = exchange.snapshot.upstreams[record.target.upstream]
         if upstream.kind != "openrouter" or record.generation_id is None or not exchange.snapshot.hooks.usage_corrected:
             return
-        if self._waiting >= WAITING or self._closing.is_set():
+        if len(self._tasks) >= WAITING or self._closing.is_set():
             self.dropped += 1
             if self.dropped & (self.dropped - 1) == 0:  # not a line for each
                 log.warning("corrections_dropped", so_far=self.dropped)
             return
         operation = f"{exchange.id}/{record.number}"
-        self._waiting += 1
         wanted = _Wanted(operation, exchange.id, upstream.name, record.generation_id)
         self._tasks.spawn(self._correct(wanted), "correction")
 
@@ -73,20 +71,20 @@ class Corrections:
             yield
         finally:
             self._closing.set()
-            await self._tasks.drain(LAST_SECONDS + 1)
-            if self._waiting:
-                log.warning("corrections_left", requests=self._waiting)
+            before = self.given_up
+            left = await self._tasks.drain(LAST_SECONDS + 1) + self.given_up - before
+            if left:
+                log.warning("corrections_left", requests=left)
 
     async def _correct(self, wanted: _Wanted) -> None:
         try:
             if not await self._told(wanted):
                 self.given_up += 1
-                log.warning("correction_given_up", operation=wanted.operation_id)
+                if not self._closing.is_set():  # else one line for all
+                    log.warning("correction_given_up", operation=wanted.operation_id)
         except Exception:
             self.given_up += 1
             log.exception("correction_failed", operation=wanted.operation_id)
-        finally:
-            self._waiting -= 1
 
     async def _told(self, wanted: _Wanted) -> bool:
         """Ask after each delay; once the process ends, without delay and then for `LAST_SECONDS`."""

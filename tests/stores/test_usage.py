@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 import redis.asyncio
+import structlog
 
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import (
@@ -292,6 +293,21 @@ async def test_an_orderly_end_asks_for_true_costs_once_more(services):
     async with gateway(services, BUDGET) as gw:
         [row] = (await gw.get("/admin/usage")).data["data"]
         assert (row["cost_usd"], row["cost_source"]) == (0.000012, "upstream")
+
+
+async def test_what_an_orderly_end_could_not_learn_is_counted(tmp_path, monkeypatch):
+    """Streams whose true cost nobody tells in time stay charged at their most, and one line says how many they are."""
+    monkeypatch.setattr("gateway.corrections.LAST_SECONDS", 0.2)
+    services = {"database": {"url": f"sqlite:///{tmp_path}/usage.db"}}
+    with structlog.testing.capture_logs() as logs:
+        async with gateway(services, BUDGET, upstream=ScriptedUpstream(cut_stream(), cut_stream(), Hang(), default=Error(404))) as gw:  # fmt: skip
+            gw.worker.corrections._delays = (600.0,)
+            body = {"model": MODEL, "max_tokens": 50, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+            for _ in range(2):
+                async with gw.session.post(gw.url + "/v1/chat/completions", json=body, headers=gw.headers) as reply:
+                    await reply.content.readuntil(b"Hello")
+            await gw.finished(2)
+    assert [entry["requests"] for entry in logs if entry["event"] == "corrections_left"] == [2]
 
 
 # --- stored once, whatever happens -----------------------------------------------------------------------------------
