@@ -13,6 +13,7 @@ import structlog
 from gateway import dispatch
 from gateway.errors import GatewayError
 from gateway.exchange import Correction, Cost, Source, Usage
+from gateway.logs import worth_a_line
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Corrections:
             return
         if len(self._tasks) >= WAITING or self._closing.is_set():
             self.dropped += 1
-            if self.dropped & (self.dropped - 1) == 0:  # not a line for each
+            if worth_a_line(self.dropped):
                 log.warning("corrections_dropped", so_far=self.dropped)
             return
         operation = f"{exchange.id}/{record.number}"

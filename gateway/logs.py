@@ -36,6 +36,11 @@ def scrub(text: str, *more: str | None) -> str:
     return _KEY.sub(r"\1***", text)
 
 
+def worth_a_line(count: int) -> bool:
+    """The first, second, fourth, eighth … of many alike: a line for each would be a flood."""
+    return count & (count - 1) == 0
+
+
 def setup(settings: LogSettings) -> None:
     """Log to standard error: standard output belongs to the access log."""
     pretty = settings.format == "pretty" or (settings.format == "auto" and sys.stderr.isatty())

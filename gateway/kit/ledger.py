@@ -27,6 +27,7 @@ import msgspec
 import structlog
 
 from gateway.errors import StatementError, StoreUnavailable
+from gateway.logs import worth_a_line
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -208,11 +209,10 @@ def _take(exchange: Exchange, rules: Sequence[Rule], states: Sequence[State]) ->
 def settle(ledger: Ledger, exchange: Exchange) -> None:
     """When a request is over; also if it was admitted without the store, which may be back by now."""
     admission = exchange.admission
-    admitted = admission is None or bool(admission.states)
     actual: list[tuple[Rule, int | None]] = []
     for rule in admission.rules if admission is not None else ():
         if rule.actual is None:
-            if rule.kind != "rate" or not admitted:  # what it took stays taken
+            if rule.kind != "rate":  # what it took stays taken
                 actual.append((rule, None))
             continue
         try:
@@ -227,7 +227,7 @@ def settle(ledger: Ledger, exchange: Exchange) -> None:
         except Exception:
             log.exception("ledger_record_failed", request_id=exchange.request_id)
     if actual or row:
-        ledger.settle(exchange.id, actual, row, admitted=admitted)
+        ledger.settle(exchange.id, actual, row, admitted=admission is None or bool(admission.states))
 
 
 def _states(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> tuple[list[State], bool]:
@@ -640,7 +640,6 @@ class RedisLedger:
         self._flushing = asyncio.Lock()
         self._tasks = Tasks()
         self._name = secrets.token_hex(8)
-        self._told = 0
         self._returned = float("-inf")
         self.lost = 0  # settlements that never reached Redis
         self.dropped_rows = 0
@@ -836,8 +835,7 @@ class RedisLedger:
     def _lose(self, unit: tuple[_Change, ...]) -> None:
         self.lost += 1
         self._forget_freed(unit)
-        if self.lost >= 2 * self._told:
-            self._told = self.lost
+        if worth_a_line(self.lost):
             log.error("ledger_settlements_lost", settlements=self.lost, pending=len(self._pending))
 
     def _later(self, seconds: float) -> None:
