@@ -13,6 +13,7 @@ import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gateway.errors import Forbidden
+from gateway.settings import When
 from gateway.units import Duration
 
 if TYPE_CHECKING:
@@ -34,6 +35,33 @@ def _one_or_many(value: object) -> object:
 By: TypeAlias = Annotated[
     tuple[Subject, ...], BeforeValidator(_one_or_many, json_schema_input_type=Subject | tuple[Subject, ...])
 ]
+
+
+class NamedLimit(BaseModel):
+    """What the settings of each limit have, whatever it limits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        min_length=1, max_length=50, pattern=r"^[A-Za-z0-9_.-]+$", description="Name in errors and logs; unique."
+    )
+    by: By = Field(
+        ("key",),
+        description="What is counted by itself: key (the caller), tenant, team, role, user (the body's `user`, which "
+        "clients choose), model (the first target), endpoint; several: each combination; []: all together. Callers "
+        "without a team, or without roles, share one count.",
+    )
+    when: When | None = Field(None, description="The requests that it holds for, as a plugin's `when:`. Default all.")
+
+
+def check_limits(limits: Sequence[NamedLimit], what: str, *, own_limits: bool) -> None:
+    """For a plugin's `Config`. Raises ValueError if two have one name, or if nothing is limited."""
+    names = [limit.name for limit in limits]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"several {what} are named {', '.join(twice)}")
+    if not names and not own_limits:
+        raise ValueError(f"limits nothing: list {what}, or say own_limits: true")
 
 
 class OwnLimits(BaseModel):
@@ -111,12 +139,20 @@ _REMEMBERED = ("previous_response_id", "conversation")
 _TOOL_TOKENS = 1000  # what a model's template says about tools, beside the tools themselves
 
 
+def may_mention(exchange: Exchange, *names: bytes) -> bool:
+    """May one of these stand in the body? False is certain, and found without a walk through it."""
+    raw = exchange.raw_body
+    # a name may be written with escapes, and plugins may have edited what was sent
+    if b"\\u" in raw or exchange.snapshot.hooks.prepare_request:
+        return True
+    return any(name in raw for name in names)
+
+
 def media(exchange: Exchange) -> Media:
     """Images, files and the like in the body."""
-    body, raw = exchange.body, exchange.raw_body
+    body = exchange.body
     others = any(body.get(name) for name in _REMEMBERED) or isinstance(body.get("prompt"), dict)
-    # a name may be written with escapes
-    if not others and b'"type"' not in raw and b"\\u" not in raw and not exchange.snapshot.hooks.prepare_request:
+    if not others and not may_mention(exchange, b'"type"'):
         return NO_MEDIA
     found = [0, 0, 0, int(others)]
     _find_media(body, found, 0)

@@ -18,8 +18,19 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from multidict import istr
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gateway import Duration, RateLimited, When, compile_when, format_duration, hookimpl
-from gateway.kit import By, OwnLimits, Rule, State, choices, input_estimate, output_cap, own_limits, subjects
+from gateway import Duration, RateLimited, compile_when, format_duration, hookimpl
+from gateway.kit import (
+    NamedLimit,
+    OwnLimits,
+    Rule,
+    State,
+    check_limits,
+    choices,
+    input_estimate,
+    output_cap,
+    own_limits,
+    subjects,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,21 +41,9 @@ if TYPE_CHECKING:
 _SUBJECTS = 4096  # whose rules are kept ready
 
 
-class Limit(BaseModel):
+class Limit(NamedLimit):
     """One limit. Of `requests`, `tokens` and `concurrent` those given hold, each by itself."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(
-        min_length=1, max_length=50, pattern=r"^[A-Za-z0-9_.-]+$", description="Name in errors and logs; unique."
-    )
-    by: By = Field(
-        ("key",),
-        description="What has a bucket of its own: key (the caller), tenant, team, role, user (the body's `user`, "
-        "which clients choose), model (the first target), endpoint; several: one bucket per combination; []: one for "
-        "all. Callers without a team, or without roles, share one.",
-    )
-    when: When | None = Field(None, description="The requests that it holds for, as a plugin's `when:`. Default all.")
     requests: int | None = Field(None, ge=1, le=10**9, description="Requests per `per`. Default no limit.")
     tokens: int | None = Field(
         None, ge=1, le=10**12, description="Input and output tokens per `per`. Default no limit."
@@ -89,12 +88,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:
-        names = [limit.name for limit in self.limits]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"several limits are named {', '.join(twice)}")
-        if not names and not self.own_limits:
-            raise ValueError("limits nothing: list limits, or say own_limits: true")
+        check_limits(self.limits, "limits", own_limits=self.own_limits)
         return self
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gateway import Refused
-from gateway.kit import NO_MEDIA, Media, choices, input_bound, media, output_cap
+from gateway.kit import NO_MEDIA, Media, choices, input_bound, may_mention, media, output_cap
 from gateway_plugins.budgets.settings import Assume
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Pricing:
 
     def _simple(self, exchange: Exchange) -> Bound | None:
         """As `_bound`, for one model and a body of text that has nothing special: most requests. None for others."""
-        body, raw, decision = exchange.body, exchange.raw_body, exchange.decision
+        body, decision = exchange.body, exchange.decision
         if (
             decision is None
             or len(decision.targets) != 1
@@ -71,9 +71,7 @@ class Pricing:
         ):
             return None
         target = decision.targets[0]
-        if target.overrides or target.strip or exchange.snapshot.hooks.prepare_request:
-            return None
-        if b'"type"' in raw or b'"ttl"' in raw or b"\\u" in raw:
+        if target.overrides or target.strip or may_mention(exchange, b'"type"', b'"ttl"'):
             return None
         name = (target.upstream, target.model, exchange.endpoint)
         plain = self._plain.get(name)
@@ -82,7 +80,7 @@ class Pricing:
             if len(self._plain) >= _KEPT:
                 self._plain.clear()
             plain = self._plain[name] = self._made_plain(exchange, target.upstream, target.model, model)
-        size = len(raw)
+        size = len(exchange.raw_body)
         if size > plain.most_input:
             return None
         cap = 0
@@ -335,13 +333,7 @@ def _thinking(body: dict[str, Any]) -> int:
 
 def _kept_for_long(exchange: Exchange, body: dict[str, Any]) -> bool:
     """`cache_control: {ttl: 1h}` anywhere."""
-    raw = exchange.raw_body
-    if (
-        b'"ttl"' not in raw
-        and b"\\u" not in raw
-        and body is exchange.body
-        and not exchange.snapshot.hooks.prepare_request
-    ):
+    if body is exchange.body and not may_mention(exchange, b'"ttl"'):
         return False
     return _has_ttl(body)
 

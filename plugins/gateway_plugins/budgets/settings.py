@@ -8,8 +8,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from gateway import When
-from gateway.kit import By, Period
+from gateway.kit import NamedLimit, Period, check_limits
 
 
 def _zone(name: str) -> str:
@@ -20,21 +19,9 @@ def _zone(name: str) -> str:
     return name
 
 
-class Budget(BaseModel):
+class Budget(NamedLimit):
     """One limit of spending."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(
-        min_length=1, max_length=50, pattern=r"^[A-Za-z0-9_.-]+$", description="Name in errors and logs; unique."
-    )
-    by: By = Field(
-        ("key",),
-        description="What has a sum of its own: key (the caller), tenant, team, role, user (the body's `user`, which "
-        "clients choose), model (the first target), endpoint; several: one per combination; []: one for all. "
-        "Callers without a team, or without roles, share one.",
-    )
-    when: When | None = Field(None, description="The requests that it holds for, as a plugin's `when:`. Default all.")
     usd: Decimal = Field(gt=0, le=10**8, decimal_places=6, description="The limit, in USD.")
     per: Period = Field("month", description="When it starts anew; `total`: never. Default month.")
     time_zone: Annotated[str, AfterValidator(_zone)] = Field(
@@ -88,10 +75,5 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:
-        names = [budget.name for budget in self.budgets]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"several budgets are named {', '.join(twice)}")
-        if not names and not self.own_limits:
-            raise ValueError("limits nothing: list budgets, or say own_limits: true")
+        check_limits(self.budgets, "budgets", own_limits=self.own_limits)
         return self
