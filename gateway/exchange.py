@@ -15,7 +15,7 @@ import msgspec
 from multidict import CIMultiDict, CIMultiDictProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gateway.dialects import Dialect
     from gateway.errors import Cause, GatewayError
@@ -42,13 +42,18 @@ SECRET_HEADERS = frozenset(
 
 
 class Source(StrEnum):
-    """Where a count or a price came from."""
+    """Where a count or a price came from, the surest first."""
 
     UPSTREAM = "upstream"
     CATALOGUE = "catalogue"
     ESTIMATE = "estimate"
     RESERVED = "reserved"  # unknown, so what a budget had reserved was charged
     UNKNOWN = "unknown"
+
+    @classmethod
+    def weakest(cls, sources: Iterable[Source]) -> Source:
+        """A sum is as sure as the least sure of what it is made of."""
+        return max(sources, key=list(cls).index)
 
 
 class Outcome(StrEnum):
@@ -84,7 +89,7 @@ class Usage(msgspec.Struct, frozen=True):
             _plus(self.cache_read_tokens, other.cache_read_tokens),
             _plus(self.cache_write_tokens, other.cache_write_tokens),
             _plus(self.reasoning_tokens, other.reasoning_tokens),
-            _weaker(self.source, other.source),
+            Source.weakest((self.source, other.source)),
         )
 
 
@@ -104,20 +109,15 @@ class Cost(msgspec.Struct, frozen=True):
         return None if self.pico_usd is None else -(-self.pico_usd // 10**6)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(_plus(self.pico_usd, other.pico_usd), _weaker(self.source, other.source))
+        return Cost(_plus(self.pico_usd, other.pico_usd), Source.weakest((self.source, other.source)))
 
 
 UNKNOWN_USAGE = Usage()
 UNKNOWN_COST = Cost()
-_STRENGTH = [Source.UPSTREAM, Source.CATALOGUE, Source.ESTIMATE, Source.RESERVED, Source.UNKNOWN]
 
 
 def _plus(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else a + b
-
-
-def _weaker(a: Source, b: Source) -> Source:
-    return max(a, b, key=_STRENGTH.index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,28 @@ from gateway import Outcome, Source
 from gateway.kit import clean, cleaned, end_user
 
 if TYPE_CHECKING:
-    from gateway import AttemptRecord, Correction, Exchange
+    from gateway import AttemptRecord, Correction, Cost, Exchange, Usage
 
 ABANDONED = "abandoned"  # outcome of a request whose worker died: nobody knows more
 
 
-# Fields are written by their place: a new one goes to the end, with a default, so that gateways of two versions can
-# share a Redis.
-class Try(msgspec.Struct, array_like=True):
+# Fields are written by their place: a new one goes to the end of `Try`, `Request` or `Corrected`, with a default, so
+# that gateways of two versions can share a Redis.
+class Used(msgspec.Struct, array_like=True):
+    """What is counted, of an attempt or of all: None is unknown."""
+
+    input_tokens: int | None
+    output_tokens: int | None
+    cache_read_tokens: int | None
+    cache_write_tokens: int | None
+    reasoning_tokens: int | None
+    cost_micro_usd: int | None
+
+
+TOKENS = Used.__struct_fields__[:-1]
+
+
+class Try(Used, array_like=True):
     """One attempt at an upstream."""
 
     number: int
@@ -29,19 +43,13 @@ class Try(msgspec.Struct, array_like=True):
     cause: str | None
     status: int | None
     ms: int | None
-    input_tokens: int | None
-    output_tokens: int | None
-    cache_read_tokens: int | None
-    cache_write_tokens: int | None
-    reasoning_tokens: int | None
     usage_source: str
-    cost_micro_usd: int | None
     cost_source: str
     generation_id: str | None
 
 
-class Request(msgspec.Struct, array_like=True, tag="r"):
-    """One request. Times in milliseconds, money in micro-USD; None is unknown."""
+class Request(Used, array_like=True, tag="r"):
+    """One request. Times in milliseconds; None is unknown."""
 
     id: str
     request_id: str
@@ -59,13 +67,7 @@ class Request(msgspec.Struct, array_like=True, tag="r"):
     upstream: str | None
     attempts: int | None
     tries: list[Try] | None
-    input_tokens: int | None
-    output_tokens: int | None
-    cache_read_tokens: int | None
-    cache_write_tokens: int | None
-    reasoning_tokens: int | None
     usage_source: str
-    cost_micro_usd: int | None
     cost_source: str
     status: int | None
     outcome: str
@@ -75,18 +77,12 @@ class Request(msgspec.Struct, array_like=True, tag="r"):
     upstream_ms: int | None
 
 
-class Corrected(msgspec.Struct, array_like=True, tag="c"):
+class Corrected(Used, array_like=True, tag="c"):
     """What an attempt really used and cost, learnt later."""
 
     id: str
     number: int
     at: int
-    input_tokens: int | None
-    output_tokens: int | None
-    cache_read_tokens: int | None
-    cache_write_tokens: int | None
-    reasoning_tokens: int | None
-    cost_micro_usd: int | None
 
 
 encode = msgspec.json.Encoder().encode
@@ -126,13 +122,8 @@ def request_row(exchange: Exchange) -> bytes:
             upstream=served.upstream if served is not None else None,
             attempts=len(tries) if over else None,
             tries=[_try(t) for t in tries] if len(tries) > 1 or (tries and tries[0].cause is not None) else None,
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            cache_read_tokens=usage.cache_read_tokens,
-            cache_write_tokens=usage.cache_write_tokens,
-            reasoning_tokens=usage.reasoning_tokens,
+            **_used(usage, cost),
             usage_source=usage.source,
-            cost_micro_usd=cost.micro_usd,
             cost_source=cost.source,
             status=exchange.status,
             outcome=(exchange.outcome or Outcome.ERROR) if over else ABANDONED,
@@ -152,24 +143,21 @@ def abandoned(row: Request, micro_usd: int) -> Request:
 
 
 def correction_row(correction: Correction) -> bytes:
-    usage = correction.usage
     return encode(
         Corrected(
             id=correction.exchange_id,
             number=int(correction.operation_id.rpartition("/")[2]),
             at=int(time.time() * 1000),
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            cache_read_tokens=usage.cache_read_tokens,
-            cache_write_tokens=usage.cache_write_tokens,
-            reasoning_tokens=usage.reasoning_tokens,
-            cost_micro_usd=correction.cost.micro_usd,
+            **_used(correction.usage, correction.cost),
         )
     )
 
 
+def _used(usage: Usage, cost: Cost) -> dict[str, int | None]:
+    return {**{name: getattr(usage, name) for name in TOKENS}, "cost_micro_usd": cost.micro_usd}
+
+
 def _try(record: AttemptRecord) -> Try:
-    usage = record.usage
     return Try(
         number=record.number,
         model=clean(record.target.model),
@@ -177,13 +165,8 @@ def _try(record: AttemptRecord) -> Try:
         cause=record.cause,
         status=record.status,
         ms=_ms(record.started, record.finished),
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        cache_read_tokens=usage.cache_read_tokens,
-        cache_write_tokens=usage.cache_write_tokens,
-        reasoning_tokens=usage.reasoning_tokens,
-        usage_source=usage.source,
-        cost_micro_usd=record.cost.micro_usd,
+        **_used(record.usage, record.cost),
+        usage_source=record.usage.source,
         cost_source=record.cost.source,
         generation_id=cleaned(record.generation_id) if record.generation_id else None,
     )
@@ -191,10 +174,6 @@ def _try(record: AttemptRecord) -> Try:
 
 def _ms(start: float, end: float | None) -> int | None:
     return None if end is None else round((end - start) * 1000)
-
-
-_TOKENS = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "reasoning_tokens")
-_STRENGTH = [Source.UPSTREAM, Source.CATALOGUE, Source.ESTIMATE, Source.RESERVED, Source.UNKNOWN]
 
 
 def corrected(row: dict[str, Any], tries: list[dict[str, Any]], truth: Corrected) -> dict[str, Any] | None:
@@ -206,19 +185,19 @@ def corrected(row: dict[str, Any], tries: list[dict[str, Any]], truth: Corrected
     if mine is None or mine.get("corrected"):
         return None
     out: dict[str, Any] = {}
-    for name in (*_TOKENS, "cost_micro_usd"):
+    for name in Used.__struct_fields__:
         true = getattr(truth, name)
         if true is not None:
             before = mine[name] or 0
             out[name] = (row[name] or 0) + true - before
             mine[name] = true
     mine["corrected"] = True
-    if any(getattr(truth, name) is not None for name in _TOKENS):
+    if any(getattr(truth, name) is not None for name in TOKENS):
         mine["usage_source"] = Source.UPSTREAM.value
     if truth.cost_micro_usd is not None:
         mine["cost_source"] = Source.UPSTREAM.value
     for name in ("usage_source", "cost_source"):
         known = [Source(t[name]) for t in tries if t[name] != Source.UNKNOWN]
         if known:
-            out[name] = max(known, key=_STRENGTH.index).value
+            out[name] = Source.weakest(known).value
     return {**out, "tries": tries, "corrected_at": truth.at}

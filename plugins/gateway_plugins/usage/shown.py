@@ -11,6 +11,7 @@ from datetime import time as time_of_day
 from typing import TYPE_CHECKING, Any
 
 from gateway import BadRequest
+from gateway_plugins.usage.rows import TOKENS
 from gateway_plugins.usage.store import GROUPS, Query
 
 if TYPE_CHECKING:
@@ -99,11 +100,7 @@ def request(row: Row) -> dict[str, Any]:
         "upstream": row["upstream"],
         "attempts": row["attempts"],
         "tries": None if row["tries"] is None else [_try(t) for t in json.loads(row["tries"])],
-        "input_tokens": row["input_tokens"],
-        "output_tokens": row["output_tokens"],
-        "cache_read_tokens": row["cache_read_tokens"],
-        "cache_write_tokens": row["cache_write_tokens"],
-        "reasoning_tokens": row["reasoning_tokens"],
+        **{name: row[name] for name in TOKENS},
         "usage_source": row["usage_source"],
         "cost_usd": usd(row["cost_micro_usd"]),
         "cost_source": row["cost_source"],
@@ -140,11 +137,7 @@ def sums(row: Row) -> dict[str, Any]:
         **out,
         "requests": row["requests"],
         "attempts": row["attempts"],
-        "input_tokens": row["input_tokens"],
-        "output_tokens": row["output_tokens"],
-        "cache_read_tokens": row["cache_read_tokens"],
-        "cache_write_tokens": row["cache_write_tokens"],
-        "reasoning_tokens": row["reasoning_tokens"],
+        **{name: row[name] for name in TOKENS},
         "cost_usd": usd(row["cost_micro_usd"]),
         "cost_unknown": row["cost_unknown"],
     }
@@ -182,10 +175,9 @@ def _cell(value: Any) -> Any:
     return value
 
 
-_TOKENS = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "reasoning_tokens")
-SUM_COLUMNS = ("requests", "attempts", *_TOKENS, "cost_usd", "cost_unknown")
+SUM_COLUMNS = ("requests", "attempts", *TOKENS, "cost_usd", "cost_unknown")
 REQUEST_COLUMNS = (
     "id", "request_id", "at", "tenant", "key", "team", "user", "endpoint", "stream", "task", "rule", "model_asked",
-    "model", "upstream", "attempts", *_TOKENS, "usage_source", "cost_usd", "cost_source", "status", "outcome",
+    "model", "upstream", "attempts", *TOKENS, "usage_source", "cost_usd", "cost_source", "status", "outcome",
     "error_code", "duration_ms", "first_content_ms", "upstream_ms", "corrected_at", "tries",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gateway import StatementError
-from gateway_plugins.usage.rows import ABANDONED, Corrected, Request, abandoned, corrected, decode
+from gateway_plugins.usage.rows import ABANDONED, Corrected, Request, Used, abandoned, corrected, decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,21 +19,14 @@ if TYPE_CHECKING:
 DAY = 86_400_000
 PRUNED_AT_ONCE = 5_000
 
-_COLUMNS = tuple(name for name in Request.__struct_fields__)
+_COLUMNS = Request.__struct_fields__
 _INSERT = (
     f"INSERT INTO usage_requests ({', '.join(_COLUMNS)}) "  # noqa: S608 - our own names
     f"VALUES ({', '.join(f'${i}' for i in range(1, len(_COLUMNS) + 1))}) "
-    f"ON CONFLICT (id) DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in _COLUMNS[1:])} "
+    f"ON CONFLICT (id) DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in _COLUMNS if c != 'id')} "
     f"WHERE usage_requests.outcome = '{ABANDONED}' AND excluded.outcome <> '{ABANDONED}'"
 )
-_SUMS = (
-    "input_tokens",
-    "output_tokens",
-    "cache_read_tokens",
-    "cache_write_tokens",
-    "reasoning_tokens",
-    "cost_micro_usd",
-)
+_SUMS = Used.__struct_fields__
 _COUNTS = ("requests", "attempts", "cost_unknown")
 
 # What a request's row says, named as what it can be grouped by.

@@ -3,6 +3,7 @@
 from sqlalchemy import BigInteger, Column, Index, MetaData, Table, Text
 
 metadata = MetaData()
+_TOKENS = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "reasoning_tokens")
 
 requests = Table(
     "usage_requests",
@@ -23,11 +24,7 @@ requests = Table(
     Column("upstream", Text),
     Column("attempts", BigInteger),
     Column("tries", Text),  # JSON, where an attempt failed
-    Column("input_tokens", BigInteger),
-    Column("output_tokens", BigInteger),
-    Column("cache_read_tokens", BigInteger),
-    Column("cache_write_tokens", BigInteger),
-    Column("reasoning_tokens", BigInteger),
+    *(Column(name, BigInteger) for name in _TOKENS),
     Column("usage_source", Text, nullable=False),
     Column("cost_micro_usd", BigInteger),
     Column("cost_source", Text, nullable=False),
@@ -55,11 +52,7 @@ days = Table(
     Column("outcome", Text, primary_key=True),
     Column("requests", BigInteger, nullable=False),
     Column("attempts", BigInteger, nullable=False),
-    Column("input_tokens", BigInteger),
-    Column("output_tokens", BigInteger),
-    Column("cache_read_tokens", BigInteger),
-    Column("cache_write_tokens", BigInteger),
-    Column("reasoning_tokens", BigInteger),
+    *(Column(name, BigInteger) for name in _TOKENS),
     Column("cost_micro_usd", BigInteger),
     Column("cost_unknown", BigInteger, nullable=False),  # requests that were answered at an unknown cost
 )
