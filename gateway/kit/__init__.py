@@ -3,6 +3,7 @@
 from gateway.kit.keys import hash_key, is_hash, is_well_formed, new_key
 from gateway.kit.ledger import Admission, Rule, State
 from gateway.kit.ledger import Row as PendingRow
+from gateway.kit.queries import limit_of, moment, query_of
 from gateway.kit.schema import Schema
 from gateway.kit.subjects import (
     NO_MEDIA,
@@ -50,10 +51,13 @@ __all__ = [
     "input_estimate",
     "is_hash",
     "is_well_formed",
+    "limit_of",
     "may_mention",
     "media",
+    "moment",
     "new_key",
     "output_cap",
     "own_limits",
+    "query_of",
     "subjects",
 ]

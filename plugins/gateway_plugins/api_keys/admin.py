@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from gateway import BadRequest, Conflict, Reply
+from gateway.kit import limit_of, query_of
 from gateway_plugins.api_keys import store
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ class Admin:
         return Reply(201, data={**key, "key": secret}, headers={"Cache-Control": "no-store"})
 
     async def list(self, exchange: Exchange) -> Reply:
-        query = _query(exchange, "limit", "after", "tenant", "team")
-        found = await store.page(self._services.database, limit=_limit(query), **_without_limit(query))
+        found = await store.page(self._services.database, **_paged(exchange, "after", "tenant", "team"))
         return Reply(200, data=found)
 
     async def show(self, exchange: Exchange) -> Reply:
@@ -70,8 +70,7 @@ class Admin:
         return Reply(200, data=await store.revoke(self._services.database, _id(exchange), _actor(exchange)))
 
     async def audit(self, exchange: Exchange) -> Reply:
-        query = _query(exchange, "limit", "key_id")
-        return Reply(200, data=await store.audit(self._services.database, limit=_limit(query), **_without_limit(query)))
+        return Reply(200, data=await store.audit(self._services.database, **_paged(exchange, "key_id")))
 
 
 def parsed(model: type[M], body: dict[str, Any]) -> M:
@@ -96,24 +95,6 @@ def _actor(exchange: Exchange) -> str:
     return exchange.principal.reference if exchange.principal else "nobody"
 
 
-def _query(exchange: Exchange, *known: str) -> dict[str, str]:
-    query = exchange.request.query
-    for name in query:
-        if name not in known:
-            raise BadRequest(
-                f"There is no query parameter {name[:100]!r} here; there are {', '.join(known)}.", param=name[:100]
-            )
-    if any("\0" in value for value in query.values()):
-        raise BadRequest("A query parameter holds a NUL.")
-    return query
-
-
-def _limit(query: dict[str, str]) -> int:
-    text = query.get("limit", "50")
-    if not text.isascii() or not text.isdigit() or len(text) > 6 or not 1 <= int(text) <= MOST:
-        raise BadRequest(f"`limit` must be a number from 1 to {MOST}.", param="limit")
-    return int(text)
-
-
-def _without_limit(query: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in query.items() if name != "limit"}
+def _paged(exchange: Exchange, *known: str) -> dict[str, Any]:
+    query = query_of(exchange, ("limit", *known))
+    return {**query, "limit": limit_of(query, default=50, most=MOST)}

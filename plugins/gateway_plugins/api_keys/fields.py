@@ -8,14 +8,13 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from gateway.kit import moment
+
 
 def _end_of_life(value: object) -> object:
     """An aware datetime. A date alone is good until its end, a time without zone is UTC."""
     if isinstance(value, str):
-        try:
-            value = date.fromisoformat(value) if len(value) == 10 else datetime.fromisoformat(value)
-        except ValueError:
-            raise ValueError("is not an ISO date or time, such as 2027-01-31 or 2027-01-31T12:00:00Z") from None
+        return moment(value, end=True)
     if isinstance(value, datetime):
         return value if value.tzinfo else value.replace(tzinfo=UTC)
     if isinstance(value, date):

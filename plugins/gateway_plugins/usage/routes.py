@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gateway import BadRequest, NotFound, Reply
+from gateway.kit import limit_of, query_of
 from gateway_plugins.usage import shown, store
 
 if TYPE_CHECKING:
@@ -58,9 +59,9 @@ class Routes:
         if "group_by" in given:
             if "after" in given:
                 raise BadRequest("Sums have no pages: `limit` gives up to 10000 groups.", param="after")
-            most = shown.limit(given.get("limit"), shown.MOST_GROUPS, shown.MOST_GROUPS)
+            most = limit_of(given, default=shown.MOST_GROUPS, most=shown.MOST_GROUPS)
             return await self._sums(query, shown.groups(given["group_by"]), most, as_csv=as_csv)
-        most = shown.limit(given.get("limit"), shown.MOST_ROWS if as_csv else shown.DEFAULT_ROWS, shown.MOST_ROWS)
+        most = limit_of(given, default=shown.MOST_ROWS if as_csv else shown.DEFAULT_ROWS, most=shown.MOST_ROWS)
         after = shown.cursor(given["after"]) if "after" in given else None
         rows, further = await store.listed(self._database, query, most, after)
         data = [shown.request(row) for row in rows]
@@ -87,15 +88,7 @@ class Routes:
     @staticmethod
     def _given(exchange: Exchange, tenant: str | None) -> dict[str, str]:
         known = [*shown.WORDS, *(name for name in shown.FILTERS if tenant is None or name != "tenant")]
-        given = exchange.request.query
-        for name, value in given.items():
-            if name not in known:
-                raise BadRequest(
-                    f"There is no query parameter {name[:100]!r} here; there are {', '.join(known)}.", param=name[:100]
-                )
-            if "\0" in value or len(value) > 500:
-                raise BadRequest(f"`{name}` is too long, or holds a NUL.", param=name)
-        return given
+        return query_of(exchange, known)
 
 
 def _csv(text: str, last: str | None) -> Reply:

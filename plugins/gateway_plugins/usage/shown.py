@@ -7,10 +7,10 @@ import io
 import json
 import time
 from datetime import UTC, date, datetime, timedelta
-from datetime import time as time_of_day
 from typing import TYPE_CHECKING, Any
 
 from gateway import BadRequest
+from gateway.kit import moment
 from gateway_plugins.usage.rows import TOKENS
 from gateway_plugins.usage.store import GROUPS, Query
 
@@ -30,26 +30,21 @@ WORDS = ("from", "to", "group_by", "format", "limit", "after")
 def query(given: Mapping[str, str]) -> Query:
     """From texts such as `from=2026-11-01`. Raises BadRequest."""
     now = time.time()
-    start = moment(given["from"], "from") if given.get("from") else now - DEFAULT_DAYS * 86400
-    end = moment(given["to"], "to", end=True) if given.get("to") else now + 86400
+    start = _seconds(given["from"], "from", end=False) if given.get("from") else now - DEFAULT_DAYS * 86400
+    end = _seconds(given["to"], "to", end=True) if given.get("to") else now + 86400
     if start >= end:
         raise BadRequest("`from` must be before `to`.", param="from")
     return Query(int(start * 1000), int(end * 1000), **{name: given[name] for name in FILTERS if given.get(name)})
 
 
-def moment(text: str, name: str, *, end: bool = False) -> float:
-    """Seconds since 1970. A date alone is its beginning, or as an end the end of that day; UTC without an offset."""
+def _seconds(text: str, name: str, *, end: bool) -> float:
+    """Since 1970. Raises BadRequest."""
+    # a `+` that nobody quoted arrives as a blank
+    text = text.replace(" ", "+") if text.count(" ") == 1 and "T" in text else text
     try:
-        if len(text) == 10:
-            day = date.fromisoformat(text) + timedelta(days=1 if end else 0)
-            return datetime.combine(day, time_of_day(), UTC).timestamp()
-        # a `+` that nobody quoted arrives as a blank
-        found = datetime.fromisoformat(text.replace(" ", "+") if text.count(" ") == 1 and "T" in text else text)
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError, OSError):
-        raise BadRequest(
-            f"`{name}` must be an ISO date or time, such as 2026-11-01 or 2026-11-01T12:00:00Z.", param=name
-        ) from None
+        return moment(text, end=end).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise BadRequest(f"`{name}`: {error}", param=name) from None
 
 
 def groups(text: str, allowed: Sequence[str] = GROUPS) -> list[str]:
@@ -69,15 +64,6 @@ def cursor(text: str) -> tuple[int, str]:
     if not dot or not at.isascii() or not at.isdigit() or len(at) > 15 or not row_id:
         raise BadRequest("`after` must be the `last_id` of the page before.", param="after")
     return int(at), row_id
-
-
-def limit(text: str | None, default: int, most: int) -> int:
-    """Raises BadRequest."""
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdigit() or len(text) > 6 or not 1 <= int(text) <= most:
-        raise BadRequest(f"`limit` must be a number from 1 to {most}.", param="limit")
-    return int(text)
 
 
 def request(row: Row) -> dict[str, Any]:
