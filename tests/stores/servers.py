@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import redis.asyncio
+
 from gateway.stores.embedded import binary
 
 
@@ -55,6 +57,13 @@ class ValkeyServer:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+
+async def emptied(server: ValkeyServer) -> str:
+    """Its address; nothing that other tests counted is left there."""
+    async with redis.asyncio.Redis.from_url(server.url) as client:
+        await client.flushall()
+    return server.url
 
 
 @contextlib.contextmanager

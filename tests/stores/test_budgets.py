@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import pytest
-import redis.asyncio
 from pydantic import ValidationError
 
 from gateway import Source
@@ -23,19 +22,15 @@ from gateway.kit.upstream import (
 )
 from gateway.tasks import Tasks
 from gateway_plugins import budgets
-
-# 1 micro-USD per output token, nothing for input.
-PRICES = {MODEL: {"input": 0, "cache_write": 0, "output": 1, "context_length": 8000, "max_output": 500}}
+from tests.stores.prices import PRICES
+from tests.stores.servers import emptied
 
 
 @pytest.fixture(params=["memory", "redis"])
 async def services(request):
     if request.param == "memory":
         return {"redis": "memory"}
-    server = request.getfixturevalue("server")
-    async with redis.asyncio.Redis.from_url(server.url) as client:
-        await client.flushall()
-    return {"redis": server.url}
+    return {"redis": await emptied(request.getfixturevalue("server"))}
 
 
 def limited(services, *budgets, upstream=None, prices=PRICES, fallback=False, **config):

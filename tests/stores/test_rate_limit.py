@@ -9,22 +9,14 @@ from gateway.kit.testing import Gateway
 from gateway.kit.upstream import MODEL, Hang, Json, ScriptedUpstream, Stream, chat_completion, chat_events, chat_usage
 from gateway.tasks import Tasks
 from gateway_plugins import rate_limit
+from tests.stores.servers import emptied
 
 
 @pytest.fixture(params=["memory", "redis"])
 async def services(request):
     if request.param == "memory":
         return {"redis": "memory"}
-    server = request.getfixturevalue("server")
-    await flush(server.url)
-    return {"redis": server.url}
-
-
-async def flush(url):
-    import redis.asyncio
-
-    async with redis.asyncio.Redis.from_url(url) as client:
-        await client.flushall()
+    return {"redis": await emptied(request.getfixturevalue("server"))}
 
 
 def limited(services, *limits, upstream=None, **config):
@@ -167,7 +159,7 @@ async def test_a_refused_request_counts_nowhere(services):
 
 async def test_two_gateways_count_together(server):
     """Two gateways on one Redis admit as many as one would."""
-    await flush(server.url)
+    await emptied(server)
     shared = {"redis": server.url}
     # the same caller at both: everybody counts in one bucket
     limit = {"name": "all", "by": [], "requests": 20, "per": "1h"}
@@ -179,7 +171,7 @@ async def test_two_gateways_count_together(server):
 @pytest.mark.parametrize(("policy", "status"), [("allow", 200), ("deny", 503)])
 async def test_while_redis_is_away_the_policy_holds(server, policy, status):
     """Frozen: the first request waits one short time-out, then none does; never a 401; back without a restart."""
-    await flush(server.url)
+    await emptied(server)
     limit = {"name": "all", "by": [], "requests": 3, "per": "1h"}
     async with limited({"redis": server.url}, limit, on_store_error=policy) as gw:
         loop = asyncio.get_running_loop()

@@ -21,7 +21,7 @@ from gateway.stores.redis import MAX_CONNECTIONS, TIMEOUT, RedisStore
 from tests.integration.process import serving_beside
 from tests.stores.certificates import certificate_for
 from tests.stores.postgres import free_port
-from tests.stores.servers import valkey_server
+from tests.stores.servers import emptied, valkey_server
 
 CERTIFICATE = Path(__file__).parents[1] / "faults" / "untrusted.pem"
 ECHO = "return ARGV[1]"
@@ -228,7 +228,7 @@ async def test_limits_hold_over_tls(server, tmp_path):
         await asyncio.gather(pipe(reader, behind[1]), pipe(behind[0], writer))
 
     port = free_port()
-    await server_flushed(server)
+    await emptied(server)
     limits = {"limits": [{**LIMIT, "requests": 3}], "on_store_error": "deny"}
     text = {
         "server": {"port": 0, "data_dir": str(tmp_path / "data"), "drain_timeout": 1},
@@ -255,12 +255,7 @@ async def test_limits_hold_over_tls(server, tmp_path):
                 await asyncio.sleep(0.1)
         assert [found, await status()] == [200, 429]
     listening.close()
-    await server_flushed(server)  # others count under that name too
-
-
-async def server_flushed(server):
-    async with redis.asyncio.Redis.from_url(server.url) as client:
-        await client.flushall()
+    await emptied(server)  # others count under that name too
 
 
 async def test_readiness_is_no_lever(server):

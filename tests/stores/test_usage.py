@@ -8,7 +8,6 @@ import time
 from datetime import UTC, datetime
 
 import pytest
-import redis.asyncio
 import structlog
 
 from gateway.kit.testing import Gateway
@@ -30,20 +29,19 @@ from gateway_plugins.usage import rows as usage_rows
 from gateway_plugins.usage import store
 from tests.integration.process import xenios
 from tests.stores.postgres import postgres_server
-from tests.stores.servers import valkey_server
-
-PRICES = {MODEL: {"input": 0, "cache_write": 0, "output": 1, "context_length": 8000, "max_output": 500}}
+from tests.stores.prices import PRICES
+from tests.stores.servers import emptied, valkey_server
 
 
 @pytest.fixture(params=["memory, sqlite", "redis, postgresql"])
 async def services(request, tmp_path):
     if request.param == "memory, sqlite":
         return {"redis": "memory", "database": {"url": f"sqlite:///{tmp_path}/usage.db", "migrate_on_start": True}}
-    server = request.getfixturevalue("server")
-    async with redis.asyncio.Redis.from_url(server.url) as client:
-        await client.flushall()
     url = await request.getfixturevalue("postgres").new()
-    return {"redis": server.url, "database": {"url": url, "migrate_on_start": True}}
+    return {
+        "redis": await emptied(request.getfixturevalue("server")),
+        "database": {"url": url, "migrate_on_start": True},
+    }
 
 
 def gateway(services, *more, upstream=None, keys=(), config=None, **settings):
