@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
 import signal
@@ -585,11 +586,19 @@ def _add_plugin_commands(config: Path, wanted: Sequence[str]) -> None:
         found = found.commands.get(word)
         if found is None:
             _stop_on(problems)
-            _fail(
-                f"No such command '{word}', nor does a plugin of {config} bring it. `usage` comes with the plugin "
-                "usage, `keys create` and its like with api_keys and `database: true`.",
-                2,
-            )
+            told = "".join(f"\n  {line}" for line in _commands_of_installed())
+            _fail(f"No such command '{word}', nor does a plugin of {config} bring it.{told}", 2)
+
+
+def _commands_of_installed() -> list[str]:
+    """What each installed plugin says of its commands (`commands`), for whoever misses one."""
+    from gateway.plugins import installed, load
+
+    said: list[str] = []
+    for name in sorted(installed()):
+        with contextlib.suppress(LookupError):  # it can't be loaded
+            said += [line] if (line := getattr(load(name, Path())[0], "commands", None)) else []
+    return said
 
 
 class _Unstarted:

@@ -169,6 +169,7 @@ class Plugin:
 
     Config: TypeAlias = Config
     schema = Schema("api_keys", Path(__file__).parent)
+    commands = "`xenios keys create`, `list`, `show`, `rotate` and `revoke` come with api_keys and `database: true`."
 
     @staticmethod
     def owns_tables(config: Config) -> bool:

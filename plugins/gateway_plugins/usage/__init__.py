@@ -53,6 +53,7 @@ class Plugin:
 
     Config: TypeAlias = Config
     schema = Schema("usage", Path(__file__).parent)
+    commands = "`xenios usage` comes with the plugin usage."
     # Requests go on while rows can't be stored: they wait.
     on_store_error: Literal["allow"] = "allow"
 
