@@ -157,13 +157,31 @@ ANONYMOUS = Principal(id="anonymous", kind="anonymous", tenant="anonymous")
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """Time limits of one attempt in seconds, None = no limit of its own (the exchange's deadline still holds)."""
+
+    first_event: float | None = None
+    stall: float | None = None
+    total: float | None = None  # to the last byte
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """One model at one upstream. `overrides` are set in the body, `strip` are removed from it."""
+    """One model at one upstream. `overrides` are set in the body, `strip` are removed from it.
+
+    `limits`: what differs from the limits that the settings give every attempt; None there = as the settings say.
+    """
 
     model: str
     upstream: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     strip: tuple[str, ...] = ()
+    limits: Limits | None = None
+
+    @property
+    def name(self) -> str:
+        """As people and dashboards know it: `openrouter/anthropic/claude-opus-4.6`."""
+        return f"{self.upstream}/{self.model}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +189,8 @@ class Decision:
     """Which models may answer, in order, and why.
 
     `alias` names what the client asked for when that was not a model itself: a scope that grants it grants its targets.
+    `fallback_on`: the causes after which the next target is tried, None = as the fallback plugin is set up.
+    `timeout`: seconds for the whole request, None = `server.request_timeout`, which is also its upper end.
     """
 
     asked: str
@@ -180,14 +200,8 @@ class Decision:
     rule: str | None = None
     offload: bool = False
     reasons: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Time limits of one attempt in seconds, None = no limit of its own (the exchange's deadline still holds)."""
-
-    first_event: float | None = None
-    stall: float | None = None
+    fallback_on: frozenset[Cause] | None = None
+    timeout: float | None = None
 
 
 class Attempt(msgspec.Struct, frozen=True):
