@@ -52,6 +52,7 @@ coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branc
 	@$(BIN)/coverage run -m pytest -m "not full" -n 2 --dist loadfile
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=90
+	@$(BIN)/coverage json --quiet -o - | $(BIN)/python -m tests.branches 90
 
 full: $(VENV)/.test  ## The tests that take minutes: many streams at once, a hammering
 	@$(BIN)/python -m pytest -m full

@@ -30,6 +30,7 @@ T = TypeVar("T")
 app = typer.Typer(
     name="xenios",
     help="Xenios, a self-hosted LLM gateway: OpenAI and Anthropic clients in front, OpenRouter's models behind.",
+    epilog="Plugins of the configuration bring commands of their own; their table in plugins/README.md names them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -55,6 +55,7 @@ class Grammar:
     mark: Callable[[Event], Mark]
     error: Callable[[GatewayError, bytes, str], bytes]
     needs_done: bool
+    whole_is_fine: bool = False  # a model that can't stream may answer whole
     keep_alive: bytes = b": keep-alive\n\n"
 
 
@@ -96,6 +97,7 @@ class Dialect:
     forced: Mapping[str, Any] = field(default_factory=dict)  # body fields that are always set
     refused: Mapping[str, str] = field(default_factory=dict)  # body fields that must be falsy → what to tell
     usage_on_request: bool = False  # has `stream_options.include_usage`
+    text_formats: frozenset[str] = frozenset()  # of `response_format`: the reply is plain text then
     reply_error: Callable[[Any], Mapping[str, Any] | None] = _error_of
 
     @property
@@ -270,7 +272,7 @@ def _responses_reply_error(data: Any) -> Mapping[str, Any] | None:
 
 def _mark_choices(event: Event, has_content: Callable[[Mapping[str, Any]], bool]) -> Mark:
     payload = event.payload
-    if payload == b"[DONE]":
+    if payload.startswith(b"[DONE]"):  # SDKs look for no more
         return DONE
     if not payload:
         return PLAIN
@@ -307,7 +309,7 @@ def _mark_typed(content: re.Pattern[str], finish: frozenset[str]) -> Callable[[E
 
     def mark(event: Event) -> Mark:
         payload = event.payload
-        if payload == b"[DONE]":
+        if payload.startswith(b"[DONE]"):  # SDKs look for no more
             return DONE
         if not payload:
             return PLAIN
@@ -336,7 +338,7 @@ def _mark_messages(event: Event) -> Mark:
     if not event.payload:
         return PLAIN
     data = event.data
-    if event.payload == b"[DONE]":
+    if event.payload.startswith(b"[DONE]"):
         return PLAIN  # not Anthropic's; some compatible servers add it
     if not isinstance(data, dict):
         return MALFORMED
@@ -375,12 +377,14 @@ _IMAGES = Grammar(
     _mark_typed(re.compile(r"image_generation\..+"), frozenset({"image_generation.completed"})),
     _typed_error,
     needs_done=False,
+    whole_is_fine=True,
 )
 _TRANSCRIPTS = Grammar(
     re.compile(rb'"transcript\.text\.done"|"error"|\[DONE\]'),
     _mark_typed(re.compile(r"transcript\.text\..+"), frozenset({"transcript.text.done"})),
     _typed_error,
     needs_done=False,
+    whole_is_fine=True,
 )
 
 # --- the nine proxied endpoints -------------------------------------------------------------------------------------
@@ -479,6 +483,7 @@ DIALECTS: dict[str, Dialect] = {
             grammar=_TRANSCRIPTS,
             request="multipart",
             text_fields=("prompt",),
+            text_formats=frozenset({"text", "srt", "vtt"}),
         ),
     )
 }

@@ -25,6 +25,14 @@ FINISH_SECONDS = 5.0
 
 # What runs on the loop right now, for the watchdog: a sync hook can't be interrupted, only named.
 running: list[tuple[str, str] | None] = [None]
+# What a plugin fails with. `sys.exit()` in a plugin must not end the gateway; a CancelledError may be the plugin's own.
+FAILURES = (Exception, SystemExit, asyncio.CancelledError)
+
+
+def is_cancelled(error: BaseException) -> bool:
+    """The request itself is to stop. False: a plugin let out the cancellation of something that it waited for."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 @dataclass(slots=True)
@@ -55,7 +63,7 @@ class Impl:
             memo = exchange.scope_memo[self.index] = self.when(exchange)
         return memo
 
-    def failed(self, error: Exception, exchange: Exchange | None = None) -> None:
+    def failed(self, error: BaseException, exchange: Exchange | None = None) -> None:
         self.failures += 1
         log.error(
             "plugin_failed",
@@ -114,7 +122,9 @@ async def run_all(exchange: Exchange, impls: Impls, *, ignorable: bool = False) 
         except GatewayError:
             _blame(exchange, impl)
             raise
-        except Exception as error:
+        except FAILURES as error:
+            if is_cancelled(error):
+                raise
             impl.failed(error, exchange)
             if not (ignorable and impl.on_error == "ignore"):
                 raise _plugin_error(exchange, impl) from error
@@ -136,7 +146,9 @@ async def run_first(exchange: Exchange, impls: Impls, *, ignorable: bool = False
         except GatewayError:
             _blame(exchange, impl)
             raise
-        except Exception as error:
+        except FAILURES as error:
+            if is_cancelled(error):
+                raise
             impl.failed(error, exchange)
             if not (ignorable and impl.on_error == "ignore"):
                 raise _plugin_error(exchange, impl) from error
@@ -152,7 +164,7 @@ def run_sync(exchange: Exchange, impls: Impls, *arguments: Any) -> None:
         running[0] = impl.where
         try:
             impl.call(exchange, *arguments)
-        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+        except FAILURES as error:
             impl.failed(error, exchange)
     running[0] = None
 
@@ -168,7 +180,7 @@ def first_sync(exchange: Exchange, impls: Impls, *arguments: Any, returns: type 
             if answer is not None:
                 _check(answer, returns)
                 return answer
-        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+        except FAILURES as error:
             impl.failed(error, exchange)
         finally:
             running[0] = None
@@ -183,11 +195,11 @@ async def run_finished(exchange: Exchange, impls: Impls, watch: Watch) -> None:
         watch.wait("request_finished", FINISH_SECONDS)
         try:
             await impl.call(exchange)
-        except asyncio.CancelledError:
-            if watch.take() is None:
-                raise
-            impl.failed(TimeoutError(f"took longer than {FINISH_SECONDS} s"), exchange)
-        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+        except FAILURES as error:
+            if is_cancelled(error):
+                if watch.take() is None:
+                    raise
+                error = TimeoutError(f"took longer than {FINISH_SECONDS} s")
             impl.failed(error, exchange)
     watch.rest()
 
@@ -196,7 +208,9 @@ async def run_corrected(impls: Impls, correction: Correction) -> None:
     for impl in impls:
         try:
             await impl.call(correction)
-        except Exception as error:  # noqa: BLE001 - isolated, whatever it is
+        except FAILURES as error:
+            if is_cancelled(error):
+                raise
             impl.failed(error)
 
 

@@ -276,7 +276,11 @@ class Reply:
         *,
         data: Any = None,
     ) -> None:
-        """Give `body` (bytes) or `data` (JSON, encoded when it is sent)."""
+        """Give `body` (bytes) or `data` (JSON, encoded when it is sent). Raises ValueError or TypeError."""
+        if not 200 <= status <= 599:
+            raise ValueError(f"{status!r} is no status of a reply")
+        if body is not None and not isinstance(body, bytes):
+            raise TypeError(f"a body is bytes, not {type(body).__name__}")
         self.status = status
         self.headers: CIMultiDict[str] = headers if isinstance(headers, CIMultiDict) else CIMultiDict(headers or ())
         self._body = body
@@ -294,6 +298,8 @@ class Reply:
 
     @body.setter
     def body(self, value: bytes) -> None:
+        if not isinstance(value, bytes):
+            raise TypeError(f"a body is bytes, not {type(value).__name__}")
         self._body, self._data, self._dirty = value, None, False
 
     @property

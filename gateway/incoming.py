@@ -77,15 +77,20 @@ def parse_object(raw: bytes) -> JsonObject:
     except RecursionError:
         raise BadRequest("The JSON body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"The body is not valid JSON: {_reason(error)}.") from None
+        raise BadRequest(f"The body is not valid JSON: {_reason(error, raw)}.") from None
     if not isinstance(data, dict):
         raise BadRequest("The body must be a JSON object.")
     return data
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, raw: bytes) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 at byte {error.start}"
+        try:  # the decoder counts from the beginning of the text that it was at
+            raw.decode()
+        except UnicodeDecodeError as found:
+            return f"not UTF-8 at byte {found.start}"
+    if "truncated" in str(error) and raw.rstrip().endswith(b"}"):
+        return "a string ends too early, or holds half of a surrogate pair"
     return str(error).partition(" - at ")[0][:200]
 
 

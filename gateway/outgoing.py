@@ -9,7 +9,9 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import structlog
 
+from gateway.errors import PluginError
 from gateway.exchange import Attempt
 from gateway.incoming import json_form_value
 
@@ -30,6 +32,7 @@ _OPENROUTER_ONLY = (
     "trace",
 )
 _encode = msgspec.json.encode
+log = structlog.get_logger("gateway.outgoing")
 
 
 def attempt_for(exchange: Exchange, target: Target) -> Attempt:
@@ -40,8 +43,19 @@ def attempt_for(exchange: Exchange, target: Target) -> Attempt:
     if exchange.form is not None:
         content, headers["Content-Type"] = _form_body(exchange, exchange.form, body)
     else:
-        content = _encode(body)
+        try:
+            content = _encode(body)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise bad_body(exchange, f"what is no JSON: {error}") from error
     return Attempt(target, content, headers, exchange.snapshot.derived.limits)
+
+
+def bad_body(exchange: Exchange, what: str) -> PluginError:
+    """A plugin's edit made the request one that can't be sent; the log names who may edit."""
+    plugins = [impl.plugin for impl in exchange.snapshot.hooks.prepare_request]
+    exchange.error_by = exchange.error_by or ", ".join(f"{plugin}.prepare_request" for plugin in plugins)
+    log.error("plugin_left_bad_body", plugins=plugins, found=what[:200], request_id=exchange.request_id)
+    return PluginError()
 
 
 def target_body(exchange: Exchange, target: Target, upstream: UpstreamClient) -> JsonObject:

@@ -17,7 +17,7 @@ import msgspec
 import structlog
 from multidict import CIMultiDict, istr
 
-from gateway import dispatch, watch
+from gateway import dispatch, outgoing, watch
 from gateway.access import check_models, check_route
 from gateway.dialects import read_cost
 from gateway.errors import (
@@ -69,6 +69,8 @@ _UNSURE = frozenset({Source.ESTIMATE, Source.UNKNOWN})
 # Those that are worth telling; what else an upstream writes there may be anything.
 _MEDIA_TYPE = re.compile(r"(text/(html|plain|xml)|application/(xml|octet-stream|problem\+json|x-ndjson))")
 ERROR_BODY_LIMIT = 1 << 20
+AFTERWARDS = 1.0  # seconds that an upstream has to end its body after the whole answer
+_OURS = frozenset({watch.DEADLINE, watch.STALL, watch.SHUTDOWN})
 # Not the client's business, or wrong once the body went through us.
 _DROPPED = frozenset(
     {
@@ -78,6 +80,7 @@ _DROPPED = frozenset(
         "retry-after-ms", "strict-transport-security", "nel", "report-to", "x-powered-by",
     }
 )  # fmt: skip
+_NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _DROPPED_PREFIXES = ("cf-", "x-xenios-", "x-ratelimit-", "access-control-")
 
 
@@ -183,6 +186,7 @@ class Run:
         admit_body(exchange)
         if hooks.prepare_request:
             await dispatch.run_all(exchange, hooks.prepare_request)
+            _check_prepared(exchange)
             exchange.stream = exchange.dialect.wants_stream(exchange.body)
         exchange.decision = await self._decide()
         check_models(exchange, exchange.decision)
@@ -211,11 +215,13 @@ class Run:
         try:
             reply: object = await handler(exchange)
             if not isinstance(reply, Reply):
-                raise TypeError(f"returned {type(reply).__name__} where Reply is due")  # noqa: TRY301 - failed like others
+                raise TypeError(f"returned {type(reply).__name__} where Reply is due")
         except (GatewayError, ClientGone):
             exchange.running = None
             raise
-        except Exception as error:
+        except dispatch.FAILURES as error:
+            if dispatch.is_cancelled(error):
+                raise
             impl.failed(error, exchange)
             exchange.error_by = repr(impl)
             exchange.running = None
@@ -330,14 +336,20 @@ class Run:
         elif (
             self.exchange.stream
             and dialect.grammar is not None
-            and dialect.grammar.needs_done
+            and not dialect.grammar.whole_is_fine
             and kind != "application/json"
         ):
             shown = kind if _MEDIA_TYPE.fullmatch(kind) else "no content type"
             raise UpstreamError(Cause.BAD_REPLY, f"The upstream answered a stream with {shown}.")
+        elif kind.startswith("text/") and kind != "text/html" and self._wants_text():
+            reply.body = self._passable(await self._read_whole(response), secret)
         else:
             reply.body = await self._whole_body(response, record, secret)
         return reply
+
+    def _wants_text(self) -> bool:
+        formats = self.exchange.dialect.text_formats
+        return bool(formats) and self.exchange.body.get("response_format") in formats
 
     def _event_stream(self, response: UpstreamResponse, secret: str) -> EventStream:
         exchange = self.exchange
@@ -352,7 +364,7 @@ class Run:
         )
 
     async def _whole_body(self, response: UpstreamResponse, record: AttemptRecord, secret: str) -> bytes:
-        body = (await response.read(self.exchange.snapshot.settings.upstream.max_reply)).lstrip()
+        body = (await self._read_whole(response)).lstrip()
         try:
             head = msgspec.json.decode(body, type=_Head)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -368,10 +380,18 @@ class Run:
         self._meter(record, usage)
         if error is not None:
             raise error_from(error, secret=secret)
+        grammar = self.exchange.dialect.grammar
+        if self.exchange.stream and grammar is not None and not grammar.whole_is_fine:
+            raise UpstreamError(Cause.BAD_REPLY, "The upstream answered a stream with a whole body.")
+        return self._passable(body, secret)
+
+    async def _read_whole(self, response: UpstreamResponse) -> bytes:
+        return await response.read(self.exchange.snapshot.settings.upstream.max_reply)
+
+    def _passable(self, body: bytes, secret: str) -> bytes:
+        """An upstream that repeats our own key is not passed on."""
         if secret and secret.encode() in body:
             raise UpstreamError(Cause.BAD_REPLY, "The upstream's reply held what must not be passed on.")
-        if self.exchange.stream and self.exchange.dialect.grammar and self.exchange.dialect.grammar.needs_done:
-            raise UpstreamError(Cause.BAD_REPLY, "The upstream answered a stream with a whole body.")
         return body
 
     def _meter(self, record: AttemptRecord, raw: Mapping[str, Any] | None) -> None:
@@ -479,7 +499,7 @@ class Run:
         await self._start_stream(200, headers)
         wait, client, next_block, touch = self.watch.wait, self.client, stream.next_block, self.watch.touch
         while True:
-            wait(watch.STALL, stall)
+            wait(watch.STALL, AFTERWARDS if stream.answered else stall)
             block = await next_block()
             if block is None:
                 break
@@ -487,6 +507,9 @@ class Run:
                 wait(watch.WRITE, server.write_timeout)
                 await client.write(block)
                 touch()
+        await self._end_relay()
+
+    async def _end_relay(self) -> None:
         self._end_attempt()
         if self._taps is not None:
             self._taps.close(Outcome.OK)
@@ -552,6 +575,9 @@ class Run:
         if exchange.route.proxied:
             self._say(out)
         dispatch.run_sync(exchange, self.hooks.response_started)
+        out = exchange.reply_headers
+        if not _sound(out):
+            _drop_unsound(exchange, out)
         return out
 
     def _say(self, out: CIMultiDict[str]) -> None:
@@ -571,7 +597,15 @@ class Run:
 
     async def _interrupted(self) -> None:
         """The task was cancelled: by a limit of ours, or because the client left."""
-        match self.watch.take():
+        reason = self.watch.take()
+        stream = self._stream
+        if reason in _OURS and stream is not None and stream.answered:
+            # the client has it all: an error after the answer would belie that
+            await self.client.write(stream.finish())
+            await self._end_relay()
+            self.exchange.outcome = Outcome.OK
+            return
+        match reason:
             case watch.DEADLINE:
                 await self._fail(self._deadline_error())
             case watch.STALL:
@@ -718,7 +752,7 @@ def _layer(
         try:
             reply: object = await impl.call(exchange, attempt, call_next)
             if not isinstance(reply, UpstreamReply):
-                raise TypeError(f"returned {type(reply).__name__} where UpstreamReply is due")  # noqa: TRY301 - as others
+                raise TypeError(f"returned {type(reply).__name__} where UpstreamReply is due")
         except ClientGone:
             raise
         except GatewayError as error:
@@ -726,7 +760,9 @@ def _layer(
                 exchange.error_by = exchange.error_by or repr(impl)
             exchange.running = outer
             raise
-        except Exception as error:
+        except dispatch.FAILURES as error:
+            if dispatch.is_cancelled(error):
+                raise
             impl.failed(error, exchange)
             exchange.error_by = repr(impl)
             exchange.running = outer
@@ -735,6 +771,41 @@ def _layer(
         return reply
 
     return layer
+
+
+def _check_prepared(exchange: Exchange) -> None:
+    """What `prepare_request` left is a request still; else it is the plugins' failure, not the client's."""
+    body: object = exchange.body
+    if isinstance(body, dict) and isinstance(body.get("model"), str) and body["model"]:
+        return
+    what = "no model" if isinstance(body, dict) else f"{type(body).__name__} instead of an object"
+    raise outgoing.bad_body(exchange, what)
+
+
+def _sound(headers: CIMultiDict[str]) -> bool:
+    """Each can be written as a header: a plugin may have put anything there."""
+    try:
+        values = "\n".join(headers.values())
+        values.encode()
+    except (TypeError, UnicodeEncodeError):
+        return False
+    clean = values.count("\n") < max(1, len(headers)) and "\r" not in values and "\0" not in values
+    return clean and "" not in headers and _NAMES.fullmatch("".join(headers)) is not None
+
+
+def _drop_unsound(exchange: Exchange, headers: CIMultiDict[str]) -> None:
+    hooks = exchange.snapshot.hooks
+    impls = (*hooks.lookup_response, *hooks.transform_response, *hooks.render_error, *hooks.response_started)
+    for name, value in list(headers.items()):
+        if not _sound(CIMultiDict({name: value})):
+            headers.popall(name, None)
+            log.error(
+                "bad_reply_header",
+                header=name[:100],
+                value_type=type(value).__name__,
+                plugins=sorted({impl.plugin for impl in impls}),
+                request_id=exchange.request_id,
+            )
 
 
 def _header_text(text: str) -> str:

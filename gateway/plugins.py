@@ -191,7 +191,7 @@ def load(use: str, folder: Path) -> tuple[type[Any], str]:
         raise LookupError(f"no plugin named {use!r} is installed.{hint}")
     try:
         cls = point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LookupError(f"the plugin {use!r} can't be imported: {type(error).__name__}: {error}") from error
     return _class(cls, use), point.dist.version if point.dist else "?"
 
@@ -215,7 +215,7 @@ def _load_file(use: str, folder: Path) -> type[Any]:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise LookupError(f"{path} can't be imported: {type(error).__name__}: {error}") from error
     cls = getattr(module, attribute or "Plugin", None)
@@ -333,7 +333,7 @@ def construct(blueprints: Sequence[Blueprint], services: Services, carry: Sequen
         if old is None or old.blueprint.identity != blueprint.identity:
             try:
                 old = Instance(blueprint, blueprint.cls(blueprint.config, services.of(blueprint.id)))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise PluginStartError(blueprint.id, "__init__", error) from error
         out.append(old)
     return out

@@ -118,6 +118,8 @@ class Finding:
             return "is required", None
         if kind == "extra_forbidden":
             return "unknown key", did_you_mean(self.path[-1], self.siblings) or f"known: {', '.join(self.siblings)}"
+        if kind in {"too_short", "too_long"}:
+            return _length(context, given), None
         if kind == "unit":
             examples = DURATION_EXAMPLES if context["kind"] == "duration" else SIZE_EXAMPLES
             return f"{shown} is not a {context['kind']}", f"write {examples}"
@@ -135,6 +137,15 @@ class Finding:
         if kind in {"literal_error", "enum"}:
             hint = did_you_mean(given, re.findall(r"'([^']*)'", context["expected"]))
         return re.sub(r"^\w+ should ", "must ", message), hint
+
+
+def _length(context: dict[str, Any], given: object) -> str:
+    what = "characters" if isinstance(given, str) else "entries"
+    if context.get("min_length") == 1:
+        return "must not be empty"
+    bound = "min_length" if "min_length" in context else "max_length"
+    most = "least" if bound == "min_length" else "most"
+    return f"must have at {most} {context[bound]} {what}, not {context['actual_length']}"
 
 
 def _shown(given: object, *, hide: bool) -> str:

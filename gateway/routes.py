@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gateway.errors import MethodNotAllowed, NotFound
 
@@ -105,6 +105,10 @@ class Router:
         method = method.upper()
         if not path.startswith("/"):
             raise ValueError(f"{self.plugin}: the path {path!r} must begin with '/'.")
+        if access not in get_args(Access):
+            raise ValueError(f"{self.plugin}: {method} {path}: access is {access!r}; it is one of {_words(Access)}.")
+        if body is not None and body not in get_args(BodyKind):
+            raise ValueError(f"{self.plugin}: {method} {path}: body is {body!r}; it is one of {_words(BodyKind)}.")
         if handler is None and dialect is None:
             raise ValueError(f"{self.plugin}: {method} {path} has no handler.")
         if any(r.method == method and r.path == path for r in self._routes):
@@ -128,6 +132,10 @@ class Router:
 
     def table(self) -> RouteTable:
         return RouteTable(tuple(self._routes))
+
+
+def _words(kind: Any) -> str:
+    return ", ".join(get_args(kind))
 
 
 def _pattern(path: str) -> re.Pattern[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.client_exceptions import ClientConnectionError
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 from multidict import istr
 
@@ -51,8 +51,12 @@ PIECE = 256 * 1024
 _ENCODINGS = frozenset({"gzip", "deflate", "identity"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
-_TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
-_HEAD_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+def _bare(status: HTTPStatus, extra: str = "") -> bytes:
+    """A reply to a connection on which no request could be read."""
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\nX-Request-Id: {new_id()}\r\n{extra}"
+    return f"{head}Content-Length: 0\r\n\r\n".encode()
 
 
 class _Sent:
@@ -86,7 +90,7 @@ class _Connection(RequestHandler):
         self.peer = transport.get_extra_info("peername")
         manager = self._manager
         if manager is not None and len(manager.connections) > self._limits.max_connections:
-            transport.write(_TOO_MANY)  # type: ignore[attr-defined]  # a stream transport
+            transport.write(_bare(HTTPStatus.SERVICE_UNAVAILABLE, "Retry-After: 1\r\n"))  # type: ignore[attr-defined]  # a stream transport
             self.force_close()
             return
         self._head_timer = self._loop.call_later(self._limits.header_timeout, self._head_late)
@@ -104,7 +108,7 @@ class _Connection(RequestHandler):
     def _head_late(self) -> None:
         self._head_timer = None
         if self.transport is not None and self._current_request is None and not self._messages:
-            self.transport.write(_HEAD_LATE)
+            self.transport.write(_bare(HTTPStatus.REQUEST_TIMEOUT))
             self.force_close()
 
     def close(self) -> None:
@@ -129,18 +133,30 @@ class _Connection(RequestHandler):
     ) -> web.StreamResponse:
         """A request that is not HTTP. aiohttp's own page and log line hold the input, secrets included."""
         del message
+        request_id = new_id()
+        unknown_coding = isinstance(exc, ContentEncodingError)
+        if unknown_coding:
+            status = 415
         if status >= 500:
-            log.error("request_crashed", exc_info=exc)
+            log.error("request_crashed", exc_info=exc, request_id=request_id)
         else:
-            log.warning("bad_http_request", status=status, error=type(exc).__name__, remote=request.remote)
+            error_type = type(exc).__name__
+            log.warning(
+                "bad_http_request", status=status, error=error_type, remote=request.remote, request_id=request_id
+            )
         if request.writer.output_size > 0:
             raise ConnectionError
-        error = GatewayError() if status >= 500 else BadRequest("The request is not valid HTTP.", status=status)
+        if status >= 500:
+            error = GatewayError()
+        elif unknown_coding:
+            error = UnsupportedMedia("Send the body as it is, or compressed with gzip.")
+        else:
+            error = BadRequest("The request is not valid HTTP.", status=status)
         response = web.Response(
             status=status,
             body=PLAIN_DIALECT.error_body(error, ""),
             content_type="application/json",
-            headers={"Server": SERVER_NAME},
+            headers={"Server": SERVER_NAME, "X-Request-Id": request_id},
         )
         response.force_close()
         return response

@@ -24,6 +24,7 @@ _COLON = ord(":")  # a line that begins with one is a comment
 # A line may end in LF, CRLF or CR (WHATWG HTML, server-sent events); an event ends with an empty line.
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
 _EVENT_END = re.compile(_LINE_END + _LINE_END)
+_DONE = re.compile(rb"data:\s*\[DONE\]\s*")
 _COMMENT_LINE = re.compile(rb"(?<![^\r\n]):[^\r\n]*" + _LINE_END)  # `^` knows no CR
 
 
@@ -33,6 +34,9 @@ class ReplyStream(Protocol):
     usage: dict[str, Any] | None
     last: bytes
 
+    @property
+    def answered(self) -> bool: ...
+    def finish(self) -> bytes: ...
     async def first_content(self) -> None: ...
     async def next_block(self) -> bytes | None: ...
 
@@ -124,6 +128,16 @@ class EventStream:
         self._error: UpstreamError | None = None
 
     @property
+    def answered(self) -> bool:
+        """The client has the whole answer, though the upstream has not ended its body yet."""
+        return self._finish_seen and not self._grammar.needs_done
+
+    def finish(self) -> bytes:
+        """Whatever an upstream does after its whole answer must not belie that: what is left for a clean end."""
+        self.finished = True
+        return self.flush() if self.flush is not None else b""
+
+    @property
     def usage_is_final(self) -> bool:
         """The usage told so far is the whole answer's: Anthropic's stream begins with a count that goes on."""
         return self.usage is not None and self._finish_seen
@@ -171,8 +185,8 @@ class EventStream:
         try:
             chunk = await self._response.chunk()
         except UpstreamError:
-            if self._finish_seen and not self._grammar.needs_done:
-                return self._at_end()  # the client has the whole answer; an error after it would belie that
+            if self.answered:
+                return self.finish()
             raise
         if not chunk:
             return self._at_end()
@@ -233,10 +247,12 @@ class EventStream:
 
     def _at_end(self) -> bytes | None:
         """The body is complete: clean if the grammar says so."""
-        if self._grammar.needs_done or not self._finish_seen:
-            raise UpstreamError(Cause.TRUNCATED, "The upstream ended the stream without finishing the answer.")
-        self.finished = True
-        return self.flush() if self.flush is not None else b""
+        if self.answered:
+            return self.finish()
+        rest = self._splitter.rest().rstrip(b"\r\n")
+        if self._finish_seen and _DONE.fullmatch(rest):  # it did say so, but for the blank line
+            return self._pass([Event(rest + b"\n\n")])
+        raise UpstreamError(Cause.TRUNCATED, "The upstream ended the stream without finishing the answer.")
 
     def _note_usage(self, mark: Mark) -> None:
         if mark.usage is not None:
@@ -256,6 +272,13 @@ class ByteStream:
         self.last = b""
         self._response = response
         self._held = b""
+
+    @property
+    def answered(self) -> bool:
+        return False  # its end is the answer's
+
+    def finish(self) -> bytes:
+        return b""
 
     async def first_content(self) -> None:
         self._held = await self._response.chunk()

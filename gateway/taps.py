@@ -34,7 +34,7 @@ class TapChain:
             dispatch.running[0] = impl.where
             try:
                 tap = impl.call(exchange)
-            except Exception as error:  # noqa: BLE001 - judged by the plugin's policy
+            except dispatch.FAILURES as error:
                 try:
                     chain._failed(impl, error)
                 except PluginError:
@@ -61,7 +61,7 @@ class TapChain:
             (impl, tap), *self._taps = self._taps
             try:
                 last = [_event(e) for e in tap.end(Outcome.OK)]
-            except Exception as error:  # noqa: BLE001 - judged by the plugin's policy
+            except dispatch.FAILURES as error:
                 self._failed(impl, error)
                 continue
             if impl.rewrites:
@@ -74,7 +74,7 @@ class TapChain:
         for impl, tap in taps:
             try:
                 tap.end(outcome)
-            except Exception as error:  # noqa: BLE001 - nothing is left to protect
+            except dispatch.FAILURES as error:
                 impl.failed(error, self._exchange)
 
     def _through(self, taps: list[tuple[Impl, Tap]], events: list[Event]) -> list[Event]:
@@ -88,12 +88,12 @@ class TapChain:
                 else:
                     for event in events:
                         tap.event(event)
-            except Exception as error:  # noqa: BLE001 - judged by the plugin's policy
+            except dispatch.FAILURES as error:
                 self._failed(impl, error)
         dispatch.running[0] = None
         return events
 
-    def _failed(self, impl: Impl, error: Exception) -> None:
+    def _failed(self, impl: Impl, error: BaseException) -> None:
         dispatch.running[0] = None
         impl.failed(error, self._exchange)
         self._taps = [(i, t) for i, t in self._taps if i is not impl]

@@ -9,6 +9,7 @@ import pytest
 from gateway import Principal, Scopes, hookimpl
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import (
+    Body,
     Error,
     Json,
     Redirect,
@@ -292,14 +293,56 @@ async def test_a_truncated_speech_ends_uncleanly(end):
 
 
 @pytest.mark.parametrize("endpoint", sorted(WHOLE_WITHOUT_ITS_END))
-@pytest.mark.parametrize("end", ["clean", "cut", "reset"])
+@pytest.mark.parametrize("end", ["clean", "cut", "reset", "hang"])
 async def test_what_comes_after_the_whole_answer_is_no_truncation(endpoint, end):
-    """Where the last event is the clean end, a connection lost after it is no error for the client."""
+    """Where the last event is the clean end, a connection that is lost or stays silent after it is no error."""
     answer = Stream(*STREAMS[endpoint], end=end)
     async with Gateway.test(upstream=ScriptedUpstream(answer)) as gw:
         reply = await ask(gw, endpoint, stream=True)
         [exchange] = await gw.finished()
     assert (reply.body, exchange.outcome) == (b"".join(map(encode_step, STREAMS[endpoint])), "ok")
+
+
+@pytest.mark.parametrize("last", ["data: [DONE]", "data: [DONE]\n", "data: [DONE]  \n\n", "data:[DONE]\r\n\r\n"])
+async def test_an_untidy_end_is_an_end(last):
+    """Blanks after `[DONE]`, or a missing blank line, make no truncation of a whole answer."""
+    steps = chat_events(comments=False, usage=False)
+    async with Gateway.test(upstream=ScriptedUpstream(Stream(*steps[:-1], last.encode()))) as gw:
+        reply = await gw.chat(stream=True)
+        [exchange] = await gw.finished()
+    assert (exchange.outcome, b"error" in reply.body, reply.body.count(b"[DONE]")) == ("ok", False, 1)
+    assert reply.body.endswith((b"\n\n", b"\r\n\r\n"))
+
+
+@pytest.mark.promise("P3.client")
+@pytest.mark.parametrize("last", ["data: [DONE]", "data: [DONE]  \n\n"])
+async def test_an_untidy_end_before_the_answers_is_a_truncation(last):
+    """However it is written: an end before the answer's is not passed on as one."""
+    steps = chat_events(comments=False, usage=False)
+    async with Gateway.test(upstream=ScriptedUpstream(Stream(*steps[:3], last.encode()))) as gw:
+        reply = await gw.chat(stream=True)
+        [exchange] = await gw.finished()
+    assert (exchange.outcome, b"[DONE]" in reply.body) == ("upstream_truncated", False)
+
+
+@pytest.mark.parametrize("endpoint", ["chat/completions", "completions", "responses", "messages"])
+async def test_a_whole_answer_to_a_stream_is_no_answer(endpoint):
+    """An upstream that answers a stream with one body is a bad upstream: a client that reads events would see none."""
+    async with Gateway.test(upstream=ScriptedUpstream(Json({"id": "x", "status": "completed", "usage": {}}))) as gw:
+        reply = await ask(gw, endpoint, stream=True)
+    assert reply.status == 502
+    assert b"answered a stream with a whole body" in reply.body
+
+
+@pytest.mark.parametrize("form", ["text", "srt", "vtt"])
+async def test_a_transcript_may_be_text(form):
+    """A transcript that was asked for as text or subtitles passes as it is; a page of HTML is still no answer."""
+    answers = (Body(b"1\n00:00 --> 00:01\nHello\n", content_type="text/plain"), Body(b"<p>", content_type="text/html"))
+    async with Gateway.test(upstream=ScriptedUpstream(*answers)) as gw:
+        reply = await ask(gw, "audio/transcriptions", response_format=form)
+        assert (reply.status, reply.body) == (200, b"1\n00:00 --> 00:01\nHello\n")
+        assert reply.headers["content-type"] == "text/plain"
+        assert (await ask(gw, "audio/transcriptions", response_format=form)).status == 502
 
 
 @pytest.mark.parametrize(
