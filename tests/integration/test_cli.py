@@ -19,7 +19,7 @@ from tests.integration.process import CONFIG, MODULE, XENIOS, environment, servi
 
 HERE = Path(__file__).parent
 COMMANDS = [
-    "", "serve", "check", "plugins", "models", "simulate", "keys", "keys hash", "keys create", "keys list", "keys show",
+    "", "serve", "check", "explain", "plugins", "models", "simulate", "keys", "keys hash", "keys create", "keys list", "keys show",
     "keys rotate", "keys revoke", "usage", "db", "db upgrade", "db downgrade", "db status", "db sql", "schema", "version",
 ]  # fmt: skip
 SHIPPED = sorted([*CONFIG.glob("*.yaml"), *CONFIG.glob("examples/*.yaml")])
