@@ -7,10 +7,12 @@ from gateway.kit.queries import limit_of, moment, query_of
 from gateway.kit.schema import Schema
 from gateway.kit.subjects import (
     NO_MEDIA,
+    OF_CALLERS,
     By,
     Media,
     NamedLimit,
     OwnLimits,
+    PerCaller,
     Period,
     check_limits,
     choices,
@@ -28,6 +30,7 @@ from gateway.stores.database import Database, Row, Statements
 
 __all__ = [
     "NO_MEDIA",
+    "OF_CALLERS",
     "Admission",
     "By",
     "Database",
@@ -35,6 +38,7 @@ __all__ = [
     "NamedLimit",
     "OwnLimits",
     "PendingRow",
+    "PerCaller",
     "Period",
     "Row",
     "Rule",

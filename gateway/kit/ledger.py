@@ -21,7 +21,8 @@ import contextlib
 import secrets
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 import structlog
@@ -31,7 +32,7 @@ from gateway.logs import worth_a_line
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable
 
     from gateway.errors import GatewayError
     from gateway.exchange import Exchange
@@ -80,16 +81,66 @@ class Rule(msgspec.Struct, eq=False):
     # What follows from these.
     size: int = 0  # rate: units that the bucket holds
     unit: float = 0.0  # rate: microseconds until one unit has come back
+    room: float = 0.0  # rate: the whole bucket, in microseconds
 
     def __post_init__(self) -> None:
         if self.kind == "rate":
             self.size = self.burst or self.limit
             self.unit = self.per * 1e6 / self.limit
+            # half a microsecond: what floats lose must not refuse the bucket's last unit
+            self.room = self.size * self.unit + 0.5
 
     def copy(self) -> Rule:
         """For a request whose amount is its own: a fifth of what making one costs."""
         made: Rule = self.__copy__()  # type: ignore[attr-defined]  # msgspec's
         return made
+
+
+Level: TypeAlias = "float | tuple[float, float]"  # µs of a bucket, places taken, or (spent, reserved)
+
+
+class Verdict(Sequence[State]):
+    """What the rules of one request say: for each a state, worked out when somebody asks for it."""
+
+    __slots__ = ("_levels", "_rules", "allowed", "granted")
+
+    def __init__(self, rules: Sequence[Rule], levels: Sequence[Level], *, allowed: bool, granted: int = 0) -> None:
+        """`levels`: what each rule held before. `allowed`: all had room, and it was taken."""
+        self._rules = rules
+        self._levels = levels
+        self.allowed = allowed
+        self.granted = granted  # reserved for the request in each of its budgets
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        rule, level = self._rules[index], self._levels[index]
+        if isinstance(level, tuple):
+            return self._of_budget(rule, *level)
+        if rule.kind == "slots":
+            left = int(rule.limit - level)
+            return State(True, left - self.allowed) if left > 0 else State(False, 0, 0.0, 1.0)
+        return self._of_rate(rule, level)
+
+    def _of_rate(self, rule: Rule, level: float) -> State:
+        unit, amount, room = rule.unit, rule.amount, rule.room - level
+        if self.allowed:
+            return State(True, int(room / unit) - amount, (level + amount * unit) / 1e6)
+        short = amount * unit - room
+        if short <= 0:
+            return State(True, int(room / unit), level / 1e6)
+        wait = (short + 0.5) / 1e6 if amount <= rule.size else None
+        return State(False, max(0, int(room / unit)), level / 1e6, wait)
+
+    def _of_budget(self, rule: Rule, spent: float, reserved: float) -> State:
+        left = int(rule.limit - spent - reserved)
+        if self.allowed:
+            return State(True, left - self.granted, 0.0, None, self.granted, int(reserved))
+        least = rule.amount if rule.least is None else rule.least
+        return State(least <= left, max(0, left), 0.0, None, 0, int(reserved))
 
 
 class Admission(msgspec.Struct, eq=False):
@@ -112,7 +163,7 @@ class Row(NamedTuple):
 class Ledger(Protocol):
     """In memory and on Redis: the same answers."""
 
-    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> list[State]:
+    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> Verdict:
         """Take for all rules, or for none if one has no room. Raises StoreUnavailable.
 
         `row` is recorded if the operation is never settled. A second call for the same operation takes more.
@@ -167,13 +218,13 @@ async def admit(ledger: Ledger, exchange: Exchange, rules: Sequence[Rule]) -> Ad
     if exchange.record is not None and any(rule.kind == "budget" for rule in rules):
         row = exchange.record(exchange)
     try:
-        states = await ledger.judge(op, rules, row)
+        verdict = await ledger.judge(op, rules, row)
     except StoreUnavailable:
         if any(rule.on_store_error == "deny" for rule in rules):
             raise
         return Admission(op, rules, ())
-    _take(exchange, rules, states)
-    return Admission(op, rules, states)
+    _take(exchange, rules, verdict)
+    return Admission(op, rules, verdict)
 
 
 async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) -> None:
@@ -186,24 +237,24 @@ async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) 
     if not more or not admission.states:
         return
     try:
-        states = await ledger.judge(admission.op, more)
+        verdict = await ledger.judge(admission.op, more)
     except StoreUnavailable:
         if any(rule.on_store_error == "deny" for rule in more):
             raise
         return
-    _take(exchange, more, states)
+    _take(exchange, more, verdict)
 
 
-def _take(exchange: Exchange, rules: Sequence[Rule], states: Sequence[State]) -> None:
-    for state in states:
-        if not state.allowed:
-            # The one that takes longest to have room again; waiting for less would be in vain.
-            refused = [(rule, state) for rule, state in zip(rules, states, strict=True) if not state.allowed]
-            worst, said = max(refused, key=lambda r: float("inf") if r[1].retry_after is None else r[1].retry_after)
-            raise worst.refuse(worst, said)
+def _take(exchange: Exchange, rules: Sequence[Rule], verdict: Verdict) -> None:
+    if not verdict.allowed:
+        judged = list(zip(rules, verdict, strict=True))
+        # The one that takes longest to have room again; waiting for less would be in vain.
+        refused = [(rule, state) for rule, state in judged if not state.allowed] or judged
+        worst, said = max(refused, key=lambda r: float("inf") if r[1].retry_after is None else r[1].retry_after)
+        raise worst.refuse(worst, said)
     for i, rule in enumerate(rules):
         if rule.admitted is not None:
-            rule.admitted(exchange, rule, states[i])
+            rule.admitted(exchange, rule, verdict[i])
 
 
 def settle(ledger: Ledger, exchange: Exchange) -> None:
@@ -230,63 +281,6 @@ def settle(ledger: Ledger, exchange: Exchange) -> None:
         ledger.settle(exchange.id, actual, row, admitted=admission is None or bool(admission.states))
 
 
-def _states(rules: Sequence[Rule], levels: Sequence[tuple[float, float]]) -> tuple[list[State], bool]:
-    """From what each rule held before: microseconds of its bucket, slots, or (spent, reserved). And: was it taken?
-
-    One loop without calls: it runs for every request.
-    """
-    out: list[State] = []
-    taken, grant = True, -1
-    for i, rule in enumerate(rules):
-        level, reserved = levels[i]
-        kind = rule.kind
-        if kind == "rate":
-            unit, amount = rule.unit, rule.amount
-            take = amount * unit
-            # half a microsecond: what floats lose must not refuse the bucket's last unit
-            room = rule.size * unit - level + 0.5
-            if take <= room:
-                out.append(State(True, int(room / unit) - amount, (level + take) / 1e6))
-            else:
-                taken = False
-                wait = (take - room + 0.5) / 1e6 if amount <= rule.size else None
-                out.append(State(False, max(0, int(room / unit)), level / 1e6, wait))
-        elif kind == "slots":
-            left = int(rule.limit - level)
-            if left > 0:
-                out.append(State(True, left - 1))
-            else:
-                taken = False
-                out.append(State(False, 0, 0.0, 1.0))
-        else:
-            left = int(rule.limit - level - reserved)
-            amount = rule.amount
-            least = amount if rule.least is None else rule.least
-            amount = min(amount, left)
-            if grant < 0 or amount < grant:
-                grant = amount
-            if least > left:
-                taken = False
-            out.append(State(least <= left, max(0, left), 0.0, None, 0, int(reserved)))
-    if not taken:
-        untaken = zip(rules, out, levels, strict=True)
-        return [_untaken(rule, state, level) for rule, state, (level, _) in untaken], False
-    if grant >= 0:
-        for i, state in enumerate(out):
-            if rules[i].kind == "budget":
-                out[i] = State(True, state.remaining - grant, 0.0, None, grant, state.reserved)
-    return out, True
-
-
-def _untaken(rule: Rule, state: State, level: float) -> State:
-    """What a rule with room says where another had none: nothing was taken from it."""
-    if not state.allowed or rule.kind == "budget":
-        return state
-    if rule.kind == "slots":
-        return State(True, state.remaining + 1)
-    return State(True, state.remaining + rule.amount, level / 1e6)
-
-
 class _Budget:
     """In memory: micro-USD."""
 
@@ -297,9 +291,6 @@ class _Budget:
         self.reserved = 0  # the sum of `held`
         self.held: dict[str, int] = {}  # by operation
         self.until = until
-
-
-_NOTHING = (0.0, 0.0)
 
 
 class MemoryLedger:
@@ -316,40 +307,52 @@ class MemoryLedger:
         self._calls = 0
         self.dropped_rows = 0
 
-    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> list[State]:
+    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> Verdict:
+        """Two loops without calls: they run for every request."""
         del row  # who would record it, dies with the operation
         now = self._clock() * 1e6
         self._calls += 1
         if self._calls % SWEEP_EVERY == 0:
             self._sweep(now)
-        full_at = self._full_at
-        levels: list[tuple[float, float]] = []
+        full_at, slots = self._full_at, self._slots
+        levels: list[Any] = []
+        budgets: list[_Budget] = []
+        allowed, grant = True, -1
         for rule in rules:
             kind = rule.kind
             if kind == "rate":
-                ahead = full_at.get(rule.key, 0.0) - now
-                levels.append((ahead, 0.0) if ahead > 0 else _NOTHING)
+                level: Any = full_at.get(rule.key, now) - now
+                if level < 0:
+                    level = 0.0
+                if level + rule.amount * rule.unit > rule.room:
+                    allowed = False
             elif kind == "slots":
-                held = self._slots.get(rule.key)
-                levels.append((len(held), 0.0) if held else _NOTHING)
+                level = len(slots.get(rule.key, ()))
+                if level >= rule.limit:
+                    allowed = False
             else:
-                budget = self._budgets.get(rule.key)
-                levels.append((budget.spent, budget.reserved) if budget is not None else _NOTHING)
-        states, taken = _states(rules, levels)
-        if not taken:
-            return states
-        for i, rule in enumerate(rules):
+                budget = self._budget(rule)
+                budgets.append(budget)
+                level = (budget.spent, budget.reserved)
+                left, amount = rule.limit - budget.spent - budget.reserved, rule.amount
+                if left < (amount if rule.least is None else rule.least):
+                    allowed = False
+                amount = min(amount, left)
+                if grant < 0 or amount < grant:
+                    grant = amount
+            levels.append(level)
+        if not allowed:
+            return Verdict(rules, levels, allowed=False)
+        for rule, level in zip(rules, levels, strict=True):
             kind = rule.kind
             if kind == "rate":
-                full_at[rule.key] = now + levels[i][0] + rule.amount * rule.unit
+                full_at[rule.key] = now + level + rule.amount * rule.unit
             elif kind == "slots":
-                self._slots.setdefault(rule.key, set()).add(op)
-            else:
-                granted = states[i].granted
-                budget = self._budget(rule)
-                budget.held[op] = budget.held.get(op, 0) + granted
-                budget.reserved += granted
-        return states
+                slots.setdefault(rule.key, set()).add(op)
+        for budget in budgets:
+            budget.held[op] = budget.held.get(op, 0) + grant
+            budget.reserved += grant
+        return Verdict(rules, levels, allowed=True, granted=grant)
 
     def settle(
         self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True
@@ -645,15 +648,17 @@ class RedisLedger:
         self.dropped_rows = 0
         store.on_return.append(self._on_return)
 
-    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> list[State]:
-        states = await self._judge(op, rules, row)
-        if any(not s.allowed and (r.kind == "slots" or s.reserved) for r, s in zip(rules, states, strict=True)):
+    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> Verdict:
+        verdict = await self._judge(op, rules, row)
+        if not verdict.allowed and any(
+            not s.allowed and (r.kind == "slots" or s.reserved) for r, s in zip(rules, verdict, strict=True)
+        ):
             # What stands in the way may be over already, and its settlement under way here or in another worker.
             await asyncio.sleep(SETTLE_SECONDS * 1.5)
-            states = await self._judge(op, rules, row)
-        return states
+            verdict = await self._judge(op, rules, row)
+        return verdict
 
-    async def _judge(self, op: str, rules: Sequence[Rule], row: bytes) -> list[State]:
+    async def _judge(self, op: str, rules: Sequence[Rule], row: bytes) -> Verdict:
         if self._store.is_open:
             raise StoreUnavailable
         keys, arguments, taken = [], [self._now(), int(LEASE_SECONDS * 1e6), op, row], []
@@ -685,10 +690,19 @@ class RedisLedger:
                 log.error("ledger_refused", message=str(error), keys=[r.key for r in rules])  # noqa: TRY400 - it says it all
                 raise StoreUnavailable from error
             raise
-        if answer[0] == 1:
+        allowed = answer[0] == 1
+        if allowed:
             self._held.update(dict.fromkeys(taken))
-        levels = [text.decode().partition(" ") for text in answer[1:]]
-        return _states(rules, [(float(level), float(reserved or 0)) for level, _, reserved in levels])[0]
+        levels: list[Level] = []
+        grants: list[int] = []
+        for rule, text in zip(rules, answer[1:], strict=True):
+            if rule.kind != "budget":
+                levels.append(float(text))
+                continue
+            spent, _, reserved = text.partition(b" ")
+            levels.append((int(spent), int(reserved)))
+            grants.append(min(rule.amount, rule.limit - int(spent) - int(reserved)))
+        return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
 
     def settle(
         self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True

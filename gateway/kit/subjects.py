@@ -6,7 +6,7 @@ import functools
 import math
 from decimal import Decimal
 from itertools import product
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import structlog
@@ -17,7 +17,7 @@ from gateway.settings import When
 from gateway.units import Duration
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gateway.exchange import Exchange, Principal
 
@@ -211,6 +211,36 @@ def _inline(image: dict[str, Any]) -> int:
     if text is None and isinstance(place, dict):
         text = place.get("data")
     return len(text) if isinstance(text, str) and text.isascii() else 0
+
+
+OF_CALLERS: frozenset[Subject] = frozenset({"key", "tenant", "team", "role"})
+T = TypeVar("T")
+
+
+class PerCaller(Generic[T]):
+    """What a plugin works out once for each caller, whose principal is one object from request to request."""
+
+    __slots__ = ("_known", "_make", "_most")
+
+    def __init__(self, make: Callable[[Exchange], T], most: int = 4096) -> None:
+        """`make` is to ask for nothing but the principal; what it raises is not remembered."""
+        self._make = make
+        self._most = most
+        self._known: dict[int, tuple[Principal | None, T]] = {}
+
+    def of(self, exchange: Exchange) -> T:
+        principal = exchange.principal
+        known = self._known.get(id(principal))
+        if known is not None and known[0] is principal:
+            return known[1]
+        made = self._make(exchange)
+        if len(self._known) >= self._most:
+            self._known.clear()
+        self._known[id(principal)] = (principal, made)
+        return made
+
+    def clear(self) -> None:
+        self._known.clear()
 
 
 _EVERYBODY = [""]

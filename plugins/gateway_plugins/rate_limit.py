@@ -20,8 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gateway import Duration, RateLimited, compile_when, format_duration, hookimpl
 from gateway.kit import (
+    OF_CALLERS,
     NamedLimit,
     OwnLimits,
+    PerCaller,
     Rule,
     State,
     check_limits,
@@ -33,7 +35,7 @@ from gateway.kit import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from gateway import Exchange, GatewayError, Services
 
@@ -100,32 +102,36 @@ class _About(NamedTuple):
     unit: str
 
 
+class _Plan(NamedTuple):
+    """One caller's rules: those of the limits that hold for each of its requests, and the limits that may."""
+
+    fixed: tuple[Rule, ...]
+    counted: tuple[Rule, ...]  # of each request a copy, with the tokens that it takes
+    others: tuple[_Compiled, ...]
+
+
 class _Compiled:
-    """A limit, and its rules per subject: those that are the same for every request are made once."""
+    """A limit, and its rules per subject, which are made once."""
 
     def __init__(self, limit: Limit, owner: Plugin, prefix: str) -> None:
         self.limit = limit
         self.applies = compile_when(limit.when)
+        self.of_caller = limit.when is None and OF_CALLERS.issuperset(limit.by)
         self._owner = owner
         self._prefix = f"{prefix}:{limit.name}:"
         self._known: dict[str, tuple[tuple[Rule, ...], Rule | None]] = {}
 
-    def rules(self, subject: str, tokens: int) -> Sequence[Rule]:
-        """`tokens`: what the request takes of them."""
-        known = self._known.get(subject)
-        if known is None:
-            if len(self._known) >= _SUBJECTS:
-                self._known.clear()
-            known = self._known[subject] = self._template(f"{self._prefix}{subject}")
-        fixed, counted = known
-        if counted is None:
-            return fixed
-        rule = counted.copy()
-        rule.amount = tokens
-        return (*fixed, rule)
+    def rules(self, exchange: Exchange) -> Iterator[tuple[tuple[Rule, ...], Rule | None]]:
+        """For each subject: (rules that are the same for every request, the one whose amount is the request's own)."""
+        for subject in subjects(self.limit.by, exchange):
+            known = self._known.get(subject)
+            if known is None:
+                if len(self._known) >= _SUBJECTS:
+                    self._known.clear()
+                known = self._known[subject] = self._template(f"{self._prefix}{subject}")
+            yield known
 
     def _template(self, key: str) -> tuple[tuple[Rule, ...], Rule | None]:
-        """(rules that are the same for every request, the one whose amount is the request's own)."""
         limit = self.limit
         counted = None
         if limit.tokens is not None:
@@ -164,6 +170,7 @@ class Plugin:
         self.on_store_error: Literal["allow", "deny"] = config.on_store_error
         self._limits = [self._compiled(limit) for limit in config.limits]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
+        self._plans = PerCaller(self._plan)
 
     def _compiled(self, limit: Limit) -> _Compiled:
         return _Compiled(limit, self, self._services.plugin_id)
@@ -188,32 +195,47 @@ class Plugin:
 
     @hookimpl
     async def check_request(self, exchange: Exchange) -> None:
-        tokens = -1
-        limits = self._limits
+        fixed, counted, others = self._plans.of(exchange)
+        for limit in others:
+            if limit.applies is None or limit.applies(exchange):
+                for more, of_tokens in limit.rules(exchange):
+                    fixed += more
+                    counted += (of_tokens,) if of_tokens else ()
+        if fixed:
+            exchange.hold(*fixed)
+        if counted:
+            tokens = self._estimate(exchange)
+            for template in counted:
+                rule = template.copy()
+                rule.amount = tokens
+                exchange.hold(rule)
+
+    def _plan(self, exchange: Exchange) -> _Plan:
+        limits = list(self._limits)
         if self._config.own_limits and (own := own_limits(exchange)) is not None and (limit := self._own(own)):
-            limits = [limit, *limits]
-        for limit in limits:
-            if limit.applies is not None and not limit.applies(exchange):
-                continue
-            if tokens < 0 and limit.limit.tokens is not None:
-                tokens = self._estimate(exchange)
-            for subject in subjects(limit.limit.by, exchange):
-                exchange.hold(*limit.rules(subject, tokens))
+            limits.insert(0, limit)
+        known = [rules for limit in limits if limit.of_caller for rules in limit.rules(exchange)]
+        return _Plan(
+            tuple(rule for fixed, _ in known for rule in fixed),
+            tuple(counted for _, counted in known if counted is not None),
+            tuple(limit for limit in limits if not limit.of_caller),
+        )
 
     @hookimpl
     def response_started(self, exchange: Exchange) -> None:
         admission = exchange.admission
-        if admission is None:
+        if admission is None or not admission.states:
             return
         tightest: dict[str, tuple[Rule, State]] = {}
-        for rule, state in zip(admission.rules, admission.states):  # noqa: B905 - no states without the store
-            if rule.kind != "rate" or not isinstance(about := rule.about, _About) or about.owner is not self:
-                continue
-            known = tightest.get(about.unit)
-            if known is None or state.remaining < known[1].remaining:
-                tightest[about.unit] = (rule, state)
+        for i, rule in enumerate(admission.rules):
+            if rule.kind == "rate" and isinstance(about := rule.about, _About) and about.owner is self:
+                state: State = admission.states[i]
+                known = tightest.get(about.unit)
+                if known is None or state.remaining < known[1].remaining:
+                    tightest[about.unit] = (rule, state)
         for rule, state in tightest.values():
-            exchange.reply_headers.update(_headers(rule, state, anthropic=exchange.dialect.anthropic))
+            for name, value in _headers(rule, state, anthropic=exchange.dialect.anthropic):
+                exchange.reply_headers[name] = value
 
     def _estimate(self, exchange: Exchange) -> int:
         """Input by its length, output by what the request allows itself."""
@@ -247,27 +269,27 @@ def _refuse(rule: Rule, state: State) -> GatewayError:
             f"and {rule.size:,} may be taken at once ({limit}). Shorten it, or ask for less output.",
             type=about.unit,
             should_retry=False,
-            headers=_headers(rule, state),
+            headers=dict(_headers(rule, state)),
         )
     return RateLimited(
         f"Rate limit reached ({about.name}): {limit}. Try again in {go_duration(state.retry_after)}.",
         type=about.unit,
         retry_after=state.retry_after,
-        headers=_headers(rule, state),
+        headers=dict(_headers(rule, state)),
     )
 
 
-def _headers(rule: Rule, state: State, *, anthropic: bool = False) -> dict[str, str]:
+def _headers(rule: Rule, state: State, *, anthropic: bool = False) -> tuple[tuple[str, str], ...]:
     unit = rule.about.unit
     if anthropic:
         reset = datetime.now(UTC) + timedelta(seconds=state.reset)
-        return {
-            f"anthropic-ratelimit-{unit}-limit": str(rule.limit),
-            f"anthropic-ratelimit-{unit}-remaining": str(state.remaining),
-            f"anthropic-ratelimit-{unit}-reset": reset.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        }
+        return (
+            (f"anthropic-ratelimit-{unit}-limit", str(rule.limit)),
+            (f"anthropic-ratelimit-{unit}-remaining", str(state.remaining)),
+            (f"anthropic-ratelimit-{unit}-reset", reset.strftime("%Y-%m-%dT%H:%M:%SZ")),
+        )
     limit, remaining, reset_in = _HEADERS[unit]
-    return {limit: str(rule.limit), remaining: str(state.remaining), reset_in: go_duration(state.reset)}
+    return (limit, str(rule.limit)), (remaining, str(state.remaining)), (reset_in, go_duration(state.reset))
 
 
 _HEADERS = {

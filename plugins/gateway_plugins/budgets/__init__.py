@@ -16,23 +16,24 @@ data (`appendonly yes`).
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import time
 from collections import OrderedDict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo
 
 import msgspec
 
-from gateway import Cause, Cost, RateLimited, Source, compile_when, hookimpl
-from gateway.kit import OwnLimits, Period, Rule, State, output_cap, own_limits, subjects
+from gateway import Cause, ContextKey, Cost, Outcome, RateLimited, Source, compile_when, hookimpl
+from gateway.kit import OF_CALLERS, OwnLimits, PerCaller, Period, Rule, State, output_cap, own_limits, subjects
 from gateway_plugins.budgets.bounds import Bound, Pricing, keep_to
 from gateway_plugins.budgets.settings import Budget, Config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from gateway import AttemptRecord, Correction, Exchange, GatewayError, Services
 
@@ -44,12 +45,20 @@ _ENDLESS = 10**15  # micro-USD: what a soft budget "allows"
 _REMEMBERED = 10_000  # operations whose true cost may still become known
 
 
-class _About(msgspec.Struct, eq=False):
-    """What this plugin has to know of a request's rule."""
+class _Reserved(msgspec.Struct, eq=False):
+    """What one request may cost, and what its budgets granted it."""
 
-    budget: _Compiled
     bound: Bound
-    granted: list[int]  # micro-USD; one for each attempt that was reserved for, shared by their rules
+    first: str  # key of the first of its rules: all are granted the same, so one of them notes it
+    granted: list[int]  # micro-USD; one for each attempt that was reserved for
+
+
+class _Plan(NamedTuple):
+    """One caller's rules: those of the budgets that hold for each of its requests, and the budgets that may."""
+
+    known: tuple[Rule, ...]
+    others: tuple[_Compiled, ...]
+    until: float  # when the first of the periods ends, in seconds since 1970
 
 
 class _Window:
@@ -92,6 +101,7 @@ class _Compiled:
         self.budget = budget
         self.applies = compile_when(budget.when)
         self.owner = owner
+        self.of_caller = budget.when is None and OF_CALLERS.issuperset(budget.by)
         self._window = _Window(budget)
         self._limit = int(budget.usd * 10**6) if budget.hard else _ENDLESS
         self.warn_from = int(float(budget.usd) * 1e6 * budget.warn_at)
@@ -99,18 +109,22 @@ class _Compiled:
         self._period = ""
         self._known: dict[str, Rule] = {}
 
-    def rule(self, subject: str, most: int, least: int | None, bound: Bound) -> Rule:
-        """`most` and `least` to reserve, in micro-USD."""
+    def rules(self, exchange: Exchange) -> Iterator[Rule]:
+        """One for each subject, to be copied for each request."""
         period, end = self._window.now()
-        if period != self._period or len(self._known) >= _SUBJECTS:
-            self._period = period
-            self._known.clear()
-        known = self._known.get(subject)
-        if known is None:
-            known = self._known[subject] = self._made(f"{self._prefix}{period}:{subject}", end)
-        rule = known.copy()
-        rule.amount, rule.least, rule.about = most, least, _About(self, bound, [])
-        return rule
+        for subject in subjects(self.budget.by, exchange):
+            if period != self._period or len(self._known) >= _SUBJECTS:
+                self._period = period
+                self._known.clear()
+            known = self._known.get(subject)
+            if known is None:
+                known = self._known[subject] = self._made(f"{self._prefix}{period}:{subject}", end)
+            yield known
+
+    @property
+    def ends(self) -> float:
+        """When the period that is now does."""
+        return self._window.now()[1] or math.inf
 
     def _made(self, key: str, end: float | None) -> Rule:
         return Rule(
@@ -124,6 +138,7 @@ class _Compiled:
             admitted=_admitted,
             again=_again,
             on_store_error=self.owner.on_store_error,
+            about=self,
         )
 
 
@@ -139,6 +154,8 @@ class Plugin:
         self.pricing = Pricing(config, services)
         self._budgets = [self._compiled(budget) for budget in config.budgets]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
+        self._plans = PerCaller(self._plan)
+        self.reserved: ContextKey[_Reserved] = ContextKey("reserved")
         self._warned: OrderedDict[str, None] = OrderedDict()
         self._correctable: OrderedDict[str, tuple[Sequence[Rule], dict[int, int]]] = OrderedDict()
 
@@ -155,24 +172,41 @@ class Plugin:
 
     @hookimpl
     async def check_request(self, exchange: Exchange) -> None:
-        bound: Bound | None = None
-        most, least = 0, None
-        budgets = self._budgets
+        plan = self._plans.of(exchange)
+        if time.time() >= plan.until:
+            self._plans.clear()
+            plan = self._plans.of(exchange)
+        rules = plan.known
+        for budget in plan.others:
+            if budget.applies is None or budget.applies(exchange):
+                rules += tuple(budget.rules(exchange))
+        if not rules:
+            return
+        bound = self.pricing.bound(exchange)
+        most, least = _micro(bound.most), _micro(bound.least) if bound.clamps else None
+        if bound.ceiling is not None and any(rule.about.budget.hard for rule in rules):
+            keep_to(bound.ceiling, exchange.body)
+        exchange.set(self.reserved, _Reserved(bound, rules[0].key, []))
+        for template in rules:
+            rule = template.copy()
+            rule.amount, rule.least = most, least
+            exchange.hold(rule)
+
+    def _plan(self, exchange: Exchange) -> _Plan:
+        budgets = list(self._budgets)
         if self._config.own_limits and (own := own_limits(exchange)) is not None and own.usd is not None:
-            budgets = [self._own(own), *budgets]
-        for budget in budgets:
-            if budget.applies is not None and not budget.applies(exchange):
-                continue
-            if bound is None:
-                bound = self.pricing.bound(exchange)
-                most, least = _micro(bound.most), _micro(bound.least) if bound.clamps else None
-            if bound.ceiling is not None and budget.budget.hard:
-                keep_to(bound.ceiling, exchange.body)
-            for subject in subjects(budget.budget.by, exchange):
-                exchange.hold(budget.rule(subject, most, least, bound))
+            budgets.insert(0, self._own(own))
+        always = [budget for budget in budgets if budget.of_caller]
+        return _Plan(
+            tuple(rule for budget in always for rule in budget.rules(exchange)),
+            tuple(budget for budget in budgets if not budget.of_caller),
+            min((budget.ends for budget in always), default=math.inf),
+        )
 
     @hookimpl
     async def request_finished(self, exchange: Exchange) -> None:
+        if exchange.outcome is Outcome.OK and len(exchange.attempts) == 1:
+            return
         # a broken-off attempt, whatever was known of its cost: the true one may be asked for
         charged = {
             a.number: a.cost.micro_usd or 0
@@ -181,7 +215,7 @@ class Plugin:
         }
         if not charged or exchange.admission is None:
             return
-        rules = [r for r in exchange.admission.rules if isinstance(r.about, _About) and r.about.budget.owner is self]
+        rules = [r for r in exchange.admission.rules if isinstance(r.about, _Compiled) and r.about.owner is self]
         if rules:
             self._correctable[exchange.id] = rules, charged
             if len(self._correctable) > _REMEMBERED:
@@ -200,7 +234,7 @@ class Plugin:
 
     def warn(self, rule: Rule, spent: int, exchange: Exchange) -> None:
         """The reply says so; the log once."""
-        budget: Budget = rule.about.budget.budget
+        budget: Budget = rule.about.budget
         warning = f"{budget.name}; spent {_usd(spent)} of {_usd(int(budget.usd * 10**6))} USD"
         before = exchange.reply_headers.get("x-xenios-budget-warning")
         exchange.reply_headers["x-xenios-budget-warning"] = f"{before}, {warning}" if before else warning
@@ -230,19 +264,24 @@ def _usd(micro: int) -> str:
 
 def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
     """Warns near the limit; cuts the request's output to what was reserved for it, where it set no limit itself."""
-    about: _About = rule.about
-    about.granted.append(state.granted)
+    compiled: _Compiled = rule.about
+    owner = compiled.owner
+    reserved = exchange.get(owner.reserved)
+    if reserved is None:  # pragma: no cover - set with the rule
+        return
+    if rule.key == reserved.first:
+        reserved.granted.append(state.granted)
     # what was spent when the request was admitted
     spent = rule.limit - state.remaining - state.granted - state.reserved
-    if spent >= about.budget.warn_from and len(about.granted) == 1:
-        about.budget.owner.warn(rule, spent, exchange)
-    clamps = about.bound.clamps
+    if spent >= compiled.warn_from and len(reserved.granted) == 1:
+        owner.warn(rule, spent, exchange)
+    clamps = reserved.bound.clamps
     if state.granted >= rule.amount or not clamps:
         return
     money = state.granted * 10**6
     # no more than each of them takes: an upstream refuses a limit above its own
     tokens = min(min(longest, (money - entry) // each if each else longest) for entry, each, longest in clamps)
-    name = about.budget.owner.pricing.cap_field(exchange)
+    name = owner.pricing.cap_field(exchange)
     for other in exchange.dialect.output_caps:  # -1, "100" or whatever was no limit for us may be one for the upstream
         if output_cap(exchange.body, (other,)) is None:
             exchange.body.pop(other, None)
@@ -280,10 +319,11 @@ def _granted(exchange: Exchange) -> tuple[Sequence[int], bool]:
     """(micro-USD that were reserved for the first attempt and for each after one that may have been billed, is there a
     hard budget).
     """
-    rules = [rule for rule in exchange.admission.rules if isinstance(rule.about, _About)] if exchange.admission else []
+    rules = [r for r in exchange.admission.rules if isinstance(r.about, _Compiled)] if exchange.admission else []
+    held = [(rule, exchange.get(rule.about.owner.reserved)) for rule in rules]
     # nothing was, where the store was away: then what it would have been
-    granted = max((rule.about.granted or [rule.amount] for rule in rules), key=sum, default=[0])
-    return granted, any(rule.about.budget.budget.hard for rule in rules)
+    granted = max(((of and of.granted) or [rule.amount] for rule, of in held), key=sum, default=[0])
+    return granted, any(rule.about.budget.hard for rule in rules)
 
 
 def _perhaps_billed(record: AttemptRecord) -> bool:
@@ -302,7 +342,7 @@ def _again(exchange: Exchange) -> int:
 
 
 def _refuse(rule: Rule, state: State) -> GatewayError:
-    budget: Budget = rule.about.budget.budget
+    budget: Budget = rule.about.budget
     left = state.remaining
     spent = rule.limit - left - state.reserved
     period = {"total": "", "day": " today"}.get(budget.per, f" this {budget.per}")
