@@ -211,12 +211,13 @@ async def restore_principal(impls: Impls, reference: str) -> Principal | None:
 
 
 async def run_explain(exchange: Exchange, impls: Impls) -> list[tuple[str, Finding]]:
-    """(plugin, finding) of each plugin; a refusal and a failure are findings too."""
+    """(plugin, finding) of each plugin; a refusal, a failure and each limit that it would hold are findings too."""
     found: list[tuple[str, Finding]] = []
     for impl in impls:
         if not impl.applies(exchange):
             continue
         exchange.running = impl.where
+        exchange.rules = []
         try:
             said = await impl.call(exchange) or ()
             found += [(impl.plugin, f if isinstance(f, Finding) else Finding(_text(f))) for f in said]
@@ -225,7 +226,8 @@ async def run_explain(exchange: Exchange, impls: Impls) -> list[tuple[str, Findi
         except Exception as error:  # noqa: BLE001 - reported as a finding
             impl.failed(error, exchange)
             found.append((impl.plugin, Finding(f"explain failed: {type(error).__name__}")))
-    exchange.running = None
+        found += [(impl.plugin, Finding(rule.name or rule.key, rule=rule)) for rule in exchange.rules]
+    exchange.running = exchange.rules = None
     return found
 
 

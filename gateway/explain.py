@@ -1,8 +1,8 @@
 """A dry run: what would become of a request, and why. Nothing is counted, held, stored or sent.
 
 The exchange goes to its decision by the same functions as a real one. Then each plugin says what it would do (hook
-`explain`), and the limits that they name are looked at together, as they would be admitted together. So the first of
-these refuses: what refuses a real request on its way to the decision, a plugin, a limit.
+`explain`), and the limits that they hold are looked at together, as they would be admitted together. What refuses is
+what would come first: something on the way to the decision, a plugin's `check_request`, a limit, a plugin after that.
 
 Asked for by `POST /admin/explain`, by an administrator's `X-Xenios-Explain: 1`, which replaces the answer of a real
 request, and by `xenios explain`.
@@ -20,9 +20,10 @@ from gateway import dispatch
 from gateway.access import check_route
 from gateway.decision import decide, prepare
 from gateway.dialects import DIALECTS
-from gateway.errors import BadRequest, Forbidden, GatewayError, NotFound
+from gateway.errors import BadRequest, Forbidden, GatewayError, NotFound, StoreUnavailable
 from gateway.exchange import Exchange, Reply, RequestView, new_id
 from gateway.incoming import CHOOSING_FIELDS
+from gateway.kit.ledger import ENDLESS, refusing
 from gateway.kit.subjects import choices, input_bound, media, output_cap
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from gateway.catalogue import Model
     from gateway.exchange import Finding, JsonObject, Principal, Target
+    from gateway.kit.ledger import Rule, State
     from gateway.routes import Router
     from gateway.snapshot import Snapshot
 
@@ -128,12 +130,17 @@ async def explanation(exchange: Exchange) -> JsonObject:
     except GatewayError as error:
         refused = _error(error, exchange.error_by)
         exchange.error_by = None  # the dry run itself did not fail
+    decision = exchange.decision
+    targets = [(target, _target(exchange, target)) for target in decision.targets] if decision else []
     if sound:
         found = await dispatch.run_explain(exchange, exchange.snapshot.hooks.explain)
-    if refused is None:
-        refused = next((_error(f.refuses, plugin) for plugin, f in found if f.refuses is not None), None)
-    targets = _targets(exchange, found)
-    decision, most = exchange.decision, [target["worst_case_usd"] for target in targets]
+    plugins = _plugins(exchange)
+    limits, full = await _limits(exchange, [(plugin, f.rule) for plugin, f in found if f.rule is not None])
+    refusals = [(plugin, _error(f.refuses, plugin)) for plugin, f in found if f.refuses is not None]
+    gates = plugins["plugins"].get("check_request", ())  # limits are admitted after them, before whoever comes later
+    early = next((error for plugin, error in refusals if plugin in gates), None)
+    late = next((error for plugin, error in refusals if plugin not in gates), None)
+    most = [target["worst_case_usd"] for _, target in targets]
     return {
         "endpoint": exchange.endpoint,
         "principal": _principal(exchange.principal),
@@ -143,12 +150,31 @@ async def explanation(exchange: Exchange) -> JsonObject:
         "alias": decision.alias if decision else None,
         "rule": decision.rule if decision else None,
         "reasons": decision.reasons if decision else (),
-        "refused": refused,
-        "targets": targets,
+        "refused": refused or early or full or late,
+        "targets": _in_order(targets, found, onion="around_upstream" in plugins["plugins"]),
         "worst_case_usd": max(most) if most and None not in most else None,
-        "findings": [_finding(plugin, f) for plugin, f in found if f.target is None],
-        **_plugins(exchange),
+        "limits": limits,
+        "findings": [_finding(plugin, f) for plugin, f in found if f.target is None and f.rule is None],
+        **plugins,
     }
+
+
+async def _limits(exchange: Exchange, held: Sequence[tuple[str, Rule]]) -> tuple[list[JsonObject], JsonObject | None]:
+    """(each limit with what would be left of it, what the request would be refused with if one has no room)."""
+    if not held:
+        return [], None
+    rules = [rule for _, rule in held]
+    try:
+        verdict = await exchange.snapshot.services.ledger.peek(rules)
+    except StoreUnavailable as error:
+        denying = next((plugin for plugin, rule in held if rule.on_store_error == "deny"), None)
+        return [_limit(*one) for one in held], _error(error, denying) if denying else None
+    limits = [_limit(*one, state) for one, state in zip(held, verdict, strict=True)]
+    if verdict.allowed:
+        return limits, None
+    rule, state = refusing(rules, verdict)
+    plugin = next(plugin for plugin, own in held if own is rule)
+    return limits, _error(rule.refuse(rule, state), plugin)
 
 
 # --- what the answer says --------------------------------------------------------------------------------------------
@@ -183,19 +209,37 @@ def _finding(plugin: str, finding: Finding) -> JsonObject:
     return {"plugin": plugin, "text": finding.text, "refuses": refuses, "data": finding.data}
 
 
-def _targets(exchange: Exchange, found: Sequence[tuple[str, Finding]]) -> list[JsonObject]:
-    """In the order in which they would be tried; those that would not be, last."""
-    decided = exchange.decision.targets if exchange.decision else ()
-    order = next((f.order for _, f in reversed(found) if f.order is not None), decided)
-    tried = [(target, True) for target in order] + [(target, False) for target in decided if target not in order]
-    return [
-        {
-            **_target(exchange, target),
-            "tried": is_tried,
-            "findings": [_finding(plugin, f) for plugin, f in found if f.target == target],
-        }
-        for target, is_tried in tried
+def _limit(plugin: str, rule: Rule, state: State | None = None) -> JsonObject:
+    """`left`: after this request, or as it is now if that has no room; None if nobody can tell."""
+    out: JsonObject = {"plugin": plugin, "limit": rule.name or rule.key, "key": rule.key, "kind": rule.kind}
+    left = state.remaining if state is not None and rule.limit < ENDLESS else None
+    if rule.kind == "budget":
+        reserved = state.reserved if state is not None else None
+        out |= {"takes_usd": _usd(rule.amount), "left_usd": _usd(left), "reserved_usd": _usd(reserved)}
+    else:
+        out |= {"takes": rule.amount, "left": left}
+    if rule.kind == "rate":
+        out["full_in"] = state.reset if state is not None else None
+    no_room = _error(rule.refuse(rule, state), plugin) if state is not None and not state.allowed else None
+    return {**out, "refuses": no_room}
+
+
+def _usd(micro: int | None) -> float | None:
+    return None if micro is None else micro / 1e6
+
+
+def _in_order(
+    targets: Sequence[tuple[Target, JsonObject]], found: Sequence[tuple[str, Finding]], *, onion: bool
+) -> list[JsonObject]:
+    """In the order in which they would be tried; those that would not be, last. Without an `onion` the first is all."""
+    decided = [target for target, _ in targets]
+    order = next((f.order for _, f in reversed(found) if f.order is not None), decided if onion else decided[:1])
+    about = [
+        (target, {**said, "findings": [_finding(plugin, f) for plugin, f in found if f.target == target]})
+        for target, said in targets
     ]
+    tried = [{**next(said for target, said in about if target == wanted), "tried": True} for wanted in order]
+    return tried + [{**said, "tried": False} for target, said in about if target not in order]
 
 
 def _target(exchange: Exchange, target: Target) -> JsonObject:

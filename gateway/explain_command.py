@@ -150,6 +150,10 @@ def _lines(answer: JsonObject) -> Iterator[str]:
         yield "\nTargets, in order"
         for number, target in enumerate(targets, 1):
             yield from _target(number, target)
+    if answer["limits"]:
+        yield "\nLimits"
+        for limit in answer["limits"]:
+            yield f"  {limit['plugin']:14} {_limit(limit)}"
     if answer["findings"]:
         yield "\nPlugins say"
         for finding in answer["findings"]:
@@ -188,6 +192,21 @@ def _target(number: int, target: JsonObject) -> Iterator[str]:
         yield f"     removes {', '.join(target['strip'])}"
     for finding in target["findings"]:
         yield f"     {finding['plugin']}: {_finding(finding)}"
+
+
+def _limit(limit: JsonObject) -> str:
+    """What it takes, and what is left then; or what there is, if that is not enough."""
+    money = limit["kind"] == "budget"
+    takes, left = (limit[name] for name in (("takes_usd", "left_usd") if money else ("takes", "left")))
+    if limit["refuses"] is not None:
+        code = f"{limit['refuses']['status']} {limit['refuses']['code']}"
+        return f"{limit['limit']}; refuses, {code}: takes {_amount(takes, money)}, {_amount(left, money)} left"
+    told = "" if left is None else f", {_amount(left, money)} left then"
+    return f"{limit['limit']}; takes {_amount(takes, money)}{told}"
+
+
+def _amount(number: float, money: bool) -> str:
+    return f"{number:,.6f} USD" if money else f"{number:,}"
 
 
 def _finding(finding: JsonObject) -> str:

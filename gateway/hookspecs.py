@@ -211,6 +211,7 @@ class Hooks:
         An administrator asks what would become of a request (`POST /admin/explain`, `X-Xenios-Explain: 1`,
         `xenios explain`). Of the hooks before, a dry run calls `prepare_request` and `choose_targets`; none after this
         one. `exchange.decision` is None if `choose_targets` refused. Return lines of text, or a `Finding` where there
-        is more to it: a refusal, a limit, something about a target. Let a refusal that `check_request` would raise be
-        raised here too, or name it in a Finding. Any other failure is reported as a finding.
+        is more to it: a refusal, something about a target, another order. Raise the refusal that `check_request` would
+        raise, and hold the limits that it would hold: the core tells what is left of them and whether they would
+        refuse, and takes nothing. Any other failure is reported as a finding.
         """

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from gateway import Decision, Finding, Forbidden, Principal, Target, hookimpl
+from gateway import Decision, Finding, Forbidden, Principal, RateLimited, Target, Unavailable, hookimpl
 from gateway.dialects import DIALECTS
 from gateway.exchange import Outcome
+from gateway.kit import Rule
 from gateway.kit.keys import hash_key, new_key
 from gateway.kit.testing import PEPPER, Gateway
 from tests.contract.recorder import TRACE, Broken, Recorder, Refuser, trace
@@ -359,6 +360,130 @@ async def test_a_plugin_that_is_scoped_out_is_left_out():
         mine, adas = await explained(gw), await explained(gw, who="ada")
         assert (mine["left_out"], "interns" in mine["plugins"]["explain"]) == (["interns"], False)
         assert (adas["left_out"], "interns" in adas["plugins"]["explain"]) == ([], True)
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def limited(**more):
+    """Two requests an hour for each key, one at the same time, and a budget of a hundredth of a dollar for all."""
+    limits = [{"name": "few", "requests": 2, "per": "1h"}, {"name": "at-once", "by": [], "concurrent": 1}]
+    budget = {"budgets": [{"name": "all", "by": [], "usd": "0.01", "per": "day"}]}
+    return gateway({"use": "rate_limit", "config": {"limits": limits, **more}}, {"use": "budgets", "config": budget})
+
+
+async def test_what_limits_have_left():
+    """Each limit that the request falls under, in words: what it takes of it, and what is left then."""
+    async with limited() as gw:
+        await gw.chat(model="a/one", max_tokens=50)
+        await gw.finished()
+        data = await explained(gw, "a/one", who="bootstrap", max_tokens=100)
+        requests, at_once, money = data["limits"]
+        assert requests == {
+            "plugin": "rate_limit", "limit": "few: 2 requests per 1h", "key": "rate_limit:few:key:bootstrap:requests",
+            "kind": "rate", "takes": 1, "left": 0, "full_in": pytest.approx(3600, abs=5), "refuses": None,
+        }  # fmt: skip
+        assert (at_once["limit"], at_once["left"], at_once["refuses"]) == ("at-once: 1 at the same time", 0, None)
+        assert (money["plugin"], money["limit"]) == ("budgets", "all: 0.01 USD per day")
+        assert money["takes_usd"] == data["worst_case_usd"]
+        [(spent, _)] = await gw.snapshot.services.ledger.budgets([money["key"]])
+        assert spent > 0
+        assert money["left_usd"] == pytest.approx(0.01 - spent / 1e6 - money["takes_usd"])
+        assert data["refused"] is None
+
+
+async def test_a_limit_without_room_is_what_refuses():
+    """The explanation says 429, which limit, and when to come again; another caller has all of it left."""
+    async with limited() as gw:
+        for number in (1, 2):
+            await gw.chat(model="a/one", max_tokens=50)
+            await gw.finished(number)
+        mine, adas = await explained(gw, "a/one", who="bootstrap"), await explained(gw, "a/one", who="ada")
+        refused = mine["refused"]
+        assert (refused["status"], refused["code"], refused["by"]) == (429, "rate_limit_exceeded", "rate_limit")
+        assert refused["retry_after"] == pytest.approx(1800, abs=5)
+        assert mine["limits"][0]["refuses"]["code"] == "rate_limit_exceeded"
+        assert [limit["refuses"] for limit in mine["limits"][1:]] == [None, None]
+        assert (adas["refused"], adas["limits"][0]["left"]) == (None, 1)
+        reply = await gw.chat(model="a/one")
+        assert (reply.status, reply.data["error"]["code"]) == (429, "rate_limit_exceeded")
+
+
+async def test_a_budget_that_only_warns_has_no_end():
+    """What refuses nobody has nothing left that could run out."""
+    budget = {"budgets": [{"name": "soft", "usd": 1, "hard": False}]}
+    async with gateway({"use": "budgets", "config": budget}) as gw:
+        [money] = (await explained(gw, "a/one", max_tokens=10))["limits"]
+        assert (money["limit"], money["left_usd"], money["reserved_usd"]) == (
+            "soft: 1 USD per month, only warns", None, 0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "refused"), [("allow", None), ("deny", (503, "store_unavailable", "rate_limit"))])
+async def test_limits_that_nobody_can_read(policy, refused):
+    """While Redis is away what is left is unknown, and the request gets what `on_store_error` says."""
+    limits = {"limits": [{"name": "few", "requests": 2}], "on_store_error": policy}
+    away = {"services": {"redis": "redis://127.0.0.1:1"}}
+    async with gateway({"use": "rate_limit", "config": limits}, settings=away) as gw:
+        data = await explained(gw)
+        [limit] = data["limits"]
+        assert (limit["takes"], limit["left"], limit["full_in"], limit["refuses"]) == (1, None, None, None)
+        found = data["refused"]
+        assert (found and (found["status"], found["code"], found["by"])) == refused
+        reply = await gw.chat()
+        assert reply.status == (refused[0] if refused else 200)
+
+
+class Translations:
+    """A third party's limit, as plugins/README.md shows one; and it explains itself."""
+
+    def __init__(self, config, services):
+        self.key = f"{services.plugin_id}:translations"
+
+    @hookimpl
+    async def check_request(self, exchange):
+        exchange.hold(Rule(key=self.key, kind="slots", limit=3, refuse=self.refuse))
+
+    @hookimpl
+    async def explain(self, exchange):
+        await self.check_request(exchange)
+        return ["one more translation"]
+
+    def refuse(self, rule, state):
+        return RateLimited("Three translations are under way.")
+
+
+class Late(Says):
+    """Refuses when an upstream is about to be asked."""
+
+    @hookimpl
+    async def around_upstream(self, exchange, attempt, call_next):
+        raise Unavailable("No model is there.")
+
+    @hookimpl
+    async def explain(self, exchange):
+        return [Finding("nobody is there", refuses=Unavailable("No model is there."))]
+
+
+async def test_limits_of_third_parties():
+    """Whoever holds limits in `explain` as in `check_request` has them looked at like all others."""
+    async with gateway(Translations) as gw:
+        data = await explained(gw)
+        assert [(limit["plugin"], limit["left"]) for limit in data["limits"]] == [("Translations", 2)]
+        gw.snapshot.services.ledger._slots["Translations:translations"] = {"a", "b", "c"}
+        refused = (await explained(gw))["refused"]
+        assert (refused["message"], refused["by"]) == ("Three translations are under way.", "Translations")
+
+
+async def test_who_refuses_first():
+    """A plugin that refuses after the limits were admitted is told only if these have room."""
+    async with gateway(Late, Translations) as gw:
+        assert (await explained(gw))["refused"]["by"] == "Late"
+        assert (await gw.chat()).data["error"]["code"] == "unavailable"
+        await gw.finished(2)
+        gw.snapshot.services.ledger._slots["Translations:translations"] = {"a", "b", "c"}
+        assert (await explained(gw))["refused"]["by"] == "Translations"
+        assert (await gw.chat()).data["error"]["message"] == "Three translations are under way."
 
 
 # --- what plugins say -----------------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def test_plugins_shows_hooks_and_order(tmp_path: Path) -> None:
     listed, _, order = done.stdout.partition("\nCall order:\n")
     names = ["access_log", "api_keys", "routing", "rate_limit", "budgets", "usage", "fallback"]
     assert [line.split()[0] for line in listed.splitlines()] == names
-    assert re.search(r"^  explain +api_keys → routing → usage → fallback$", order, re.MULTILINE)
+    assert re.search(r"^  explain +api_keys → routing → rate_limit → budgets → usage → fallback$", order, re.MULTILINE)
 
 
 def test_plugins_shows_what_is_installed(tmp_path: Path) -> None:
