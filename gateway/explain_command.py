@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -218,4 +219,5 @@ def _finding(finding: JsonObject) -> str:
 
 
 def _at_most(usd: float | None) -> str:
-    return "" if usd is None else f", at most {usd:.6f} USD"
+    """Rounded up, as budgets reserve."""
+    return "" if usd is None else f", at most {math.ceil(round(usd * 1e6, 3)) / 1e6:.6f} USD"
