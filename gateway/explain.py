@@ -96,8 +96,8 @@ async def restored(snapshot: Snapshot, reference: str) -> Principal:
     principal = await dispatch.restore_principal(snapshot.hooks.restore_principal, reference)
     if principal is None:
         raise NotFound(
-            f"Nobody here knows {reference[:200]!r}. Keys can be named, by their id; whoever shows a token can't: what "
-            "he may do stands in it.",
+            f"Nobody here is {reference[:200]!r}, or the key was revoked or has expired. Keys can be named, by their "
+            "id; whoever shows a token can't: what he may do stands in it.",
             code="principal_gone",
             param="as",
         )

@@ -89,7 +89,7 @@ def test_in_the_name_of_a_key_of_the_database(folder: Path) -> None:
     assert "xenios db upgrade" in fails(folder, "request.json", "-c", "own.yaml", "--as", "bob", code=2)
     assert xenios("keys", "create", "-c", "own.yaml", "--id", "bob", "--team", "red", cwd=folder).returncode == 0
     assert "as key:bob (tenant bob, team red)" in explain(folder, "request.json", "-c", "own.yaml", "--as", "bob")
-    assert "Nobody here knows 'key:eve'" in fails(folder, "request.json", "-c", "own.yaml", "--as", "eve", code=1)
+    assert "Nobody here is 'key:eve'" in fails(folder, "request.json", "-c", "own.yaml", "--as", "eve", code=1)
 
 
 def test_a_running_gateway_answers_alike(running: Running) -> None:
