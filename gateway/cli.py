@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from gateway.catalogue import Catalogue, Price
+    from gateway.explain import Asked
     from gateway.kit.schema import Schema
     from gateway.plugins import Blueprint
     from gateway.settings import Loaded, Problem, Settings
@@ -50,7 +51,7 @@ ConfigOption = Annotated[
         show_default=False,
     ),
 ]
-BUILT_IN = frozenset({"serve", "check", "plugins", "models", "simulate", "keys", "db", "version", "schema"})
+BUILT_IN = frozenset({"serve", "check", "explain", "plugins", "models", "simulate", "keys", "db", "version", "schema"})
 
 
 def main() -> None:
@@ -96,6 +97,38 @@ def check(config: ConfigOption = None) -> None:
     blueprints, problems, _ = _examine(path)
     _stop_on(problems)
     typer.echo(f"{path}: fine, {len(blueprints)} plugin{'' if len(blueprints) == 1 else 's'}.")
+
+
+@app.command(short_help="Why a request goes where it goes.")
+def explain(  # noqa: PLR0917 - one option each
+    request: Annotated[Path, typer.Argument(help="The request's body, a JSON file; - is standard input.")],
+    config: ConfigOption = None,
+    principal: Annotated[
+        str | None,
+        typer.Option("--as", metavar="KEY_ID", help="Whose request. Default: an administrator's.", show_default=False),
+    ] = None,
+    endpoint: Annotated[str, typer.Option(help="Where it would be sent.")] = "chat/completions",
+    header: Annotated[
+        list[str], typer.Option(help="Such as 'X-Xenios-Task: chat'; several times.", show_default=False)
+    ] = [],  # noqa: B006 - typer copies it
+    url: Annotated[
+        str | None,
+        typer.Option(help="Ask the gateway that runs there, by the admin key in $XENIOS_KEY.", show_default=False),
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What would become of a request, and why: rule, targets, limits, plugins, cost. Nothing is sent or counted.
+
+    By the configuration alone, without a running gateway; limits as a shared Redis has them. With --url by the
+    gateway that runs there, which also knows its own counts and the state of its upstreams.
+    """
+    import json
+
+    from gateway.explain_command import in_words
+
+    answer = _explained(config, url, _asked(request, principal, endpoint, header))
+    typer.echo(json.dumps(answer, indent=2) if as_json else in_words(answer), nl=as_json)
 
 
 @app.command(short_help="List the plugins, their hooks and the call order.")
@@ -532,6 +565,53 @@ def _migrated(work: Callable[[], T]) -> T:
         return work()
     except (MigrationError, StartError) as error:
         _fail(str(error), 1)
+
+
+def _asked(request: Path, principal: str | None, endpoint: str, headers: Sequence[str]) -> Asked:
+    """What is to be explained, or exit 2."""
+    from gateway.errors import GatewayError
+    from gateway.explain import Asked
+    from gateway.incoming import parse_object
+
+    try:
+        raw = sys.stdin.buffer.read() if str(request) == "-" else request.read_bytes()
+        body = parse_object(raw)
+    except OSError as error:
+        _fail(f"{request} can't be read: {error.strerror}", 2)
+    except GatewayError as error:
+        _fail(f"{request}: {error.message}", 2)
+    pairs = [header.partition(":") for header in headers]
+    for name, colon, _ in pairs:
+        if not colon:
+            _fail(f"--header {name!r} has no colon; write it as 'X-Xenios-Task: chat'.", 2)
+    return Asked(body, endpoint, {name.strip(): value.strip() for name, _, value in pairs}, principal)
+
+
+def _explained(config: Path | None, url: str | None, asked: Asked) -> dict[str, Any]:
+    """The explanation, or exit 1; exit 2 if the configuration has mistakes."""
+    from gateway import logs
+    from gateway.errors import GatewayError, StartError
+    from gateway.explain_command import by_configuration, by_gateway
+    from gateway.plugins import PluginStartError
+
+    try:
+        if url is not None:
+            key = os.environ.get("XENIOS_KEY", "")
+            if not key:
+                _fail("--url needs an administrator's key in $XENIOS_KEY.", 2)
+            return asyncio.run(by_gateway(url, key, asked))
+        blueprints, problems, loaded = _examine(_config_path(config))
+        _stop_on(problems)
+        if loaded is None:
+            raise AssertionError
+        logs.setup(loaded.settings.log)  # to standard error: standard output is the command's
+        return asyncio.run(by_configuration(loaded.settings, blueprints, asked))
+    except GatewayError as error:
+        _fail(error.message, 1)
+    except (StartError, PluginStartError) as error:
+        _fail(str(error), 2)
+    except (OSError, ValueError) as error:
+        _fail(f"{url} can't be asked: {error}", 1)
 
 
 def _catalogue(loaded: Loaded) -> Catalogue:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gateway import explain
 from gateway.access import may_see
 from gateway.dialects import DIALECTS
 from gateway.errors import BadRequest, ModelNotFound
@@ -34,6 +35,7 @@ def add_core_routes(router: Router, health: Health) -> None:
             dialect="messages",
             summary="An estimate of the tokens of a Messages request.",
         )
+    explain.add_route(router)
     for path in ("/health", "/health/live"):
         router.add("GET", path, health.live, access="public", summary="200 while the process runs.")
     router.add("GET", "/health/ready", health.ready, access="public", summary="Should traffic come here?")

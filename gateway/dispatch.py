@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import structlog
 
 from gateway.errors import GatewayError, PluginError
+from gateway.exchange import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,18 +224,31 @@ async def restore_principal(impls: Impls, reference: str) -> Principal | None:
     return None
 
 
-async def run_explain(exchange: Exchange, impls: Impls) -> list[tuple[str, str]]:
-    """(plugin, finding) of each plugin; a failure is a finding too."""
-    found: list[tuple[str, str]] = []
+async def run_explain(exchange: Exchange, impls: Impls) -> list[tuple[str, Finding]]:
+    """(plugin, finding) of each plugin; a refusal, a failure and each limit that it would hold are findings too."""
+    found: list[tuple[str, Finding]] = []
     for impl in impls:
         if not impl.applies(exchange):
             continue
+        exchange.running = impl.where
+        exchange.rules = []
         try:
-            found += [(impl.plugin, line) for line in await impl.call(exchange) or ()]
+            said = await impl.call(exchange) or ()
+            found += [(impl.plugin, f if isinstance(f, Finding) else Finding(_text(f))) for f in said]
+        except GatewayError as error:
+            found.append((impl.plugin, Finding(error.message, refuses=error)))
         except Exception as error:  # noqa: BLE001 - reported as a finding
             impl.failed(error, exchange)
-            found.append((impl.plugin, f"explain failed: {type(error).__name__}"))
+            found.append((impl.plugin, Finding(f"explain failed: {type(error).__name__}")))
+        found += [(impl.plugin, Finding(rule.name or rule.key, rule=rule)) for rule in exchange.rules]
+    exchange.running = exchange.rules = None
     return found
+
+
+def _text(finding: Any) -> str:
+    if not isinstance(finding, str):
+        raise TypeError(f"returned {type(finding).__name__} where Finding or str is due")
+    return finding
 
 
 def _check(answer: Any, returns: type | None) -> None:

@@ -543,6 +543,24 @@ class Exchange:
         return None
 
 
+class Finding(msgspec.Struct, frozen=True, eq=False):
+    """One thing that a plugin says in a dry run (hook `explain`). `text` is for people and holds no secret.
+
+    `refuses`: it would refuse the request by this error.
+    `rule`: it would hold this limit; made by the core of each that it names by `exchange.hold`, as in `check_request`.
+    `target`: it is about this one of the decision's targets, and is shown beside it.
+    `order`: the targets in the order in which it would try them, if not as decided; what it leaves out, it skips.
+    `data`: the same for programs, as JSON.
+    """
+
+    text: str
+    refuses: GatewayError | None = None
+    rule: Rule | None = None
+    target: Target | None = None
+    order: Sequence[Target] | None = None
+    data: Any = None
+
+
 @dataclass(frozen=True, slots=True)
 class FormFile:
     """A file of a multipart request."""

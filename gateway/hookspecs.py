@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Decision,
         Event,
         Exchange,
+        Finding,
         Outcome,
         Principal,
         Reply,
@@ -96,16 +97,16 @@ class Hooks:
 
     @hookspec
     async def restore_principal(self, reference: str) -> Principal | None:
-        """A job runs: rebuild the principal from `Principal.reference`, never from a secret. First answer counts.
+        """Rebuild the principal from `Principal.reference`, never from a secret: for a job, or a dry run in its name.
 
-        None from all fails the job as `principal_gone`. A failure: the job is retried.
+        First answer counts; None from all fails it as `principal_gone`. A failure: the job is retried.
         """
 
     @hookspec
     async def prepare_request(self, exchange: Exchange) -> None:
         """The body is parsed and valid: edit `exchange.body`. All plugins are called; the only hook that may edit it.
 
-        May refuse. A failure is answered with 503.
+        No side effects: it runs in dry runs too. May refuse. A failure is answered with 503.
         """
 
     @hookspec
@@ -204,8 +205,13 @@ class Hooks:
         """
 
     @hookspec
-    async def explain(self, exchange: Exchange) -> Sequence[str] | None:
+    async def explain(self, exchange: Exchange) -> Sequence[str | Finding] | None:
         """A dry run has come as far as `choose_targets`: say what this plugin would do. Read-only.
 
-        A failure is reported as a finding.
+        An administrator asks what would become of a request (`POST /admin/explain`, `X-Xenios-Explain: 1`,
+        `xenios explain`). Of the hooks before, a dry run calls `prepare_request` and `choose_targets`; none after this
+        one. `exchange.decision` is None if `choose_targets` refused. Return lines of text, or a `Finding` where there
+        is more to it: a refusal, something about a target, another order. Raise the refusal that `check_request` would
+        raise, and hold the limits that it would hold: the core tells what is left of them and whether they would
+        refuse, and takes nothing. Any other failure is reported as a finding.
         """

@@ -17,8 +17,9 @@ import msgspec
 import structlog
 from multidict import CIMultiDict, istr
 
-from gateway import dispatch, outgoing, watch
-from gateway.access import check_models, check_route
+from gateway import dispatch, explain, watch
+from gateway.access import check_route
+from gateway.decision import decide, prepare
 from gateway.dialects import read_cost
 from gateway.errors import (
     Cause,
@@ -34,15 +35,13 @@ from gateway.exchange import (
     ANONYMOUS,
     AttemptRecord,
     Cost,
-    Decision,
     Outcome,
     Principal,
     Reply,
     Source,
-    Target,
     Usage,
 )
-from gateway.incoming import admit_body, asked_models, parse_body
+from gateway.incoming import parse_body
 from gateway.kit import ledger
 from gateway.streaming import ByteStream, EventStream
 from gateway.taps import TapChain
@@ -177,19 +176,19 @@ class Run:
             await dispatch.run_all(exchange, hooks.request_received)
         await self._authenticate()
         check_route(exchange)
+        explained = explain.is_asked(exchange)
         if route.body != "none":
             await self._read_body()
         if route.handler is not None:
             exchange.reply = await self._handle(route.handler)
             await self._send_whole(exchange.reply)
             return
-        admit_body(exchange)
-        if hooks.prepare_request:
-            await dispatch.run_all(exchange, hooks.prepare_request)
-            _check_prepared(exchange)
-            exchange.stream = exchange.dialect.wants_stream(exchange.body)
-        exchange.decision = await self._decide()
-        check_models(exchange, exchange.decision)
+        if explained:
+            exchange.reply = Reply(200, data=await explain.explanation(exchange))
+            await self._send_whole(exchange.reply)
+            return
+        await prepare(exchange)
+        await decide(exchange)
         if hooks.check_request:
             await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
             if exchange.rules:
@@ -251,17 +250,6 @@ class Run:
         )
         if exchange.route.body == "json":
             parse_body(exchange, self.inbound.content_type)
-
-    async def _decide(self) -> Decision:
-        exchange = self.exchange
-        decision: Decision | None = await dispatch.run_first(exchange, self.hooks.choose_targets, returns=Decision)
-        if decision is None:
-            asked = asked_models(exchange.body)[0]
-            decision = _undecided(asked, exchange.snapshot.settings.upstream.default)
-        for target in decision.targets:
-            if target.upstream not in exchange.snapshot.upstreams:
-                raise PluginError(f"The decision names the upstream {target.upstream!r}, which does not exist.")
-        return decision
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
@@ -700,12 +688,6 @@ class Run:
             self.finisher.put(exchange, self.hooks.request_finished)
 
 
-@functools.lru_cache(maxsize=1024)
-def _undecided(asked: str, upstream: str) -> Decision:
-    """What nobody decided otherwise: the asked model at the default upstream."""
-    return Decision(asked, (Target(asked, upstream),))
-
-
 class Corrector(Protocol):
     """Takes note that the true usage of an attempt is to be asked for."""
 
@@ -771,15 +753,6 @@ def _layer(
         return reply
 
     return layer
-
-
-def _check_prepared(exchange: Exchange) -> None:
-    """What `prepare_request` left is a request still; else it is the plugins' failure, not the client's."""
-    body: object = exchange.body
-    if isinstance(body, dict) and isinstance(body.get("model"), str) and body["model"]:
-        return
-    what = "no model" if isinstance(body, dict) else f"{type(body).__name__} instead of an object"
-    raise outgoing.bad_body(exchange, what)
 
 
 def _sound(headers: CIMultiDict[str]) -> bool:

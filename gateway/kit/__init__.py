@@ -1,7 +1,7 @@
 """Batteries for plugin authors: what two plugins need. Public and kept stable."""
 
 from gateway.kit.keys import hash_key, is_hash, is_well_formed, new_key
-from gateway.kit.ledger import Admission, Rule, State
+from gateway.kit.ledger import ENDLESS, Admission, Rule, State
 from gateway.kit.ledger import Row as PendingRow
 from gateway.kit.queries import limit_of, moment, query_of
 from gateway.kit.schema import Schema
@@ -29,6 +29,7 @@ from gateway.kit.text import clean, cleaned
 from gateway.stores.database import Database, Row, Statements
 
 __all__ = [
+    "ENDLESS",
     "NO_MEDIA",
     "OF_CALLERS",
     "Admission",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("gateway.ledger")
 
+ENDLESS = 10**15  # micro-USD: the limit of a budget that refuses nobody
 LEASE_SECONDS = 15.0
 RENEW_SECONDS = 5.0
 SETTLE_SECONDS = 0.02
@@ -78,6 +79,7 @@ class Rule(msgspec.Struct, eq=False):
     again: Callable[[Exchange], int] | None = None  # budget: what a further attempt may cost on top, 0 for nothing
     on_store_error: Literal["allow", "deny"] = "deny"
     about: Any = None  # what else its plugin has to know of it; nobody else looks. No subclasses: they cost speed
+    name: str = ""  # for people who ask what limits there are: the limit in words
     # What follows from these.
     size: int = 0  # rate: units that the bucket holds
     unit: float = 0.0  # rate: microseconds until one unit has come back
@@ -143,6 +145,14 @@ class Verdict(Sequence[State]):
         return State(least <= left, max(0, left), 0.0, None, 0, int(reserved))
 
 
+def _weighed(rules: Sequence[Rule], levels: Sequence[Level]) -> Verdict:
+    """As if it was taken, if all have room."""
+    states: Sequence[State] = Verdict(rules, levels, allowed=False)
+    allowed = all(state.allowed for state in states)
+    grants = [min(r.amount, s.remaining) for r, s in zip(rules, states, strict=True) if r.kind == "budget"]
+    return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
+
+
 class Admission(msgspec.Struct, eq=False):
     """The rules of one admitted request and what they said; `states` is empty if the store was away."""
 
@@ -168,6 +178,9 @@ class Ledger(Protocol):
 
         `row` is recorded if the operation is never settled. A second call for the same operation takes more.
         """
+
+    async def peek(self, rules: Sequence[Rule]) -> Verdict:
+        """What `judge` would say now of one more operation; nothing is taken. Raises StoreUnavailable."""
 
     def settle(
         self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True
@@ -247,14 +260,18 @@ async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) 
 
 def _take(exchange: Exchange, rules: Sequence[Rule], verdict: Verdict) -> None:
     if not verdict.allowed:
-        judged = list(zip(rules, verdict, strict=True))
-        # The one that takes longest to have room again; waiting for less would be in vain.
-        refused = [(rule, state) for rule, state in judged if not state.allowed] or judged
-        worst, said = max(refused, key=lambda r: float("inf") if r[1].retry_after is None else r[1].retry_after)
+        worst, said = refusing(rules, verdict)
         raise worst.refuse(worst, said)
     for i, rule in enumerate(rules):
         if rule.admitted is not None:
             rule.admitted(exchange, rule, verdict[i])
+
+
+def refusing(rules: Sequence[Rule], verdict: Verdict) -> tuple[Rule, State]:
+    """Of a verdict that does not allow it: the rule that takes longest to have room again; less would be in vain."""
+    judged = list(zip(rules, verdict, strict=True))
+    refused = [(rule, state) for rule, state in judged if not state.allowed] or judged
+    return max(refused, key=lambda r: float("inf") if r[1].retry_after is None else r[1].retry_after)
 
 
 def settle(ledger: Ledger, exchange: Exchange) -> None:
@@ -353,6 +370,18 @@ class MemoryLedger:
             budget.held[op] = budget.held.get(op, 0) + grant
             budget.reserved += grant
         return Verdict(rules, levels, allowed=True, granted=grant)
+
+    async def peek(self, rules: Sequence[Rule]) -> Verdict:
+        now = self._clock() * 1e6
+        return _weighed(rules, [self._level(rule, now) for rule in rules])
+
+    def _level(self, rule: Rule, now: float) -> Level:
+        if rule.kind == "rate":
+            return max(0.0, self._full_at.get(rule.key, now) - now)
+        if rule.kind == "slots":
+            return len(self._slots.get(rule.key, ()))
+        budget = self._budgets.get(rule.key)
+        return (budget.spent, budget.reserved) if budget is not None else (0, 0)
 
     def settle(
         self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True
@@ -503,6 +532,26 @@ end
 if grant then
   if ARGV[4] ~= '' then redis.call('HSET', KEYS[n + 1], '~row', ARGV[4]) end
   if gone == 0 then redis.call('ZADD', KEYS[n + 2], now + lease, op) end
+end
+return out
+"""
+)
+
+# KEYS: one per rule. ARGV: the time, the lease, then each rule's kind. Returns each rule's level, as text.
+_PEEK = (
+    _TIME
+    + """
+local out = {}
+for i, key in ipairs(KEYS) do
+  local kind = ARGV[i + 2]
+  if kind == 'slots' then
+    out[i] = text(redis.call('ZCOUNT', key, '(' .. text(now), '+inf'))
+  elseif kind == 'budget' then
+    local held = redis.call('HMGET', key, 'spent', 'reserved')
+    out[i] = text(tonumber(held[1] or 0)) .. ' ' .. text(tonumber(held[2] or 0))
+  else
+    out[i] = string.format('%.3f', math.max(0, tonumber(redis.call('GET', key) or 0) - now))
+  end
 end
 return out
 """
@@ -703,6 +752,16 @@ class RedisLedger:
             levels.append((int(spent), int(reserved)))
             grants.append(min(rule.amount, rule.limit - int(spent) - int(reserved)))
         return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
+
+    async def peek(self, rules: Sequence[Rule]) -> Verdict:
+        await self.flush()  # what is over here must not stand in the way
+        keys, kinds = [PREFIX + rule.key for rule in rules], [rule.kind for rule in rules]
+        answer = await self._store.script(_PEEK, keys, (self._now(), 0, *kinds))
+        levels: list[Level] = []
+        for rule, text in zip(rules, answer, strict=True):
+            level, _, reserved = text.partition(b" ")
+            levels.append((int(level), int(reserved)) if rule.kind == "budget" else float(level))
+        return _weighed(rules, levels)
 
     def settle(
         self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True

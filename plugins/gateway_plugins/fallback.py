@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from gateway import Cause, UpstreamError, hookimpl
+from gateway import Cause, Finding, UpstreamError, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -86,12 +86,12 @@ class Plugin:
         return await call_next(attempt)
 
     @hookimpl
-    async def explain(self, exchange: Exchange) -> Sequence[str] | None:
+    async def explain(self, exchange: Exchange) -> Sequence[Finding] | None:
         targets = exchange.decision.targets[: self._max] if exchange.decision else ()
         if len(targets) < 2:
-            return ["no fallback: there is one target, or one attempt is allowed"]
+            return [Finding("no fallback: there is one target, or one attempt is allowed", order=targets)]
         names = ", then ".join(target.model for target in targets)
-        return [f"{names}; on {', '.join(sorted(self._on))}"]
+        return [Finding(f"{names}; on {', '.join(sorted(self._on))}", order=targets)]
 
 
 def _others(exchange: Exchange, tried: Target) -> list[Target]:

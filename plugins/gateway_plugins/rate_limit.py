@@ -156,6 +156,7 @@ class _Compiled:
             actual=_used if unit == "tokens" else None,
             on_store_error=self._owner.on_store_error,
             about=_About(self._owner, self.limit.name, unit),
+            name=f"{self.limit.name}: {_in_words(unit, count, self.limit.per)}",
         )
 
 
@@ -222,6 +223,11 @@ class Plugin:
         )
 
     @hookimpl
+    async def explain(self, exchange: Exchange) -> None:
+        if exchange.decision is not None:
+            await self.check_request(exchange)  # it holds limits and does nothing else
+
+    @hookimpl
     def response_started(self, exchange: Exchange) -> None:
         admission = exchange.admission
         if admission is None or not admission.states:
@@ -246,6 +252,10 @@ class Plugin:
         return input_estimate(exchange) + output
 
 
+def _in_words(unit: str, count: int, per: float) -> str:
+    return f"{count:,} at the same time" if unit == "concurrent" else f"{count:,} {unit} per {format_duration(per)}"
+
+
 def _used(exchange: Exchange) -> int | None:
     """Tokens that the request took; nothing if no upstream answered; None if nobody can tell."""
     usage = exchange.usage
@@ -262,7 +272,7 @@ def _refuse(rule: Rule, state: State) -> GatewayError:
             type="requests",
             retry_after=state.retry_after,
         )
-    limit = f"{rule.limit:,} {about.unit} per {format_duration(rule.per)}"
+    limit = _in_words(about.unit, rule.limit, rule.per)
     if state.retry_after is None:
         return RateLimited(
             f"The request is too large for its rate limit ({about.name}): it may take up to {rule.amount:,} tokens, "

@@ -407,7 +407,8 @@ async def test_a_failing_explain_is_a_finding(logs):
     async with gateway(Recorder, {"use": Later, "id": "broken"}, {"use": Later, "id": "sound"}) as gw:
         await gw.chat()
         [exchange] = await gw.finished()
-        assert await dispatch.run_explain(exchange, gw.snapshot.hooks.explain) == [
+        found = await dispatch.run_explain(exchange, gw.snapshot.hooks.explain)
+        assert [(plugin, finding.text) for plugin, finding in found] == [
             ("Recorder", "Recorder would record this"),
             ("broken", "explain failed: ValueError"),
             ("sound", "nothing"),

@@ -19,7 +19,7 @@ from tests.integration.process import CONFIG, MODULE, XENIOS, environment, servi
 
 HERE = Path(__file__).parent
 COMMANDS = [
-    "", "serve", "check", "plugins", "models", "simulate", "keys", "keys hash", "keys create", "keys list", "keys show",
+    "", "serve", "check", "explain", "plugins", "models", "simulate", "keys", "keys hash", "keys create", "keys list", "keys show",
     "keys rotate", "keys revoke", "usage", "db", "db upgrade", "db downgrade", "db status", "db sql", "schema", "version",
 ]  # fmt: skip
 SHIPPED = sorted([*CONFIG.glob("*.yaml"), *CONFIG.glob("examples/*.yaml")])
@@ -257,7 +257,7 @@ def test_plugins_shows_hooks_and_order(tmp_path: Path) -> None:
     listed, _, order = done.stdout.partition("\nCall order:\n")
     names = ["access_log", "api_keys", "routing", "rate_limit", "budgets", "usage", "fallback"]
     assert [line.split()[0] for line in listed.splitlines()] == names
-    assert re.search(r"^  explain +api_keys → routing → usage → fallback$", order, re.MULTILINE)
+    assert re.search(r"^  explain +api_keys → routing → rate_limit → budgets → usage → fallback$", order, re.MULTILINE)
 
 
 def test_plugins_shows_what_is_installed(tmp_path: Path) -> None:

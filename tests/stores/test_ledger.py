@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import random
 
 import pytest
 import structlog
@@ -235,6 +236,45 @@ async def test_rows_stay_until_they_are_dropped(ledger):
     assert await ledger.rows(2) == rows
     await ledger.drop_rows([r.id for r in rows])
     assert [r.op for r in await ledger.rows(10)] == ["c"]
+
+
+# --- looked at -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_look_says_what_judging_then_says_and_takes_nothing(ledger):
+    """However full rates, slots and budgets are: looking twice says what the request then gets, state by state."""
+    chance = random.Random(7)
+    refused, held = 0, []
+    for number in range(300):
+        rules = [
+            rate(20, key="rate", amount=chance.randint(1, 6)),
+            rate(30, key="burst", burst=9, amount=chance.randint(0, 12)),
+            slots(3),
+            budget(400, key="hard", amount=(most := chance.randint(1, 90)), least=chance.choice([None, most // 3])),
+            budget(900, key="wide", amount=most),
+        ]
+        rules = chance.sample(rules, chance.randint(1, len(rules)))
+        op = f"look{next(_numbers)}"
+        seen = await ledger.peek(rules)
+        assert list(await ledger.peek(rules)) == list(seen)
+        judged = await ledger.judge(op, rules)
+        assert (seen.allowed, list(seen)) == (judged.allowed, list(judged)), number
+        refused += not judged.allowed
+        if judged.allowed:
+            held.append((op, [(rule, chance.choice([None, 0])) for rule in rules if rule.kind != "rate"]))
+        if held and chance.random() < 0.6:
+            ledger.settle(*held.pop(chance.randrange(len(held))))
+            await ledger.flush()
+        ledger.clock.now += chance.choice([0, 0, 3, 10])
+    assert 60 < refused < 240
+
+
+async def test_a_look_at_a_store_that_is_away():
+    """It raises as judging does."""
+    store = RedisStore("redis://127.0.0.1:1")
+    with pytest.raises(StoreUnavailable):
+        await RedisLedger(store).peek([rate(1)])
+    await store.close()
 
 
 # --- only where several processes share --------------------------------------------------------------------------------

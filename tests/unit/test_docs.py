@@ -224,6 +224,19 @@ def test_the_curl_lines_do_what_is_said_about_them(followed):
     assert int(refused[1]["x-prompt-tokens"]) > 5
 
 
+def test_a_request_is_explained_as_said(followed):
+    """Both ways tell what decided and the models in order; nothing is sent."""
+    gateway, _, folder, _ = followed
+    [written] = commands("Why did this request go there?", "echo ")
+    subprocess.run(["sh", "-c", written], cwd=folder, check=True)
+    alone, asked = commands("Why did this request go there?", "xenios ")
+    for line in (alone, asked.replace("http://127.0.0.1:8080", gateway.url)):
+        said = typed(folder, line, XENIOS_KEY=gateway.key)
+        assert "alias careful" in said
+        assert said.index("1. openrouter/xenios/sim-fail-503") < said.index("2. openrouter/anthropic/claude-haiku-4.5")
+        assert "long_prompts" in said
+
+
 def test_the_colleagues_key_may_do_what_is_said(followed):
     """The task and the listed models: 200. Another model: 404. Another endpoint: 403. Then rotated, and revoked."""
     gateway, colleague, folder, others = followed

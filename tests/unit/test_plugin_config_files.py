@@ -60,7 +60,7 @@ def test_the_shipped_order(monkeypatch):
         "response_started": ["rate_limit"],
         "request_finished": ["budgets", "access_log"],
         "usage_corrected": ["budgets", "usage"],
-        "explain": ["api_keys", "routing", "usage", "fallback"],
+        "explain": ["api_keys", "routing", "rate_limit", "budgets", "usage", "fallback"],
     }
 
 

@@ -126,6 +126,8 @@ def test_refusals_can_not_be_listed(cause):
 async def test_explain_names_the_order():
     plugin = fallback.Plugin(fallback.Config(on=["timeout", "tls"], max_attempts=2), services())
     asked = exchange()
-    assert await plugin.explain(asked) == ["no fallback: there is one target, or one attempt is allowed"]
+    [alone] = await plugin.explain(asked)
+    assert (alone.text, alone.order) == ("no fallback: there is one target, or one attempt is allowed", ())
     asked.decision = Decision("x", (A, B, C))
-    assert await plugin.explain(asked) == ["a, then b; on timeout, tls"]
+    [told] = await plugin.explain(asked)
+    assert (told.text, told.order) == ("a, then b; on timeout, tls", (A, B))

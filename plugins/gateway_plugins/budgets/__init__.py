@@ -28,7 +28,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from gateway import Cause, ContextKey, Cost, Outcome, RateLimited, Source, compile_when, hookimpl
-from gateway.kit import OF_CALLERS, OwnLimits, PerCaller, Period, Rule, State, output_cap, own_limits, subjects
+from gateway.kit import ENDLESS, OF_CALLERS, OwnLimits, PerCaller, Period, Rule, State, output_cap, own_limits, subjects
 from gateway_plugins.budgets.bounds import Bound, Pricing, keep_to
 from gateway_plugins.budgets.settings import Budget, Config
 
@@ -41,8 +41,10 @@ _SUBJECTS = 10_000  # whose rules are kept
 # An attempt that failed like this may have been billed all the same.
 _PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.CLIENT_DISCONNECT, Cause.ABANDONED})
 _TOLD = frozenset({Source.UPSTREAM, Source.CATALOGUE})
-_ENDLESS = 10**15  # micro-USD: what a soft budget "allows"
 _REMEMBERED = 10_000  # operations whose true cost may still become known
+
+
+_SPANS = {"total": " in all", **{per: f" per {per}" for per in ("hour", "day", "week", "month")}}
 
 
 class _Reserved(msgspec.Struct, eq=False):
@@ -103,7 +105,7 @@ class _Compiled:
         self.owner = owner
         self.of_caller = budget.when is None and OF_CALLERS.issuperset(budget.by)
         self._window = _Window(budget)
-        self._limit = int(budget.usd * 10**6) if budget.hard else _ENDLESS
+        self._limit = int(budget.usd * 10**6) if budget.hard else ENDLESS
         self.warn_from = int(float(budget.usd) * 1e6 * budget.warn_at)
         self._prefix = f"{prefix}:{budget.name}:"
         self._period = ""
@@ -139,6 +141,8 @@ class _Compiled:
             again=_again,
             on_store_error=self.owner.on_store_error,
             about=self,
+            name=f"{self.budget.name}: {self.budget.usd:f} USD{_SPANS[self.budget.per]}"
+            + ("" if self.budget.hard else ", only warns"),
         )
 
 
@@ -191,6 +195,11 @@ class Plugin:
             rule = template.copy()
             rule.amount, rule.least = most, least
             exchange.hold(rule)
+
+    @hookimpl
+    async def explain(self, exchange: Exchange) -> None:
+        if exchange.decision is not None:
+            await self.check_request(exchange)  # it reserves nothing by itself, and edits only what is not sent
 
     def _plan(self, exchange: Exchange) -> _Plan:
         budgets = list(self._budgets)

@@ -27,6 +27,15 @@ async def test_a_word_is_refused(text: str) -> None:
         assert gw.plugin("Plugin").refused == 1
 
 
+async def test_it_explains_itself() -> None:
+    """An administrator who asks is told what the client would get, and nothing is counted."""
+    async with Gateway.test(plugins=["api_keys", (Plugin, WORDS)]) as gw:
+        asked = {"body": {"model": "m", "messages": [{"role": "user", "content": "A tulip"}]}}
+        refused = (await gw.post("/admin/explain", asked)).data["refused"]
+        assert (refused["status"], refused["code"], refused["by"]) == (403, "word_refused", "Plugin")
+        assert gw.plugin("Plugin").refused == 0
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_others_pass(stream: bool) -> None:
     """Words within other words are none, streamed and not."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gateway import ContextKey, Refused, hookimpl
+from gateway import ContextKey, Finding, Refused, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -71,7 +71,7 @@ class Plugin:
         exchange.set(self._verdict, "refused" if found else "passed")
         if found:
             self.refused += 1
-            raise Refused(self._config.message, code="word_refused")
+            raise self._refusal()
 
     @hookimpl
     def response_started(self, exchange: Exchange) -> None:
@@ -81,9 +81,13 @@ class Plugin:
             exchange.reply_headers[HEADER] = verdict
 
     @hookimpl
-    async def explain(self, exchange: Exchange) -> Sequence[str] | None:
+    async def explain(self, exchange: Exchange) -> Sequence[Finding] | None:
+        """What check_request would do; here without counting it."""
         found = self._pattern.search(last_user_text(exchange.body))
-        return ["would refuse: a word is not allowed"] if found else None
+        return [Finding("a word is not allowed", refuses=self._refusal())] if found else None
+
+    def _refusal(self) -> Refused:
+        return Refused(self._config.message, code="word_refused")
 
 
 def last_user_text(body: dict[str, Any]) -> str:

@@ -1,0 +1,53 @@
+"""From a parsed body to a decision that the caller may have: what a request and a dry run of it go through alike."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from gateway import dispatch, outgoing
+from gateway.access import check_models
+from gateway.errors import PluginError
+from gateway.exchange import Decision, Target
+from gateway.incoming import admit_body, asked_models
+
+if TYPE_CHECKING:
+    from gateway.exchange import Exchange
+
+
+async def prepare(exchange: Exchange) -> None:
+    """The body as it will be decided on. Raises what refuses it."""
+    admit_body(exchange)
+    hooks = exchange.snapshot.hooks
+    if hooks.prepare_request:
+        await dispatch.run_all(exchange, hooks.prepare_request)
+        _check_prepared(exchange)
+        exchange.stream = exchange.dialect.wants_stream(exchange.body)
+
+
+def _check_prepared(exchange: Exchange) -> None:
+    """What `prepare_request` left is a request still; else it is the plugins' failure, not the client's."""
+    body: object = exchange.body
+    if isinstance(body, dict) and isinstance(body.get("model"), str) and body["model"]:
+        return
+    what = "no model" if isinstance(body, dict) else f"{type(body).__name__} instead of an object"
+    raise outgoing.bad_body(exchange, what)
+
+
+async def decide(exchange: Exchange) -> None:
+    """Fill `exchange.decision`, and see whether the caller may have it. Raises what refuses it."""
+    snapshot = exchange.snapshot
+    decision: Decision | None = await dispatch.run_first(exchange, snapshot.hooks.choose_targets, returns=Decision)
+    if decision is None:
+        decision = _undecided(asked_models(exchange.body)[0], snapshot.settings.upstream.default)
+    for target in decision.targets:
+        if target.upstream not in snapshot.upstreams:
+            raise PluginError(f"The decision names the upstream {target.upstream!r}, which does not exist.")
+    exchange.decision = decision
+    check_models(exchange, decision)
+
+
+@functools.lru_cache(maxsize=1024)
+def _undecided(asked: str, upstream: str) -> Decision:
+    """What nobody decided otherwise: the asked model at the default upstream."""
+    return Decision(asked, (Target(asked, upstream),))
