@@ -41,7 +41,7 @@ from gateway.exchange import (
 )
 from gateway.hookspecs import Tap, hookimpl
 from gateway.routes import Router
-from gateway.scoping import compile_when
+from gateway.scoping import Condition, compile_when, conditions
 from gateway.services import Services
 from gateway.settings import Upstream, UpstreamName, When
 from gateway.tasks import Tasks
@@ -53,6 +53,7 @@ __all__ = [
     "AttemptRecord",
     "BadRequest",
     "Cause",
+    "Condition",
     "Conflict",
     "ContextKey",
     "Correction",
@@ -95,6 +96,7 @@ __all__ = [
     "When",
     "__version__",
     "compile_when",
+    "conditions",
     "format_duration",
     "hookimpl",
 ]
