@@ -12,7 +12,7 @@ from gateway.kit.subjects import brings, input_estimate
 from gateway.kit.text import clean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from gateway.exchange import Exchange, Principal
     from gateway.settings import TimeWindow, TokenRange, When
@@ -45,11 +45,17 @@ _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
 class Condition(NamedTuple):
-    """One field of a `when:`. `found` says of a request that does not match what it is instead, and what was wanted."""
+    """One field of a `when:`. `found` says of a request that does not match what it is instead, and what was wanted.
+
+    `reads` is all that the test looks at: requests of which it gives the same are answered alike. Conditions of equal
+    `field` and `of` (which header, which claim) read the same.
+    """
 
     field: str
     test: Callable[[Exchange], bool]
     found: Callable[[Exchange], str]
+    reads: Callable[[Exchange], Hashable]
+    of: str = ""
 
 
 def faults(when: When | None, hooks: Sequence[str]) -> list[str]:
@@ -101,11 +107,11 @@ def conditions(
             value = read(exchange)
             return value is not None and matches(value)
 
-        made.append(Condition(field, test, lambda ex: f"{what} is {clean(read(ex) or '') or 'none'} ({wanted})"))
+        made.append(Condition(field, test, lambda ex: f"{what} is {clean(read(ex) or '') or 'none'} ({wanted})", read))
 
     def flag(field: str, wanted: bool | None, read: Callable[[Exchange], bool], yes: str, no: str) -> None:
         if wanted is not None:
-            made.append(Condition(field, lambda ex: read(ex) is wanted, lambda ex: yes if read(ex) else no))
+            made.append(Condition(field, lambda ex: read(ex) is wanted, lambda ex: yes if read(ex) else no, read))
 
     text("endpoint", "the endpoint", when.endpoint, lambda ex: ex.endpoint)
     text("phase", "the phase", when.phase, lambda ex: ex.phase)
@@ -119,11 +125,11 @@ def conditions(
     if when.tenants:
         made.append(_of_caller("tenants", "the caller's tenant", when.tenants, lambda p: (p.tenant,)))
     if when.roles:
-        made.append(_of_caller("roles", "the caller's role", when.roles, lambda p: sorted(p.roles)))
+        made.append(_of_caller("roles", "the caller's role", when.roles, lambda p: p.roles))
     for name, header in (when.headers or {}).items():
         made.append(_header(name, header))
     for path, globs in (when.claims or {}).items():
-        made.append(_of_caller("claims", f"the claim {path}", globs, _reads_claim(path)))
+        made.append(_of_caller("claims", f"the claim {path}", globs, _reads_claim(path), path))
     if when.time:
         made.append(_time(when.time))
     flag("tools", when.tools, lambda ex: brings(ex, "tools"), "it has tools", "it has no tools")
@@ -143,7 +149,13 @@ def matcher(globs: Sequence[str]) -> Callable[[str], bool]:
     return lambda text: pattern.match(text) is not None
 
 
-def _of_caller(field: str, what: str, globs: Sequence[str], read: Callable[[Principal], Sequence[str]]) -> Condition:
+def _of_caller(
+    field: str,
+    what: str,
+    globs: Sequence[str],
+    read: Callable[[Principal], tuple[str, ...] | frozenset[str]],
+    of: str = "",
+) -> Condition:
     matches, wanted = matcher(globs), ", ".join(globs)
 
     def test(exchange: Exchange) -> bool:
@@ -152,17 +164,17 @@ def _of_caller(field: str, what: str, globs: Sequence[str], read: Callable[[Prin
 
     def found(exchange: Exchange) -> str:
         principal = exchange.principal
-        is_ = ", ".join(map(clean, read(principal))) if principal is not None else ""
+        is_ = ", ".join(sorted(map(clean, read(principal)))) if principal is not None else ""
         return f"{what} is {is_ or 'none'} ({wanted})"
 
-    return Condition(field, test, found)
+    return Condition(field, test, found, lambda ex: read(ex.principal) if ex.principal is not None else None, of)
 
 
-def _reads_claim(path: str) -> Callable[[Principal], Sequence[str]]:
+def _reads_claim(path: str) -> Callable[[Principal], tuple[str, ...]]:
     return lambda principal: _claim(principal.claims, path)
 
 
-def _claim(claims: Mapping[str, Any], path: str) -> Sequence[str]:
+def _claim(claims: Mapping[str, Any], path: str) -> tuple[str, ...]:
     """The texts of a claim, `a.b` within others; a list has several, another object none."""
     value: Any = claims.get(path)
     if value is None and "." in path:
@@ -170,7 +182,7 @@ def _claim(claims: Mapping[str, Any], path: str) -> Sequence[str]:
         for step in path.split("."):
             value = value.get(step) if isinstance(value, dict) else None
     items = value if isinstance(value, list | tuple) else (value,)
-    return [str(i).lower() if isinstance(i, bool) else str(i) for i in items if isinstance(i, str | int | float)]
+    return tuple(str(i).lower() if isinstance(i, bool) else str(i) for i in items if isinstance(i, str | int | float))
 
 
 def _header(name: str, wanted: bool | Sequence[str]) -> Condition:
@@ -179,6 +191,8 @@ def _header(name: str, wanted: bool | Sequence[str]) -> Condition:
             "headers",
             lambda ex: (ex.request.header(name) is not None) is wanted,
             lambda _: f"the header {name} is {'absent' if wanted else 'there'}",
+            lambda ex: ex.request.header(name) is not None,
+            f"{name}?",
         )
     matches, globs = matcher(wanted), ", ".join(wanted)
 
@@ -186,9 +200,10 @@ def _header(name: str, wanted: bool | Sequence[str]) -> Condition:
         value = exchange.request.header(name)
         return value is not None and matches(value)
 
-    return Condition(
-        "headers", test, lambda ex: f"the header {name} is {clean(ex.request.header(name) or 'absent')} ({globs})"
-    )
+    def found(exchange: Exchange) -> str:
+        return f"the header {name} is {clean(exchange.request.header(name) or 'absent')} ({globs})"
+
+    return Condition("headers", test, found, lambda ex: ex.request.header(name), name)
 
 
 def _size(wanted: TokenRange) -> Condition:
@@ -199,7 +214,8 @@ def _size(wanted: TokenRange) -> Condition:
         return least <= tokens and (most is None or tokens <= most)
 
     span = " and ".join(f"{n} {v}" for n, v in (("min", wanted.min), ("max", most)) if v is not None)
-    return Condition("input_tokens", test, lambda ex: f"it has about {input_estimate(ex)} input tokens ({span})")
+    found = f"it has about {{}} input tokens ({span})".format
+    return Condition("input_tokens", test, lambda ex: found(input_estimate(ex)), input_estimate)
 
 
 def _time(windows: Sequence[TimeWindow]) -> Condition:
@@ -218,7 +234,7 @@ def _time(windows: Sequence[TimeWindow]) -> Condition:
         now = datetime.fromtimestamp(exchange.started_at, made[0][0])
         return f"the time is {_DAYS[now.weekday()]} {now:%H:%M} ({' or '.join(map(_spelled, windows))})"
 
-    return Condition("time", test, found)
+    return Condition("time", test, found, lambda ex: ex.started_at // 60)  # windows begin and end with a minute
 
 
 def _within(now: datetime, days: frozenset[int], begin: int, end: int) -> bool:

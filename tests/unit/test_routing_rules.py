@@ -544,3 +544,23 @@ async def test_what_is_explained_is_what_happens(rules, requests, clock):
             told = [line.split()[1] for line in lines if line.split(".")[0].isdigit()]
             assert told == [target.model for target in decision.targets]
             assert decision.rule == matched
+
+
+async def test_a_hundred_rules_are_asked_once():
+    """Rules are compiled, not interpreted: a request like one before it asks none of them again."""
+    routes = plugin(rules=[{"name": f"r{n}", "when": {"teams": f"t{n}"}, "use": "a"} for n in range(100)])
+    counted = Counter()
+
+    def counting(condition):
+        def test(exchange):
+            counted["asked"] += 1
+            return condition.test(exchange)
+
+        return condition._replace(test=test)
+
+    routes._table.rules = [
+        rule._replace(conditions=tuple(map(counting, rule.conditions))) for rule in routes._table.rules
+    ]
+    for _ in range(50):
+        assert await models(routes, "m", principal=Principal("k", team="t99")) == ["a"]
+    assert counted["asked"] == 100

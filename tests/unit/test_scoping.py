@@ -318,6 +318,51 @@ def test_why_not_is_said_in_words(condition, words):
     assert one.found(made) == words
 
 
+ALL = when(
+    endpoint="chat/*", models="gpt-*", stream=True, keys="a", teams=["blue", "r*"], tenants="t", roles="bot",
+    claims={"plan": "pro", "app.tier": ["gold", "x*"]}, headers={"x-a": "1*", "x-b": True}, tools=True, images=True,
+    json_schema=False, time={"from": "08:00", "to": "20:00", "days": ["mon", "tue", "thu"]}, input_tokens={"min": 30},
+)  # fmt: skip
+SOME = st.builds(
+    lambda endpoint, headers, principal, body, started: (endpoint, headers, principal, body, started),
+    st.sampled_from(["chat/completions", "responses"]),
+    st.fixed_dictionaries({}, optional={"x-a": st.sampled_from(["1", "2"]), "x-b": st.just("")}),
+    st.none()
+    | st.builds(
+        lambda **fields: Principal("a", **fields),
+        tenant=st.sampled_from(["t", "u"]),
+        team=st.sampled_from([None, "blue", "red"]),
+        roles=st.frozensets(st.sampled_from(["bot", "human"])),
+        claims=st.sampled_from([{}, {"plan": "pro"}, {"plan": ["pro", "x"], "app": {"tier": "gold"}}]),
+    ),
+    st.fixed_dictionaries(
+        {"model": st.sampled_from(["gpt-4", "other"])},
+        optional={
+            "stream": st.booleans(),
+            "tools": st.just([1]),
+            "messages": st.sampled_from([[IMAGE], ["x" * 300]]),
+            "response_format": st.just(SCHEMA),
+        },
+    ),
+    st.integers(0, 7 * 1440).map(lambda minute: minute * 60.0),
+)
+
+
+@given(SOME, SOME)
+def test_requests_that_read_alike_are_answered_alike(one, other):
+    """What a condition says that it reads is all that its answer hangs on: rules remember by it."""
+    made = []
+    for endpoint, headers, principal, body, started in (one, other):
+        asked = exchange(body, endpoint=endpoint, headers=headers, principal=principal)
+        asked.started_at = started
+        made.append(asked)
+    for condition in conditions(ALL):
+        first, second = made
+        hash(condition.reads(first))
+        if condition.reads(first) == condition.reads(second):
+            assert condition.test(first) == condition.test(second), condition.field
+
+
 @pytest.mark.parametrize(
     "yaml, place, words",
     [

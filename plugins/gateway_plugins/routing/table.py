@@ -1,7 +1,8 @@
 """Rules, tasks and aliases, compiled: which of them a request meets, and the decision that it makes.
 
-What depends on the name asked for and on the caller alone is found out once and remembered, so that of a hundred rules
-a request asks only those whose other conditions it may meet; decisions that would be equal are made once.
+A request is reduced to what the rules read of it: the name asked for, the caller's team, one header, the minute … Which
+rule such a request meets is found out once and remembered, and so is its decision where nothing else of the request
+makes it another one. A hundred rules then cost what one does.
 """
 
 from __future__ import annotations
@@ -12,47 +13,48 @@ from hashlib import blake2b
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gateway import BadRequest, Decision, Forbidden, Limits, Target, conditions
-from gateway.kit import clean, end_user
+from gateway import BadRequest, ContextKey, Decision, Forbidden, Limits, Target, conditions
+from gateway.kit import clean, end_user, input_estimate
 from gateway_plugins.routing import native
 from gateway_plugins.routing.cost import worst_case
 from gateway_plugins.routing.settings import HEADER, PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
     from gateway import Cause, Condition, Exchange, Services
     from gateway_plugins.routing import settings
 
 _REMEMBERED = 1000
 _REMEMBERED_LENGTH = 200
-# Fields of a `when` that are the same for each request of this name by this caller.
-_OF_NAME = frozenset({"endpoint", "stream", "models", "tasks"})
-_OF_CALLER = frozenset({"keys", "teams", "tenants", "roles"})
 _PICO = 10**12
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def asked_of(exchange: Exchange) -> str:
-    """The model asked for. OpenRouter's clients may send a list of models instead: its first."""
-    body = exchange.body
-    return str(body.get("model") or next(iter(body.get("models") or ()), ""))
+class Asked(NamedTuple):
+    """`name` is what rules compare with `models`: a task asked for by header is the same as by name."""
+
+    model: str
+    task: str
+    name: str
 
 
-def task_of(exchange: Exchange) -> str:
-    header = exchange.request.header(HEADER)
-    if header:
-        return header.strip()
-    asked = asked_of(exchange)
-    return asked[len(PREFIX) :] if asked.startswith(PREFIX) else ""
+_ASKED: ContextKey[Asked] = ContextKey("asked")
 
 
-def _name_of(exchange: Exchange) -> str:
-    """What rules compare with `models`: a task asked for by header is the same as by name."""
-    task = task_of(exchange)
-    return PREFIX + task if task else asked_of(exchange)
+def ask(exchange: Exchange) -> Asked:
+    """What the request asks for as its body stands now; kept for the conditions, which each want it."""
+    body, header = exchange.body, exchange.request.header(HEADER)
+    # OpenRouter's clients may send a list of models instead: its first
+    model = str(body.get("model") or next(iter(body.get("models") or ()), ""))
+    task = header.strip() if header else model[len(PREFIX) :] if model.startswith(PREFIX) else ""
+    return exchange.set(_ASKED, Asked(model, task, PREFIX + task if task else model))
+
+
+def _asked(exchange: Exchange) -> Asked:
+    return exchange.get(_ASKED) or ask(exchange)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
@@ -139,11 +141,10 @@ def fraction(text: str) -> float:
 
 
 class Rule(NamedTuple):
-    """A rule of the list: its conditions by what they depend on."""
+    """A rule of the list."""
 
     name: str
-    fixed: tuple[Condition, ...]  # the same for each request of a name by a caller
-    moving: tuple[Condition, ...]
+    conditions: tuple[Condition, ...]
     route: Route | None
     refuse: str | None
 
@@ -164,10 +165,9 @@ class Task(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Way:
-    """What becomes of the requests of one name by one caller that meet a rule; `rule` None: that meet none."""
+    """What becomes of requests that are alike to the rules. `rule` None: they meet none."""
 
     asked: str
-    tests: tuple[Callable[[Exchange], bool], ...]
     rule: Rule | None
     task: Task | None
     route: Route | None
@@ -198,22 +198,15 @@ class Table:
             name: Route(f"alias {name}", [(1, tuple(self._entry(e) for e in use))])
             for name, use in config.aliases.items()
         }
-        self._by_caller = any(c.field in _OF_CALLER for rule in self.rules for c in rule.fixed)
-        self._kept: dict[tuple[Any, ...], tuple[Way, ...]] = {}
+        self._reads = _reads(config, self.rules)
+        self._kept: dict[tuple[Hashable, ...], Way] = {}
 
     # --- at start-up ---
 
     def _rule(self, rule: settings.Rule) -> Rule:
-        found = conditions(rule.conditions, model=_name_of, task=lambda ex: task_of(ex) or None)
-        fixed = _OF_NAME | _OF_CALLER
+        found = conditions(rule.conditions, model=lambda ex: _asked(ex).name, task=lambda ex: _asked(ex).task or None)
         route = Route(f"rule {rule.name}", self._sides(rule), rule) if rule.sides else None
-        return Rule(
-            rule.name,
-            tuple(c for c in found if c.field in fixed),
-            tuple(c for c in found if c.field not in fixed),
-            route,
-            rule.refuse,
-        )
+        return Rule(rule.name, found, route, rule.refuse)
 
     def _task(self, name: str, task: settings.Task, routes: Mapping[str, Route | None]) -> Task:
         route = routes.get(task.rule) if task.rule else None
@@ -252,53 +245,42 @@ class Table:
 
     def decide(self, exchange: Exchange, draw: Callable[[Exchange], float]) -> Decision | None:
         """None: the asked model at the default upstream. Raises BadRequest or Forbidden."""
-        for way in self._ways(exchange):
-            for test in way.tests:
-                if not test(exchange):
-                    break
-            else:
-                return self._decided(way, exchange, draw)
-        return None
-
-    def _ways(self, exchange: Exchange) -> tuple[Way, ...]:
-        """The rules that this name and caller may meet, in order, and at the end what holds if they meet none.
-
-        Clients choose the names: what is remembered is bounded.
-        """
-        asked, task = asked_of(exchange), task_of(exchange)
-        key: tuple[Any, ...] = (asked, task, exchange.endpoint, exchange.stream)
-        if self._by_caller and (who := exchange.principal) is not None:
-            key = (*key, who.id, who.team, who.tenant, who.roles)
-        found = self._kept.get(key)
-        if found is None:
-            found = self._found(exchange, asked, task)
-            if len(asked) <= _REMEMBERED_LENGTH and len(task) <= _REMEMBERED_LENGTH:
+        model, task, _ = ask(exchange)
+        key = (model, task, exchange.endpoint, *[read(exchange) for read in self._reads])
+        way = self._kept.get(key)
+        if way is None:
+            way = self._way(exchange, model, task)
+            # clients choose the names: what is remembered is bounded
+            if len(model) <= _REMEMBERED_LENGTH and len(task) <= _REMEMBERED_LENGTH:
                 if len(self._kept) >= _REMEMBERED:
                     self._kept.clear()
-                self._kept[key] = found
-        return found
+                self._kept[key] = way
+        return self._decided(way, exchange, draw)
 
-    def _found(self, exchange: Exchange, asked: str, name: str) -> tuple[Way, ...]:
+    def _way(self, exchange: Exchange, asked: str, name: str) -> Way:
         task = self._known_task(exchange, name) if name else None
         alias = None if task else self.aliases.get(asked)
-        own = task.route if task else alias
-        base = own
+        own = base = task.route if task else alias
         if own is None and task is None:
             base = Route("asked", [(1, (Entry(Target(asked, self._place(asked))),))])
         touchy = frozenset({*native.LISTS, *(task.defaults if task else ())})
         if task and task.schema and exchange.dialect.schema_at:
             touchy |= {exchange.dialect.schema_at[0]}
-        ways: list[Way] = []
+        rule = self._met(exchange)
+        if rule is None:
+            return Way(asked, None, task, own, base, asked if alias else None, touchy)
+        # an alias of its own; but whoever may ask for any alias may not ask for any model by a rule that keeps its name
+        keeps_name = alias is None and rule.route is not None and rule.route.keeps_name
+        return Way(asked, rule, task, rule.route, base, None if task or keeps_name else asked, touchy)
+
+    def _met(self, exchange: Exchange) -> Rule | None:
         for rule in self.rules:
-            if all(condition.test(exchange) for condition in rule.fixed):
-                tests = tuple(condition.test for condition in rule.moving)
-                granted = None if task or (alias is None and rule.route and rule.route.keeps_name) else asked
-                ways.append(Way(asked, tests, rule, task, rule.route, base, granted, touchy))
-                if not tests:
-                    return tuple(ways)
-        granted = asked if alias else None
-        ways.append(Way(asked, (), None, task, own, base, granted, touchy))
-        return tuple(ways)
+            for condition in rule.conditions:
+                if not condition.test(exchange):
+                    break
+            else:
+                return rule
+        return None
 
     def _known_task(self, exchange: Exchange, name: str) -> Task:
         task = self.tasks.get(name)
@@ -427,14 +409,24 @@ class Table:
 
     def tried(self, exchange: Exchange) -> Iterator[str]:
         """Each rule up to the one that decides, and why it does or does not. Raises BadRequest for an unknown task."""
-        name = task_of(exchange)
-        if name:
-            self._known_task(exchange, name)
+        task = ask(exchange).task
+        if task:
+            self._known_task(exchange, task)
         for rule in self.rules:
-            failed = next((c for c in (*rule.fixed, *rule.moving) if not c.test(exchange)), None)
+            failed = next((c for c in rule.conditions if not c.test(exchange)), None)
             yield f"rule {rule.name}: {'matches' if failed is None else f'no, {failed.found(exchange)}'}"
             if failed is None:
                 return
+
+
+def _reads(config: settings.Config, rules: Sequence[Rule]) -> tuple[Callable[[Exchange], Hashable], ...]:
+    """All that the rules read of a request beside its name, task and endpoint."""
+    found = {(c.field, c.of): c.reads for rule in rules for c in rule.conditions}
+    sizes = [rule.conditions.input_tokens for rule in config.rules if rule.conditions and rule.conditions.input_tokens]
+    if sizes:  # between two ends that rules name, all sizes are alike
+        ends = sorted({end for size in sizes for end in (size.min, size.max and size.max + 1) if end is not None})
+        found["input_tokens", ""] = lambda ex: bisect_right(ends, input_estimate(ex))
+    return tuple(read for (field, _), read in found.items() if field not in {"models", "tasks", "endpoint"})
 
 
 def _why(way: Way) -> str:
