@@ -40,6 +40,7 @@ from gateway.exchange import (
     Usage,
 )
 from gateway.hookspecs import Tap, hookimpl
+from gateway.problems import Concern
 from gateway.routes import Router
 from gateway.scoping import Condition, compile_when, conditions
 from gateway.services import Services
@@ -53,6 +54,7 @@ __all__ = [
     "AttemptRecord",
     "BadRequest",
     "Cause",
+    "Concern",
     "Condition",
     "Conflict",
     "ContextKey",

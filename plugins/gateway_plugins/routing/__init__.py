@@ -15,14 +15,17 @@ order (the `fallback` plugin walks through them), `split` shares requests out am
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeAlias
 
 from gateway import GatewayError, hookimpl
+from gateway_plugins.routing.checks import concerns
 from gateway_plugins.routing.settings import PREFIX, Config
 from gateway_plugins.routing.table import Table, fraction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from datetime import date
 
     from gateway import Decision, Exchange, Services
 
@@ -38,16 +41,29 @@ class Plugin:
     """Maps tasks, rules and aliases to targets."""
 
     Config: TypeAlias = Config
+    concerns = staticmethod(concerns)
 
     def __init__(self, config: Config, services: Services) -> None:
         faults = config.faults({name: upstream.kind for name, upstream in services.settings.upstreams.items()})
         if faults:
             raise ValueError("; ".join(faults))
+        self._config = config
+        self._services = services
+        self._warnings: tuple[tuple[int, date] | None, tuple[str, ...]] = (None, ())
         self._table = Table(config, services)
         # Where a split that is not sticky lets a request fall; tests put their own in its place.
         self.draw: Callable[[Exchange], float] = drawn
         # What GET /v1/models lists beside the upstreams' models.
         self.listed_models: tuple[str, ...] = (*config.aliases, *(PREFIX + name for name in config.tasks))
+
+    def warnings(self) -> Sequence[str]:
+        """For readiness: worked out when the catalogue or the day has changed, not for each probe."""
+        today = datetime.now(UTC).date()
+        as_of = (self._services.catalogue.revision, today)
+        if self._warnings[0] != as_of:
+            found = concerns(self._config, self._services.settings, self._services.catalogue, today)
+            self._warnings = (as_of, tuple(dict.fromkeys(concern.message for concern in found)))
+        return self._warnings[1]
 
     @hookimpl
     async def choose_targets(self, exchange: Exchange) -> Decision | None:
