@@ -41,8 +41,9 @@ from gateway.exchange import (
     Usage,
 )
 from gateway.hookspecs import Tap, hookimpl
+from gateway.problems import Concern
 from gateway.routes import Router
-from gateway.scoping import compile_when
+from gateway.scoping import Condition, compile_when, conditions
 from gateway.services import Services
 from gateway.settings import Upstream, UpstreamName, When
 from gateway.tasks import Tasks
@@ -54,6 +55,8 @@ __all__ = [
     "AttemptRecord",
     "BadRequest",
     "Cause",
+    "Concern",
+    "Condition",
     "Conflict",
     "ContextKey",
     "Correction",
@@ -97,6 +100,7 @@ __all__ = [
     "When",
     "__version__",
     "compile_when",
+    "conditions",
     "format_duration",
     "hookimpl",
 ]

@@ -118,7 +118,12 @@ def _grants_decision(scopes: Scopes, decision: Decision) -> bool:
 
 
 def _grants_targets(scopes: Scopes, decision: Decision) -> bool:
-    return all(_grants_model(scopes, target.model) for target in decision.targets)
+    """An upstream may answer from what stands in a target's own `models` as well."""
+    return all(
+        _grants_model(scopes, model)
+        for target in decision.targets
+        for model in (target.model, *target.overrides.get("models", ()))
+    )
 
 
 def _not_granted(name: str) -> ModelNotFound:

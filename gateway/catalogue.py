@@ -18,7 +18,7 @@ import random
 import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -28,6 +28,7 @@ import msgspec
 import structlog
 
 from gateway.exchange import UNKNOWN_COST, Cost, Source, Usage
+from gateway.problems import Concern
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -179,7 +180,9 @@ class Catalogue:
         for model_id, override in settings.overrides.items():
             self._overrides.setdefault(override.upstream or first or "", {})[model_id] = override
         self._models: dict[str, _Models] = dict.fromkeys(self._kinds, _Models())
+        self._before: dict[str, _Models] = {}  # what was known at the start
         self._errors: dict[str, str] = {}
+        self.revision = 0  # another one after each change: for whoever keeps what it found here
 
     # --- coming and going -------------------------------------------------------------------------
 
@@ -191,6 +194,8 @@ class Catalogue:
                 or (self._bundled(upstream) if kind == "openrouter" else None)
                 or self._compile(upstream, {}, None, None)
             )
+        self._before = dict(self._models)
+        self.revision += 1
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -222,8 +227,10 @@ class Catalogue:
             wait = min(every, _FIRST_RETRY * 2 ** min(failures - 1, 16)) if failures else every
             await asyncio.sleep(wait * random.uniform(0.9, 1))  # noqa: S311 - spreads load
 
-    async def refresh(self, upstream: str) -> int:
+    async def refresh(self, upstream: str, *, store: bool = True) -> int:
         """Fetch one upstream's list and return how many models it holds. On any failure the old one stays.
+
+        `store`: on disk, for the next start.
 
         Raises BadModelsList for a reply that is not a list of models or is empty, and what `fetch` raises.
         """
@@ -235,8 +242,10 @@ class Catalogue:
             self._errors[upstream] = _brief(error)
             raise
         self._models[upstream] = models
+        self.revision += 1
         self._errors.pop(upstream, None)
-        await asyncio.to_thread(self._store, upstream, as_of, data)
+        if store:
+            await asyncio.to_thread(self._store, upstream, as_of, data)
         return len(data)
 
     # --- questions --------------------------------------------------------------------------------
@@ -301,6 +310,45 @@ class Catalogue:
             if model is not None:
                 return models.items[model.id]
         return None
+
+    def concerns(self, upstream: str, name: str, today: date) -> list[Concern]:
+        """What stands against asking for this model: unknown, retiring, or another price or limit than at the start."""
+        name = name.partition("@preset/")[0]  # a preset is kept at OpenRouter: nobody lists it
+        models = self._models.get(upstream)
+        if models is None or not name:
+            return []
+        found = self.model(upstream, name)
+        if found is None:
+            # the bundled list is short, and simulated models are named as one likes
+            simulated = _SIMULATED in models.by_name and name.rpartition("/")[2].startswith("sim")
+            told = models.origin in ("upstream", "cache") and not simulated
+            return [Concern((), f"{name}: {upstream} lists no such model", "error")] if told else []
+        out = [Concern((), f"{name}: {text}") for text in (_retirement(found, today),) if text]
+        variants = name.split(":")[1:] if found.id != name and self._kinds[upstream] == "openrouter" else ()
+        out += [
+            Concern((), f"{name}: `:{variant}` is no known variant") for variant in variants if variant not in _VARIANTS
+        ]
+        before = self._before.get(upstream)
+        was = before.by_name.get(found.id) if before is not None and models.origin == "upstream" else None
+        if was is not None and was.origin != "override":
+            out += [Concern((), f"{name}: {text} since the start's list") for text in _changes(was, found)]
+        return out
+
+    def override_concerns(self) -> list[Concern]:
+        """Where `catalogue.overrides` and what an upstream lists differ; paths begin with the model's id."""
+        out: list[Concern] = []
+        for upstream, overrides in self._overrides.items():
+            models = self._models.get(upstream)
+            if models is None or models.origin not in ("upstream", "cache"):
+                continue
+            for model_id in overrides:
+                model = models.by_name[model_id]
+                listed = _read_model(model.raw, upstream, self._kinds[upstream], "upstream")
+                out += [
+                    Concern((model_id,), f"{model_id}: {upstream} says otherwise: {text}")
+                    for text in (_changes(model, listed) if listed is not None else ())
+                ]
+        return out
 
     def status(self) -> dict[str, dict[str, Any]]:
         """Per upstream: kind, origin (None: nothing known), as_of (ISO 8601), count of models, last error."""
@@ -609,6 +657,37 @@ def _written(price: Price) -> dict[str, str]:
     """The prices as OpenRouter writes them: strings, USD per token."""
     rates = {key: getattr(price, name) for key, name in _PRICED.items()}
     return {key: format(Decimal(rate).scaleb(-12).normalize(), "f") for key, rate in rates.items() if rate is not None}
+
+
+# --- what changes ---------------------------------------------------------------------------------
+
+_SIMULATED: Final = "xenios/sim"
+_VARIANTS: Final = frozenset({"free", "nitro", "floor", "exacto", "thinking", "extended", "online", "beta"})
+
+
+def _retirement(model: Model, today: date) -> str | None:
+    try:
+        day = date.fromisoformat((model.expiration_date or "")[:10])
+    except ValueError:
+        return None
+    left = (day - today).days
+    when = f"in {left} days" if left > 0 else "today" if left == 0 else f"{-left} days ago"
+    return f"{'retires' if left >= 0 else 'was to retire'} on {day}, {when}"
+
+
+def _changes(was: Model, now: Model) -> list[str]:
+    """Prices and limits that both know and that differ, in words."""
+    pairs = [
+        ("input", _per_million(was.price.input), _per_million(now.price.input)),
+        ("output", _per_million(was.price.output), _per_million(now.price.output)),
+        ("context", was.context_length, now.context_length),
+        ("output limit", was.max_output, now.max_output),
+    ]
+    return [f"{what} {old} became {new}" for what, old, new in pairs if None not in (old, new) and old != new]
+
+
+def _per_million(pico: int | None) -> str | None:
+    return None if pico is None else f"${pico / 1e6:g} per million"
 
 
 # --- odds and ends --------------------------------------------------------------------------------

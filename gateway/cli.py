@@ -91,12 +91,37 @@ def serve(
 
 
 @app.command(short_help="Report all mistakes in the configuration.")
-def check(config: ConfigOption = None) -> None:
-    """Validate the configuration and every plugin's; report ALL mistakes. Starts nothing."""
+def check(
+    config: ConfigOption = None,
+    *,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Ask the upstreams too: models that are gone, retire, or cost something else."),
+    ] = False,
+) -> None:
+    """Validate the configuration and every plugin's; report ALL mistakes. Starts nothing.
+
+    With --live: exit code 1 for errors (an unknown model), 0 for warnings (one that retires).
+    """
     path = _config_path(config)
-    blueprints, problems, _ = _examine(path)
+    blueprints, problems, loaded = _examine(path)
     _stop_on(problems)
+    if live and loaded is not None:
+        sys.exit(_check_live(loaded, blueprints))
     typer.echo(f"{path}: fine, {len(blueprints)} plugin{'' if len(blueprints) == 1 else 's'}.")
+
+
+def _check_live(loaded: Loaded, blueprints: Sequence[Blueprint]) -> int:
+    from gateway.checks import live
+
+    cache = loaded.settings.server.data_dir / "catalogue"
+    found, errors = asyncio.run(live(loaded, blueprints, cache if cache.is_dir() else None))
+    for problem in found:
+        typer.echo(str(problem))
+    typer.echo(
+        f"{loaded.source.file}: {errors} error(s), {len(found) - errors} warning(s) beside the upstreams' lists."
+    )
+    return 1 if errors else 0
 
 
 @app.command(short_help="Why a request goes where it goes.")

@@ -98,6 +98,7 @@ class Dialect:
     refused: Mapping[str, str] = field(default_factory=dict)  # body fields that must be falsy → what to tell
     usage_on_request: bool = False  # has `stream_options.include_usage`
     text_formats: frozenset[str] = frozenset()  # of `response_format`: the reply is plain text then
+    schema_at: tuple[str, ...] = ()  # where the form of the answer stands
     reply_error: Callable[[Any], Mapping[str, Any] | None] = _error_of
 
     @property
@@ -123,6 +124,28 @@ class Dialect:
     def input_characters(self, body: JsonObject) -> int:
         """Characters of text that the model will read; inline files don't count."""
         return sum(_characters(body.get(name)) for name in self.text_fields)
+
+    def answer_form(self, body: JsonObject) -> Any:
+        """What the client said about the form of the answer (`{"type": "json_schema", …}`); None if nothing."""
+        value: Any = body if self.schema_at else None
+        for step in self.schema_at:
+            value = value.get(step) if isinstance(value, dict) else None
+        return value
+
+    def with_schema(self, body: JsonObject, name: str, schema: Mapping[str, Any], *, strict: bool) -> JsonObject:
+        """The body fields that demand an answer by this JSON schema; none where the endpoint knows no such thing."""
+        if not self.schema_at:
+            return {}
+        form: JsonObject = {"type": "json_schema"}
+        if self.anthropic:
+            form["schema"] = schema
+        elif len(self.schema_at) == 1:
+            form["json_schema"] = {"name": name, "strict": strict, "schema": schema}
+        else:
+            form |= {"name": name, "strict": strict, "schema": schema}
+        field, *inner = self.schema_at
+        beside = body.get(field)
+        return {field: {**(beside if isinstance(beside, dict) else {}), inner[0]: form} if inner else form}
 
     def usage(self, raw: Mapping[str, Any] | None) -> Usage:
         return read_usage(raw, cached_apart=self.anthropic)
@@ -411,6 +434,7 @@ DIALECTS: dict[str, Dialect] = {
             output_caps=("max_completion_tokens", "max_tokens"),
             headers=("openai-beta",),
             usage_on_request=True,
+            schema_at=("response_format",),
         ),
         Dialect(
             endpoint="completions",
@@ -440,6 +464,7 @@ DIALECTS: dict[str, Dialect] = {
             headers=("openai-beta",),
             forced={"store": False},  # OpenRouter keeps nothing and answers 400 to true
             refused={"background": "Background responses are not available on this gateway."},
+            schema_at=("text", "format"),
             reply_error=_responses_reply_error,
         ),
         Dialect(
@@ -452,6 +477,7 @@ DIALECTS: dict[str, Dialect] = {
             output_caps=("max_tokens",),
             headers=("anthropic-version", "anthropic-beta"),
             anthropic=True,
+            schema_at=("output_config", "format"),
         ),
         Dialect(
             endpoint="rerank",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -230,10 +230,16 @@ class AttemptRecord(msgspec.Struct, eq=False):
     generation_id: str | None = None
     usage: Usage = UNKNOWN_USAGE
     cost: Cost = UNKNOWN_COST
+    answered_by: str | None = None  # the model that the upstream says it was, where the choice was the upstream's
 
     @property
     def target(self) -> Target:
         return self.attempt.target
+
+    @property
+    def served(self) -> Target:
+        """The target, as the model that answered for it."""
+        return self.target if self.answered_by is None else replace(self.target, model=self.answered_by)
 
     @property
     def duration(self) -> float | None:
@@ -539,7 +545,7 @@ class Exchange:
         """The target whose reply the client got or is getting; None if none answered."""
         for record in reversed(self.attempts):
             if record.first_content is not None:
-                return record.target
+                return record.served
         return None
 
 

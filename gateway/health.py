@@ -9,12 +9,13 @@ from gateway.exchange import Reply
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gateway.exchange import Exchange
     from gateway.plugins import Instance
 
 PING_SECONDS = 2.0
+MOST_WARNINGS = 100
 
 
 class Health:
@@ -43,6 +44,7 @@ class Health:
             "config": snapshot.hash,
             "plugins": parts,
             "catalogue": snapshot.services.catalogue.status(),
+            "warnings": _warnings(snapshot.instances),
         }
         return Reply(503 if status in {"draining", "failed"} else 200, data=body)
 
@@ -53,6 +55,21 @@ class Health:
             asked = self._asked[key] = self._tasks.spawn(_ping(instance), f"ping: {instance.id}")
             asked.add_done_callback(lambda _: self._asked.pop(key))
         return await asyncio.shield(asked)
+
+
+def _warnings(instances: Sequence[Instance]) -> dict[str, list[str]]:
+    """What plugins say that somebody should look at soon (`warnings`). It never changes the status."""
+    found: dict[str, list[str]] = {}
+    for instance in instances:
+        told = getattr(instance.plugin, "warnings", None)
+        if told is not None:
+            try:
+                texts = [str(text) for text in told()][:MOST_WARNINGS]
+            except Exception as error:  # noqa: BLE001 - a plugin's own code
+                texts = [f"warnings failed: {type(error).__name__}"]
+            if texts:
+                found[instance.id] = texts
+    return found
 
 
 def _policy(instance: Instance) -> str:

@@ -16,7 +16,7 @@ from gateway.exchange import Form, FormFile
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gateway.exchange import Exchange, JsonObject
+    from gateway.exchange import Exchange, JsonObject, Target
 
 MULTIPART_PARTS = 256
 _MISSING: tuple[Any, ...] = (None, "")
@@ -214,6 +214,17 @@ def further_models(body: JsonObject) -> list[str]:
         return []
     listed = [f.get("model") if isinstance(f, dict) else f for f in fallbacks] if isinstance(fallbacks, list) else []
     return [str(m) for m in (*(models or ()), *listed) if m]
+
+
+def may_choose(body: JsonObject, target: Target) -> bool:
+    """May the upstream answer with another model than the target's: one of a list, a preset's, the latest?"""
+    model = target.model
+    if "models" in target.overrides or "@preset/" in model or model.startswith(("~", "openrouter/")):
+        return True
+    return not body.keys().isdisjoint(_CHOOSES_MODEL) and "models" not in target.strip
+
+
+_CHOOSES_MODEL = frozenset({"models", "fallbacks", "preset"})
 
 
 def _check_special(model: str, may: Sequence[str]) -> None:

@@ -64,15 +64,18 @@ def target_body(exchange: Exchange, target: Target, upstream: UpstreamClient) ->
     body: JsonObject = {**exchange.body, "model": target.model, **dialect.forced, **target.overrides}
     for name in target.strip:
         body.pop(name, None)
+    chosen = target.overrides.get("provider")
     if upstream.kind == "openai":
         for name in _OPENROUTER_ONLY:
             body.pop(name, None)
         if dialect.usage_on_request and dialect.wants_stream(body):
             options = body.get("stream_options")
             body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-    elif upstream.settings.provider:
-        asked = body.get("provider")
-        body["provider"] = {**(asked if isinstance(asked, dict) else {}), **upstream.settings.provider}
+    elif upstream.settings.provider or chosen:
+        # preference by preference: what the operator says of this target, then of its upstream, then the client's
+        asked = None if "provider" in target.strip else exchange.body.get("provider")
+        asked = asked if isinstance(asked, dict) else {}
+        body["provider"] = {**asked, **(upstream.settings.provider or {}), **(chosen or {})}
     return body
 
 

@@ -41,7 +41,7 @@ from gateway.exchange import (
     Source,
     Usage,
 )
-from gateway.incoming import parse_body
+from gateway.incoming import may_choose, parse_body
 from gateway.kit import ledger
 from gateway.streaming import ByteStream, EventStream
 from gateway.taps import TapChain
@@ -321,6 +321,8 @@ class Run:
         elif kind == EVENT_STREAM and dialect.grammar is not None and self.exchange.stream:
             reply.stream = self._event_stream(response, secret)
             await reply.stream.first_content()
+            if may_choose(self.exchange.body, attempt.target):
+                self._note_model(record, reply.stream.model())
         elif (
             self.exchange.stream
             and dialect.grammar is not None
@@ -365,6 +367,8 @@ class Run:
         }
         error = self.exchange.dialect.reply_error(data)
         usage = head.usage if isinstance(head.usage, dict) else None
+        if may_choose(self.exchange.body, record.target):
+            self._note_model(record, head.model)
         self._meter(record, usage)
         if error is not None:
             raise error_from(error, secret=secret)
@@ -382,6 +386,12 @@ class Run:
             raise UpstreamError(Cause.BAD_REPLY, "The upstream's reply held what must not be passed on.")
         return body
 
+    def _note_model(self, record: AttemptRecord, model: Any) -> None:
+        """Which of several the upstream took, by the catalogue's name."""
+        if isinstance(model, str) and model:
+            known = self.exchange.snapshot.services.catalogue.model(record.target.upstream, model)
+            record.answered_by = known.id if known is not None else model
+
     def _meter(self, record: AttemptRecord, raw: Mapping[str, Any] | None) -> None:
         """Usage and cost of an attempt, each with its source."""
         record.usage = self.exchange.dialect.usage(raw)
@@ -390,7 +400,7 @@ class Run:
             record.cost = Cost(cost, Source.UPSTREAM)
         elif record.usage.source is not Source.UNKNOWN:
             catalogue = self.exchange.snapshot.services.catalogue
-            record.cost = catalogue.cost(record.target.upstream, record.target.model, record.usage)
+            record.cost = catalogue.cost(record.target.upstream, record.served.model, record.usage)
 
     def _fail_attempt(self, error: UpstreamError) -> None:
         if self._record is not None:
@@ -431,7 +441,7 @@ class Run:
         seen = max(told.output_tokens or 0, getattr(stream, "events", 0))
         record.usage = msgspec.structs.replace(told, output_tokens=seen, source=Source.ESTIMATE)
         catalogue = self.exchange.snapshot.services.catalogue
-        cost = catalogue.cost(record.target.upstream, record.target.model, record.usage)
+        cost = catalogue.cost(record.target.upstream, record.served.model, record.usage)
         record.cost = Cost(cost.pico_usd, Source.ESTIMATE) if cost.pico_usd is not None else cost
 
     def _correct_later(self, record: AttemptRecord) -> None:
@@ -576,7 +586,7 @@ class Run:
             out["x-xenios-rule"] = _header_text(exchange.decision.rule)
         if exchange.attempts:
             # The model that answered, or on an error the one that was tried last.
-            last = exchange.attempts[-1].target
+            last = exchange.attempts[-1].served
             out[_MODEL] = _header_text(last.model)
             if exchange.snapshot.upstreams[last.upstream].simulated:
                 out["x-xenios-simulated"] = "1"
@@ -697,6 +707,7 @@ class Corrector(Protocol):
 class _Head(msgspec.Struct):
     """What is read of a whole reply; the rest is checked as JSON and passes as bytes."""
 
+    model: Any = None
     usage: Any = None
     error: Any = None
     choices: Any = None

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import UnionType
-from typing import Annotated, Any, Final, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -34,6 +34,17 @@ class Problem:
         path = f" {self.path}:" if self.path else ""
         hint = f" ({self.hint})" if self.hint else ""
         return f"{place}:{path} {self.message}{hint}"
+
+
+class Concern(NamedTuple):
+    """What is wrong, or will be, with a sound configuration in the world as it is: a model that is gone.
+
+    `path`: where in the section, or the plugin's `config`, that is looked at.
+    """
+
+    path: Steps
+    message: str
+    severity: Literal["error", "warning"] = "warning"
 
 
 class ConfigError(Exception):

@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
 
 from pydantic import (
     AfterValidator,
@@ -40,6 +41,28 @@ def _flag(value: object) -> object:
 
 def _listed(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
+
+
+def _texts(value: object) -> object:
+    """YAML's `true` and `3` as the text that claims are compared by."""
+    return [
+        item if isinstance(item, str) else str(item).lower() if isinstance(item, bool | int | float) else item
+        for item in (value if isinstance(value, list | tuple) else [value])
+    ]
+
+
+def _open(name: str) -> str:
+    if name in _PRIVATE:
+        raise refusal(f"{name!r} is hidden from rules: it carries credentials or the client's address")
+    return name
+
+
+def _zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (OSError, ValueError, KeyError):  # ZoneInfoNotFoundError is a KeyError
+        raise refusal(f"there is no time zone {name!r}", "such as Europe/Berlin or UTC") from None
+    return name
 
 
 def _unframed(name: str) -> str:
@@ -90,9 +113,8 @@ Globs = Annotated[
 Phases = Annotated[
     tuple[Phase, ...], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=Phase | list[Phase])
 ]
-HeaderName = Annotated[
-    str, StringConstraints(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$", to_lower=True), AfterValidator(_unframed)
-]
+_Header = Annotated[str, StringConstraints(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$", to_lower=True)]
+HeaderName = Annotated[_Header, AfterValidator(_unframed)]
 HeaderValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$")]
 
 
@@ -347,8 +369,59 @@ class ServicesSettings(_Section):
     """What keeps keys and usage: an address, or a section. Default sqlite: a file in data_dir."""
 
 
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+_CLOCK = r"([01]?[0-9]|2[0-3]):[0-5][0-9]"
+
+
+class TokenRange(_Section):
+    """Estimated input tokens: about a quarter of the text's characters."""
+
+    min: Count | None = None
+    """At least so many. Default no lower end."""
+    max: Count | None = None
+    """At most so many. Default no upper end."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TokenRange":
+        if self.min is None and self.max is None:
+            raise refusal("names neither min nor max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise refusal("min is larger than max")
+        return self
+
+
+class TimeWindow(_Section):
+    """Hours of some days. What begins in the evening may end the next morning, and belongs to the day it began."""
+
+    model_config = ConfigDict(validate_by_alias=True, validate_by_name=True)
+
+    days: Annotated[
+        tuple[Day, ...], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=Day | list[Day])
+    ] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+    """Days of the week: mon, tue … Default all."""
+    begin: str = Field("00:00", alias="from", pattern=f"^{_CLOCK}$")
+    """Time of the day it begins, such as "22:00". Default 00:00."""
+    end: str = Field("24:00", alias="to", pattern=f"^({_CLOCK}|24:00)$")
+    """Time of the day it ends, that minute not included. Default 24:00; earlier than `from`: of the next day."""
+    zone: Annotated[Text, AfterValidator(_zone)] = "UTC"
+    """Time zone, such as Europe/Berlin. Default UTC."""
+
+
+_Windows = Annotated[
+    tuple[TimeWindow, ...],
+    Field(min_length=1),
+    BeforeValidator(_listed, json_schema_input_type=TimeWindow | list[TimeWindow]),
+]
+_ClaimValue = str | int | float | bool
+_Claim = Annotated[
+    tuple[Text, ...],
+    Field(min_length=1),
+    BeforeValidator(_texts, json_schema_input_type=_ClaimValue | list[_ClaimValue]),
+]
+
+
 class When(_Section):
-    """The requests that a plugin sees. A field left out matches all; each given one must match."""
+    """Some of the requests. A field left out matches all; each given one must match, and of a list one entry."""
 
     endpoint: Globs | None = None
     """Endpoints, as globs without /v1/: `chat/completions`, `images/*`. Default all."""
@@ -356,14 +429,32 @@ class When(_Section):
     """Roles, one of which the caller has. Default all."""
     teams: Globs | None = None
     """Teams, one of which is the caller's. Default all."""
+    tenants: Globs | None = None
+    """Tenants, one of which is the caller's. Default all."""
     keys: Globs | None = None
     """Ids of API keys, one of which is the caller's. Default all."""
+    claims: dict[Text, _Claim] | None = None
+    """Claims of the caller's token by name, `a.b` within others, and a glob or several. Default all."""
     models: Globs | None = None
     """Models asked for, as globs such as `openai/*`. Default all."""
     stream: Flag | None = None
     """Only streamed (true) or only whole replies. Default both."""
     tasks: Globs | None = None
-    """Tasks that routing found. Default all."""
+    """Tasks asked for. Default all."""
+    headers: dict[Annotated[_Header, AfterValidator(_open)], Flag | Globs] | None = None
+    """Request headers by name: a glob or several, true (it is there) or false. Default all."""
+    input_tokens: TokenRange | None = None
+    """Estimated input tokens: {min: 1000, max: 100000}. Default any."""
+    tools: Flag | None = None
+    """With tools (true) or without. Default both."""
+    images: Flag | None = None
+    """With images to look at (true) or without. Default both."""
+    audio: Flag | None = None
+    """With audio to listen to (true) or without. Default both."""
+    json_schema: Flag | None = None
+    """The answer must follow a JSON schema (true) or not. Default both."""
+    time: _Windows | None = None
+    """Hours, or a list of such: {days: [mon, fri], from: "22:00", to: "06:00", zone: Europe/Berlin}. Default always."""
     phase: Phases | None = None
     """live, accept (a job is taken) or run (a worker runs it). Default all."""
 

@@ -170,6 +170,15 @@ class EventStream:
             if content:
                 return
 
+    def model(self) -> str | None:
+        """The model that the held events name."""
+        for event in self._held:
+            data = event.data if isinstance(event.data, dict) else {}
+            for place in (data, data.get("response"), data.get("message")):
+                if isinstance(place, dict) and isinstance(place.get("model"), str):
+                    return str(place["model"])
+        return None
+
     async def next_block(self) -> bytes | None:
         """Bytes for the client (b"" if all of it was dropped), None after the clean end.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import re
 import time
@@ -231,3 +232,18 @@ def _as_status(code: Any) -> int | None:
     if isinstance(code, str) and code.isdigit():
         code = int(code)
     return code if isinstance(code, int) and not isinstance(code, bool) and 400 <= code <= 599 else None
+
+
+async def fetch_models(upstream: UpstreamClient, limit: int) -> bytes:
+    """GET <base>/models. Raises UpstreamError or TimeoutError."""
+    async with asyncio.timeout(30):
+        # OpenRouter lists text models only unless asked for all
+        path = "/models?output_modalities=all" if upstream.kind == "openrouter" else "/models"
+        response = await upstream.transport.send("GET", path, dict(upstream.headers), None)
+        try:
+            body = await response.read(limit)
+        finally:
+            response.close()
+    if response.status != 200:
+        raise UpstreamError(Cause.BAD_REPLY, f"GET /models was answered with HTTP {response.status}.")
+    return body

@@ -21,7 +21,7 @@ from gateway.catalogue import Catalogue
 from gateway.core_routes import add_core_routes
 from gateway.corrections import Corrections
 from gateway.dialects import DIALECTS
-from gateway.errors import BadRequest, Cause, StartError, UpstreamError
+from gateway.errors import BadRequest, StartError
 from gateway.exchange import Exchange, Reply, RequestView, new_id
 from gateway.finisher import Finisher
 from gateway.health import Health
@@ -36,7 +36,7 @@ from gateway.snapshot import build, is_loopback
 from gateway.stores import open_database, open_redis
 from gateway.tasks import Tasks
 from gateway.transport.aiohttp_client import AiohttpTransport
-from gateway.upstream import UpstreamClient
+from gateway.upstream import UpstreamClient, fetch_models
 
 if TYPE_CHECKING:
     import socket
@@ -199,19 +199,8 @@ class Worker:
         return UpstreamClient(name, settings, transport, simulated, headers, secret)
 
     async def _fetch_models(self, name: str) -> bytes:
-        """GET <base>/models, for the catalogue."""
-        upstream = self.snapshot.upstreams[name]
-        async with asyncio.timeout(30):
-            # OpenRouter lists text models only unless asked for all
-            path = "/models?output_modalities=all" if upstream.kind == "openrouter" else "/models"
-            response = await upstream.transport.send("GET", path, dict(upstream.headers), None)
-            try:
-                body = await response.read(self._loaded.settings.upstream.max_reply)
-            finally:
-                response.close()
-        if response.status != 200:
-            raise UpstreamError(Cause.BAD_REPLY, f"GET /models was answered with HTTP {response.status}.")
-        return body
+        """For the catalogue."""
+        return await fetch_models(self.snapshot.upstreams[name], self._loaded.settings.upstream.max_reply)
 
     async def _submit(self, parent: Exchange, endpoint: str, body: JsonObject, principal: Principal | None) -> Reply:
         """A plugin's own model call, through the pipeline as a client's would be."""

@@ -13,6 +13,7 @@ import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gateway.errors import Forbidden
+from gateway.exchange import ContextKey
 from gateway.settings import When
 from gateway.units import Duration
 
@@ -112,12 +113,60 @@ def _whole(value: Any) -> int:
     return max(1, value) if isinstance(value, int) else 1
 
 
+_ESTIMATE: ContextKey[int] = ContextKey("input estimate")
+
+
 def input_estimate(exchange: Exchange) -> int:
     """Input tokens by the body's length: a rough guess, not a bound."""
     raw = exchange.raw_body
-    if len(raw) < 2000 and not exchange.snapshot.hooks.prepare_request:
+    edited = exchange.snapshot.hooks.prepare_request  # plugins may have edited what was sent, and may do so again
+    if len(raw) < 2000 and not edited:
         return len(raw) // 4 + 1  # not worth a walk through the body
-    return exchange.dialect.input_characters(exchange.body) // 4 + 1
+    known = exchange.get(_ESTIMATE)
+    if known is None or edited:
+        known = exchange.set(_ESTIMATE, exchange.dialect.input_characters(exchange.body) // 4 + 1)
+    return known
+
+
+Part = Literal["tools", "images", "audio", "json_schema"]
+_KINDS: ContextKey[frozenset[str]] = ContextKey("kinds of parts")
+_AUDIO = frozenset({"input_audio", "audio", "audio_url"})
+
+
+def brings(exchange: Exchange, part: Part) -> bool:
+    """Does the request have such a thing: tools, images or audio for the model, a JSON schema for its answer?"""
+    body = exchange.body
+    if part == "tools":
+        return bool(body.get("tools") or body.get("functions"))
+    if part == "json_schema":
+        form = exchange.dialect.answer_form(body)
+        return isinstance(form, dict) and form.get("type") == "json_schema"
+    if part == "audio" and exchange.form is not None and exchange.form.files:
+        return True
+    return not _kinds(exchange).isdisjoint(_IMAGES if part == "images" else _AUDIO)
+
+
+def _kinds(exchange: Exchange) -> frozenset[str]:
+    """Every `type` in the body. Looked for once, unless plugins may still edit it."""
+    known = exchange.get(_KINDS)
+    if known is not None and not exchange.snapshot.hooks.prepare_request:
+        return known
+    found: set[str] = set()
+    if may_mention(exchange, b'"type"'):
+        _find_kinds(exchange.body, found, 0)
+    return exchange.set(_KINDS, frozenset(found))
+
+
+def _find_kinds(value: Any, found: set[str], depth: int) -> None:
+    if isinstance(value, dict):
+        kind = value.get("type")
+        if isinstance(kind, str):
+            found.add(kind)
+    below = value.values() if isinstance(value, dict) else value
+    if depth < 32:
+        for part in below:
+            if isinstance(part, dict | list):
+                _find_kinds(part, found, depth + 1)
 
 
 class Media(NamedTuple):

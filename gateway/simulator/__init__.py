@@ -36,6 +36,8 @@ begins with `sim` is steered by the words of its name, separated by `-`, in any 
 | `bigline` | all text in one line of 10 MB |
 | `afterdone` | stream: chunks after the end marker |
 
+`xenios/sim-expiring` stands in the list of models with an `expiration_date` thirty days ahead.
+
 Requests steer too. `tools` together with `tool_choice`, or with a last message that says "tool" or "weather",
 are answered by a tool call whose arguments satisfy the tool's schema; a schema for structured output by an
 instance of it; a token limit cuts the answer with finish reason `length`; `reasoning` adds reasoning.

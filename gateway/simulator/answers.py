@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The bundled list, as GET /models answers it, plus the entry that prices simulated models."""
+    """The bundled list, as GET /models answers it, plus the entry that prices simulated models and one that retires."""
 
     data: list[dict[str, Any]]
     by_id: dict[str, dict[str, Any]] = field(repr=False)
@@ -101,7 +102,7 @@ class Models:
     def find(self, asked: str) -> dict[str, Any] | None:
         """What serves `asked`: variants (`:free`), canonical slugs and `~author/family-latest` count."""
         if is_simulated(asked):
-            return {**self.by_id["xenios/sim"], "id": asked}
+            return {**self.by_id.get(asked, self.by_id["xenios/sim"]), "id": asked}
         if asked == AUTO:
             return self.by_id[_AUTO_SERVES]
         known = asked.split(":", 1)[0]
@@ -123,7 +124,15 @@ def load_models() -> Models:
         "expiration_date": None,
         "links": {"details": "/api/v1/models/xenios/sim/endpoints"},
     }
-    data = [*data, simulated]
+    retiring = {
+        **simulated,
+        "id": "xenios/sim-expiring",
+        "canonical_slug": "xenios/sim-expiring",
+        "name": "Xenios: simulated model that retires in thirty days",
+        "expiration_date": (datetime.now(UTC).date() + timedelta(days=30)).isoformat(),
+        "links": {"details": "/api/v1/models/xenios/sim-expiring/endpoints"},
+    }
+    data = [*data, simulated, retiring]
     return Models(data, {name: item for item in data for name in (item["canonical_slug"], item["id"])})
 
 

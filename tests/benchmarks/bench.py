@@ -235,9 +235,25 @@ PRICES = [
 ]
 
 
-def xenios_config(home, upstream_port, key_hash, redis=None):
+# A hundred routing rules of each kind of condition; the benchmark's requests meet the last.
+CONDITIONS = [
+    'match: "vendor-{n}/*"',
+    "when: {{teams: team-{n}, images: true}}",
+    "when: {{tasks: task-{n}, input_tokens: {{min: 50000}}}}",
+    'when: {{headers: {{x-client: "app-{n}-*"}}}}',
+    "when: {{claims: {{plan: plan-{n}}}, time: {{days: [sat, sun], zone: Europe/Berlin}}}}",
+]
+RULES = [
+    "    config:",
+    "      rules:",
+    *(f"        - {{name: r{n}, {CONDITIONS[n % 5].format(n=n)}, use: a/b}}" for n in range(99)),
+    f"        - {{name: last, match: {MODEL}, use: [{MODEL}, a/b]}}",
+]
+
+
+def xenios_config(home, upstream_port, key_hash, redis=None, rules=()):
     """The YAML of a Xenios target: with the default plugins where a key's hash is given, else with none; with rate
-    limits and budgets too, where it is said what counts them.
+    limits and budgets too, where it is said what counts them; with these routing rules.
     """
     lines = [
         "server:",
@@ -265,6 +281,7 @@ def xenios_config(home, upstream_port, key_hash, redis=None):
         f'          hash: "{key_hash}"',
         *(LIMITS if redis else []),
         "  - use: routing",
+        *rules,
         "  - use: fallback",
         "",
     ]
@@ -281,7 +298,7 @@ def xenios_key(config):
     return found[1], found[2]
 
 
-def xenios_target(slug, label, folder, upstream_port, plugins, redis=None):
+def xenios_target(slug, label, folder, upstream_port, plugins, redis=None, rules=()):
     """A target whose preparation failed still gets its row."""
     home, port = folder / slug, free_port()
     home.mkdir(exist_ok=True)
@@ -292,7 +309,7 @@ def xenios_target(slug, label, folder, upstream_port, plugins, redis=None):
         if plugins:
             config.write_text(xenios_config(home, upstream_port, None))
             target.key, key_hash = xenios_key(config)
-        config.write_text(xenios_config(home, upstream_port, key_hash, redis))
+        config.write_text(xenios_config(home, upstream_port, key_hash, redis, rules))
     except (OSError, RuntimeError, IndexError, subprocess.SubprocessError) as error:
         target.failed = f"{type(error).__name__}: {error}"
     return target
@@ -312,6 +329,9 @@ def make_targets(only, folder, mock_port):
         "tricks": lambda: dataclasses.replace(proxy("tricks", "--tricks"), label="yardstick + all tricks"),
         "xenios-bare": lambda: xenios_target("xenios-bare", "xenios, no plugin", folder, mock_port, plugins=False),
         "xenios": lambda: xenios_target("xenios", "xenios, default plugins", folder, mock_port, plugins=True),
+        "xenios-rules": lambda: xenios_target(
+            "xenios-rules", "+ 100 routing rules", folder, mock_port, plugins=True, rules=RULES
+        ),
         "limits": lambda: xenios_target("limits", "+ limits, memory", folder, mock_port, plugins=True, redis="memory"),
         "limits-redis": lambda: xenios_target(
             "limits-redis", "+ limits, embedded Valkey", folder, mock_port, plugins=True, redis="embedded"
@@ -602,7 +622,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 short rounds, one of streams")
     parser.add_argument(
-        "--only", default="", help="direct,canned,yardstick,tricks,xenios-bare,xenios,limits,limits-redis"
+        "--only", default="", help="direct,canned,yardstick,tricks,xenios-bare,xenios,xenios-rules,limits,limits-redis"
     )
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="of each round of requests, and of latency")

@@ -216,7 +216,7 @@ async def test_what_an_explanation_says():
     assert data["worst_case_usd"] == one["worst_case_usd"]
     assert data["plugins"]["choose_targets"] == ["routing"]
     assert data["plugins"]["around_upstream"] == ["fallback"]
-    assert [f["plugin"] for f in data["findings"]] == ["api_keys", "routing", "fallback"]
+    assert list(dict.fromkeys(f["plugin"] for f in data["findings"])) == ["api_keys", "routing", "fallback"]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,6 @@ async def test_what_decided(asked, found):
     [
         ({"model": "nobody/knows"}, "it has no price"),
         ({"web_search_options": {}}, "a search costs extra"),
-        ({"models": ["b/two"]}, "the upstream may take another model"),
         ({"tools": [{"type": "web_search"}]}, "a tool that runs at the upstream costs extra"),
         ({"model": "smart", "provider": {"order": ["x"]}}, "a provider has prices of its own"),
     ],

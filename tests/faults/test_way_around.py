@@ -10,7 +10,7 @@ from gateway import Principal, Scopes, hookimpl
 from gateway.dialects import DIALECTS
 from gateway.incoming import CHOOSING_FIELDS, VARIANTS
 from gateway.kit.testing import Gateway
-from gateway.kit.upstream import MODEL, Hang, ScriptedUpstream
+from gateway.kit.upstream import MODEL, Error, Hang, ScriptedUpstream
 from gateway.tasks import Tasks
 from tests.contract.requests import BODIES, request
 from tests.integration.process import CONFIG
@@ -125,7 +125,6 @@ async def test_a_field_that_stands_twice_is_read_once(twice):
 async def test_what_a_scoped_key_may_use_works():
     """Functions of the client's own, whatever they are called, and searches go through."""
     fields = [
-        {"models": ["ok/b"], "fallbacks": [{"model": "ok/c"}]},
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"model": "dear/a"}}}]},
         {"tools": [{"type": "openrouter:web_search"}], "plugins": [{"id": "web"}]},
     ]
@@ -134,6 +133,51 @@ async def test_what_a_scoped_key_may_use_works():
             reply = await gw.post("/v1/chat/completions", body_of("chat/completions", model="ok/a", **more))
             assert reply.status == 200
             assert more.items() <= gw.upstream.seen[-1].json.items()
+
+
+@SCOPE
+@pytest.mark.parametrize("owner", ["off", "openrouter"])
+async def test_what_a_scoped_key_may_list_is_tried_by_one_owner(owner):
+    """The models that a request lists answer when its first fails: asked by the gateway or by OpenRouter, not by both."""
+    routing = {"use": "routing", "config": {"native_fallback": owner}}
+    settings = {"upstream": {"client_may": MAY["xenios"]}}
+    fields = {"models": ["ok/b"], "fallbacks": [{"model": "ok/c", "max_tokens": 7, "stream": True, "store": True}]}
+    async with Gateway.test(plugins=[Scoped, routing, "fallback"], settings=settings) as gw:
+        gw.upstream.on("ok/a", Error(503))
+        gw.upstream.on("ok/b", Error(503))
+        reply = await gw.post("/v1/chat/completions", body_of("chat/completions", model="ok/a", **fields))
+        sent = [seen.json for seen in gw.upstream.seen]
+        assert all("fallbacks" not in body and "stream" not in body for body in sent)
+        asked = [(body["model"], *body.get("models", ())) for body in sent]
+        assert asked == ([("ok/a",), ("ok/b",), ("ok/c",)] if owner == "off" else [("ok/a", "ok/b"), ("ok/c",)])
+        assert (reply.status, sent[-1]["max_tokens"]) == (200, 7)
+
+
+@SCOPE
+async def test_targets_that_openrouter_would_try_are_in_the_scope():
+    """A key without the alias may use it if all its models are granted: also those that are sent as `models`."""
+    aliases = {"fine": ["ok/a", "ok/b"], "dear": ["ok/a", "dear/a"]}
+    routing = {"use": "routing", "config": {"native_fallback": "openrouter", "aliases": aliases}}
+    async with Gateway.test(plugins=[Scoped, routing]) as gw:
+        assert (await gw.chat(model="fine")).status == 200
+        assert gw.upstream.seen[0].json["models"] == ["ok/b"]
+        assert (await gw.chat(model="dear")).status == 404
+        assert len(gw.upstream.seen) == 1
+
+
+@SCOPE
+async def test_a_rule_that_keeps_names_opens_no_model():
+    """`use: {set: …}` changes how a model is asked, not who may ask for it; a task is no way to a model of one's own."""
+    rules = [{"name": "all", "use": {"set": {"seed": 1}}}]
+    tasks = {"work": {}}
+    routing = {"use": "routing", "config": {"rules": rules, "tasks": tasks}}
+    async with Gateway.test(plugins=[Scoped, routing]) as gw:
+        assert (await gw.chat(model="ok/a")).status == 200
+        assert (await gw.chat(model="dear/a")).status == 404
+        body = body_of("chat/completions", model="dear/a")
+        reply = await gw.post("/v1/chat/completions", body, headers=TASK)
+        assert (reply.status, reply.data["error"]["code"]) == (400, "no_route")
+        assert [seen.model for seen in gw.upstream.seen] == ["ok/a"]
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
@@ -433,13 +477,14 @@ async def test_what_the_operator_sets_and_strips_is_reserved_for(target, least):
         {"use": "routing", "config": {"aliases": {"alias": [target]}}},
     ]
     settings = {"catalogue": {"overrides": PRICES}, "upstream": {"client_may": MAY["xenios"]}}
-    for more, times in (({}, 1), ({"models": ["test/dear"]}, 7)):
+    # what the client lists besides is asked with the client's own fields
+    for more, most in (({}, least), ({"models": ["test/dear"], "max_tokens": 1000}, 70_000)):
         async with Gateway.test(plugins=plugins, settings=settings, upstream=ScriptedUpstream(Hang())) as gw:
-            body = body_of("chat/completions", model="alias", max_tokens=1, **more)
+            body = body_of("chat/completions", **{"model": "alias", "max_tokens": 1, **more})
             asked = Tasks().spawn(gw.post("/v1/chat/completions", body), "asked")
             await gw.upstream.wait_seen(1)
             [(_, reserved)] = await gw.snapshot.services.ledger.budgets(["budgets:all:total:"])
-            assert reserved >= least * times
+            assert reserved >= most
             asked.cancel()
 
 

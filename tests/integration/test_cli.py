@@ -554,3 +554,52 @@ def test_commands_of_plugins_that_are_not_there_say_whose_they_are(tmp_path: Pat
         assert (gone.returncode, "gone.yaml" in gone.stderr) == (2, True)
     status = xenios("db", "status", "--config", plain, cwd=tmp_path)
     assert "No plugin of this configuration has tables" in status.stderr
+
+
+# --- check --live -----------------------------------------------------------------------------------------
+
+LIVE = """\
+upstreams: {openrouter: {without_key: simulate}}
+catalogue: {overrides: {openai/gpt-5-mini: {input: 99}}}
+plugins:
+  - use: routing
+    config:
+      rules:
+        - {name: all, match: "old/*", use: xenios/sim-expiring}
+        - {name: never, match: "old/one", use: openai/gpt-5-mini}
+      aliases:
+        gone: [openai/gpt-5-mini, some/gone]
+"""
+
+
+def test_check_live_asks_the_upstreams(tmp_path: Path) -> None:
+    """`xenios check --live` names what the upstream no longer has, or soon won't, with its line: 1 for errors, 0 for warnings."""
+    config = write(tmp_path, LIVE)
+    done = xenios("check", "--live", "--config", config, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    *lines, last = done.stdout.splitlines()
+    found = [re.fullmatch(rf"{re.escape(str(config))}:(\d+):\d+: (\S+): (.*)", line).groups() for line in lines]  # type: ignore[union-attr]
+    places = [(line, path) for line, path, _ in found]
+    assert places == [
+        ("2", 'catalogue.overrides["openai/gpt-5-mini"]'),
+        ("7", "plugins[0].config.rules[0].use[0]"),
+        ("8", "plugins[0].config.rules[1]"),
+        ("10", "plugins[0].config.aliases.gone[1]"),
+    ]
+    override, retires, never, gone = (text for _, _, text in found)
+    assert override.startswith("warning: openai/gpt-5-mini: openrouter says otherwise: input $99 per million became $")
+    assert re.fullmatch(r"warning: xenios/sim-expiring: retires on \S+, in (29|30) days \(rule 'all'\)", retires)
+    assert never == "warning: rule 'never' can never match: rule 'all' before it takes all"
+    assert gone == "error: some/gone: openrouter lists no such model (alias 'gone')"
+    assert last == f"{config}: 1 error(s), 3 warning(s) beside the upstreams' lists."
+    assert not list(tmp_path.glob(".xenios*"))  # it starts and writes nothing
+    config = write(tmp_path, LIVE.replace(", some/gone", ""))
+    assert xenios("check", "--live", "--config", config, cwd=tmp_path).returncode == 0
+
+
+def test_check_live_says_when_there_is_no_list(tmp_path: Path) -> None:
+    """An upstream that can't be asked is an error of its own: nothing was compared."""
+    upstream = "upstreams: {openrouter: {api_key: x, base_url: 'http://127.0.0.1:1/v1'}}\n"
+    done = xenios("check", "--live", "--config", write(tmp_path, upstream), cwd=tmp_path)
+    assert done.returncode == 1
+    assert ":1:13: upstreams.openrouter: error: its list of models can't be had: UpstreamError: " in done.stdout

@@ -117,6 +117,7 @@ def test_all_are_here() -> None:
         "examples/limits.yaml",
         "examples/openai_compatible.yaml",
         "examples/passthrough.yaml",
+        "examples/routing_rules.yaml",
         "examples/single_file_plugin.yaml",
         "examples/tasks_and_aliases.yaml",
         "examples/team_keys.yaml",
@@ -303,6 +304,57 @@ async def test_tasks_and_aliases(tmp_path: Path) -> None:
             assert (await sent("openai/gpt-4o"))["model"] == "openai/gpt-4o"
             upstream.on("openai/gpt-4o", Error(503))
             assert (await sent("openai/gpt-4o"))["model"] == "openai/gpt-4.1"
+
+
+async def test_routing_rules(tmp_path: Path) -> None:
+    """examples/routing_rules.yaml: each rule does over the wire what its comment says."""
+    async with ScriptedUpstream() as upstream:
+        path = copied(tmp_path, "examples/routing_rules.yaml", upstream.url)
+        env = {"OPENROUTER_API_KEY": "sk-or-test"}
+        async with serving_beside(tmp_path, "--config", path, env=env) as running:
+
+            async def sent(
+                model: str, headers: dict[str, str] | None = None, **fields: Any
+            ) -> tuple[str, dict[str, Any]]:
+                """(the rule that the reply names, what went upstream)"""
+                body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], **fields}
+                reply = await _thread(running.request, "POST", "/v1/chat/completions", body, headers=headers)
+                assert reply.status == 200, reply.body
+                return reply.headers.get("x-xenios-rule", ""), [s.json for s in upstream.seen if s.method == "POST"][-1]
+
+            long = [{"role": "user", "content": "word " * 130_000}]
+            rule, body = await sent("task/summary", messages=long)
+            assert (rule, body["model"], body["temperature"]) == ("long-summaries", "anthropic/claude-sonnet-4.5", 0.2)
+            rule, body = await sent("task/summary")
+            assert (rule, body["model"]) == ("", "anthropic/claude-haiku-4.5")
+            picture = [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x.test/a.png"}}]}
+            ]
+            rule, body = await sent("smart", messages=picture, max_tokens=1000)
+            assert (rule, body["model"]) == ("pictures", "google/gemini-2.5-pro")
+            rule, body = await sent("smart", messages=picture, max_tokens=50_000)
+            assert (rule, body["model"]) == ("pictures", "google/gemini-2.5-flash")
+            sides = set()
+            for number in range(40):
+                rule, body = await sent("smart", user=f"user-{number}")
+                sides.add(body["model"])
+                assert rule == "canary"
+            assert sides == {"anthropic/claude-opus-4.5", "anthropic/claude-opus-4.6"}
+            rule, body = await sent(
+                "openai/gpt-5-mini",
+                {"User-Agent": "agent-7"},
+                stream=True,
+                tools=[{"type": "function", "function": {"name": "f"}}],
+            )
+            assert (rule, body["model"], body["parallel_tool_calls"]) == (
+                "streams-of-agents",
+                "openai/gpt-5-mini",
+                False,
+            )
+            _, body = await sent("task/sentiment", temperature=1)
+            assert body["response_format"]["json_schema"]["name"] == "sentiment"
+            assert "temperature" not in body
+            assert (await sent("task/contract_review"))[0] == "canary"
 
 
 def test_team_keys(tmp_path: Path) -> None:

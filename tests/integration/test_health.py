@@ -12,6 +12,7 @@ from gateway import hookimpl
 from gateway.kit import hash_key, new_key
 from gateway.kit.testing import PEPPER, Gateway, TestReply
 from gateway.kit.upstream import ScriptedUpstream
+from gateway.simulator import Simulator
 
 ROUTING = {
     "use": "routing",
@@ -88,6 +89,7 @@ async def test_ready_names_its_parts() -> None:
                 "Part": {"status": "ok", "policy": "fail"},
                 "Cache": {"status": "ok", "policy": "ignore"},
             },
+            "warnings": data["warnings"],
         }
         assert catalogue["openrouter"]["origin"] == "bundled"
         assert catalogue["openrouter"]["models"] > 20
@@ -154,6 +156,49 @@ async def test_health_takes_get_only(path: str) -> None:
         reply = await gw.post(path, {})
         assert reply.status == 405
         assert reply.headers["Allow"] == "GET"
+
+
+class Warns:
+    """Knows of something that somebody should look at."""
+
+    def __init__(self, config: Any, services: Any) -> None:
+        self.broken = False
+
+    def warnings(self) -> list[str]:
+        if self.broken:
+            raise ValueError
+        return ["the lease ends on Friday"]
+
+
+async def test_ready_names_warnings_and_stays_ready() -> None:
+    """What plugins warn of is shown, and is no reason to send traffic elsewhere; nor is a plugin that fails to say it."""
+    retiring = {"use": "routing", "config": {"aliases": {"x": "xenios/sim-expiring"}, "tasks": {"t": {}}}}
+    async with Gateway.test(plugins=[Warns, retiring]) as gw:
+        reply = await gw.get("/health/ready")
+        assert (reply.status, reply.data["status"]) == (200, "ok")
+        assert reply.data["warnings"] == {
+            "Warns": ["the lease ends on Friday"],
+            "routing": ["task 't': it names no models, and no rule takes it"],
+        }
+        gw.plugin("Warns").broken = True
+        reply = await gw.get("/health/ready")
+        assert (reply.status, reply.data["warnings"]["Warns"]) == (200, ["warnings failed: ValueError"])
+
+
+async def test_a_model_that_retires_is_a_warning_once_the_list_was_fetched() -> None:
+    """Readiness learns of retirements, and of models that are gone, when the catalogue does: no restart is needed."""
+    async with Simulator() as simulator:
+        settings = {"upstreams": {"openrouter": {"base_url": simulator.url}}}
+        aliases = {"x": ["xenios/sim-expiring", "some/gone"]}
+        async with Gateway.test(plugins=[{"use": "routing", "config": {"aliases": aliases}}], settings=settings) as gw:
+            assert (await gw.get("/health/ready")).data["warnings"] == {}
+            await gw.snapshot.services.catalogue.refresh("openrouter")
+            reply = await gw.get("/health/ready")
+            assert reply.status == 200
+            retires, gone = reply.data["warnings"]["routing"]
+            assert retires.startswith("xenios/sim-expiring: retires on ")
+            assert retires.endswith(", in 30 days (alias 'x')")
+            assert gone == "some/gone: openrouter lists no such model (alias 'x')"
 
 
 # --- models -----------------------------------------------------------------------------------------------

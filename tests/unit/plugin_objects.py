@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import msgspec
 import structlog
 from multidict import CIMultiDict, CIMultiDictProxy
 
@@ -40,11 +41,16 @@ def never():
 
 
 def exchange(body=None, *, headers=None, principal=None, bearer=None, api_key=None, endpoint="chat/completions"):
-    snapshot = SimpleNamespace(attempt_for=lambda _, target: Attempt(target, b"{}", {}, Limits()), settings=settings())
+    snapshot = SimpleNamespace(
+        attempt_for=lambda _, target: Attempt(target, b"{}", {}, Limits()),
+        settings=settings(),
+        hooks=SimpleNamespace(prepare_request=()),
+    )
     route = Route("POST", f"/v1/{endpoint}", endpoint, DIALECTS[endpoint])
     view = RequestView("POST", route.path, CIMultiDictProxy(CIMultiDict(headers or {})), remote="192.0.2.7")
     made = Exchange(f"req_{next(_numbers)}", view, snapshot, route)
     made.body = {"model": "openai/gpt-5-mini", "messages": []} if body is None else body
+    made.raw_body = msgspec.json.encode(made.body)
     made.stream = made.dialect.wants_stream(made.body)
     made.principal = principal
     made.credentials = Credentials(bearer, api_key)

@@ -429,3 +429,23 @@ def test_the_table_of_endpoints():
     }
     assert "authorization" not in COMMON_HEADERS
     assert not any(h.startswith("x-openrouter-cache") for h in COMMON_HEADERS)
+
+
+@pytest.mark.parametrize("dialect", [CHAT, RESPONSES, MESSAGES])
+def test_a_schema_is_written_where_the_endpoint_reads_it(dialect):
+    """A JSON schema that the gateway adds is found as the client's own would be, and leaves what stands beside it."""
+    schema = {"type": "object"}
+    field = dialect.schema_at[0]
+    body = {field: {"verbosity": "low"}} if len(dialect.schema_at) > 1 else {}
+    assert dialect.answer_form(body) is None
+    made = dialect.with_schema(body, "label", schema, strict=True)
+    form = dialect.answer_form({**body, **made})
+    assert form["type"] == "json_schema"
+    assert form.get("schema", form.get("json_schema", {}).get("schema")) == schema
+    assert made.keys() == {field}
+    assert body.get(field, {}).items() <= made[field].items()
+
+
+def test_an_endpoint_without_schemas_gets_none():
+    assert COMPLETIONS.with_schema({}, "label", {}, strict=True) == {}
+    assert COMPLETIONS.answer_form({"response_format": {"type": "json_schema"}}) is None

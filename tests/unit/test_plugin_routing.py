@@ -84,7 +84,7 @@ async def test_endless_names_fill_no_memory():
         assert await models(routes, f"gpt-{number}") == ["a/one"]
         assert await models(routes, f"other-{number}") is None
     assert await models(routes, "gpt-" + "x" * 5000) == ["a/one"]
-    assert len(routes._ruled) <= 1000
+    assert len(routes._table._kept) <= 1000
     assert await models(routes, "gpt-1") == await models(routes, "gpt-1") == ["a/one"]
 
 
@@ -96,10 +96,15 @@ async def test_a_rule_may_keep_the_asked_name():
     assert (await routes.choose_targets(ask("qwen2"))).targets[0] == Target("qwen2", "local")
 
 
-async def test_an_alias_comes_before_rules():
-    routes = plugin(aliases={"gpt-4": "a/one"}, rules=[{"name": "all", "match": "*", "use": "b/two"}])
-    assert await models(routes, "gpt-4") == ["a/one"]
-    assert await models(routes, "gpt-5") == ["b/two"]
+async def test_rules_come_before_aliases_and_tasks():
+    """A rule makes exceptions from what a name stands for otherwise."""
+    rules = [{"name": "long", "when": {"input_tokens": {"min": 1000}}, "use": "b/two"}]
+    routes = plugin(aliases={"smart": "a/one"}, tasks=TASKS, rules=rules)
+    long = {"messages": [{"role": "user", "content": "x" * 9000}]}
+    assert await models(routes, "smart") == ["a/one"]
+    assert await models(routes, "smart", **long) == ["b/two"]
+    assert await models(routes, "task/label", **long) == ["b/two"]
+    assert await models(routes, "any/other", **long) == ["b/two"]
 
 
 async def test_the_catalogue_says_where_a_model_is_served():
@@ -174,10 +179,12 @@ async def test_deciding_changes_nothing():
 async def test_explain_says_what_would_be_asked():
     routes = plugin(tasks=TASKS, rules=[{"name": "r", "match": "gpt-*", "use": "llama"}])
     assert await routes.explain(ask("task/chat")) == [
-        "task chat, by model: a/one at openrouter, then b/two at openrouter"
-    ]
-    assert await routes.explain(ask("gpt-9")) == ["rule r (gpt-*): llama at local"]
-    assert await routes.explain(ask("other")) == ["nothing matches: the asked model at the default upstream"]
+        "rule r: no, the model is task/chat (gpt-*)", "task chat", "1. a/one at openrouter", "2. b/two at openrouter",
+    ]  # fmt: skip
+    assert await routes.explain(ask("gpt-9")) == ["rule r: matches", "rule r", "1. llama at local"]
+    assert await routes.explain(ask("other")) == [
+        "rule r: no, the model is other (gpt-*)", "nothing matches: the asked model at the default upstream",
+    ]  # fmt: skip
     assert (await routes.explain(ask("task/x")))[0].startswith("refuses: There is no task 'x'")
 
 
