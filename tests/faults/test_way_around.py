@@ -135,7 +135,6 @@ async def test_what_a_scoped_key_may_use_works():
             assert more.items() <= gw.upstream.seen[-1].json.items()
 
 
-@SCOPE
 @pytest.mark.parametrize("owner", ["off", "openrouter"])
 async def test_what_a_scoped_key_may_list_is_tried_by_one_owner(owner):
     """The models that a request lists answer when its first fails: asked by the gateway or by OpenRouter, not by both."""
@@ -486,6 +485,26 @@ async def test_what_the_operator_sets_and_strips_is_reserved_for(target, least):
             [(_, reserved)] = await gw.snapshot.services.ledger.budgets(["budgets:all:total:"])
             assert reserved >= most
             asked.cancel()
+
+
+async def test_what_openrouter_may_try_is_reserved_for():
+    """Targets that go upstream as one attempt's `models` are each priced: the dearest counts."""
+    budget = {"budgets": [{"name": "all", "by": [], "usd": 100, "per": "total"}]}
+    aliases = {"alias": [MODEL, "test/dear"]}
+    plugins = [
+        "api_keys",
+        {"use": "budgets", "config": budget},
+        {"use": "routing", "config": {"native_fallback": "openrouter", "aliases": aliases}},
+    ]
+    async with Gateway.test(
+        plugins=plugins, settings={"catalogue": {"overrides": PRICES}}, upstream=ScriptedUpstream(Hang())
+    ) as gw:
+        asked = Tasks().spawn(gw.chat(model="alias", max_tokens=1000), "asked")
+        seen = await gw.upstream.wait_seen(1)
+        assert (seen.model, seen.json["models"]) == (MODEL, ["test/dear"])
+        [(_, reserved)] = await gw.snapshot.services.ledger.budgets(["budgets:all:total:"])
+        assert reserved >= 70_000
+        asked.cancel()
 
 
 @SCOPE

@@ -205,6 +205,20 @@ async def test_a_task_outlives_its_first_model(name: str, tmp_path: Path) -> Non
             assert (reply.headers["x-xenios-model"], reply.headers["x-xenios-attempts"]) == (BEST[2], "3")
 
 
+def test_default_goes_on_without_a_tasks_first_model(tmp_path: Path) -> None:
+    """config/xenios.yaml in front of the simulation: where the first model is gone (404) or unknown, the next answers."""
+    path = copied(tmp_path, "xenios.yaml")
+    text = path.read_text()
+    assert (text.count(f"[{BEST[0]}, "), text.count(f"[{QUICK[0]}, ")) == (3, 2)
+    text = text.replace(f"[{BEST[0]}, ", "[xenios/sim-fail-404, ").replace(f"[{QUICK[0]}, ", "[anthropic/claude-gone, ")
+    path.write_text(text)
+    with serving(tmp_path, "--config", path) as running:
+        for task, models in TASKS.items():
+            for reply in (running.chat(f"task/{task}"), running.chat("any", headers={"X-Xenios-Task": task})):
+                assert (reply.status, reply.headers["x-xenios-model"]) == (200, models[1]), task
+                assert (reply.headers["x-xenios-attempts"], reply.headers["x-xenios-simulated"]) == ("2", "1")
+
+
 async def _thread(function: Any, *args: Any, **kwargs: Any) -> Any:
     return await asyncio.to_thread(function, *args, **kwargs)
 

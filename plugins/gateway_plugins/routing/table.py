@@ -363,8 +363,8 @@ class Table:
             targets = native.grouped(targets, lambda name: self._kinds.get(name) == "openrouter")
             if lists:
                 targets = [_lists_none(t) for t in targets]
-        timeout = route.timeout if route else None
-        fallback_on = route.fallback_on if route else None
+        # the nearest that says something: the rule, what it only changes, the task
+        said = [w for w in (route, way.base if route and route.keeps_name else None, task) if w is not None]
         return Decision(
             way.asked,
             tuple(targets),
@@ -372,8 +372,8 @@ class Table:
             alias=way.alias,
             rule=way.rule_name,
             reasons=tuple(reasons),
-            fallback_on=task.fallback_on if fallback_on is None and task else fallback_on,
-            timeout=task.timeout if timeout is None and task else timeout,
+            fallback_on=next((w.fallback_on for w in said if w.fallback_on is not None), None),
+            timeout=next((w.timeout for w in said if w.timeout is not None), None),
         )
 
     def _added(self, task: Task, exchange: Exchange) -> dict[str, Any]:

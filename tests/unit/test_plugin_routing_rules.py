@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from gateway import BadRequest, Cause, Forbidden, GatewayError, Limits, Principal, Target
 from gateway.catalogue import Catalogue
+from gateway.settings import load_text
 from gateway_plugins import routing
 
 SETTINGS = settings(
@@ -253,6 +254,27 @@ async def test_time_limits_are_the_nearest_ones():
     assert await routes.choose_targets(ask("m")) is None
 
 
+async def test_a_rule_that_keeps_models_keeps_their_limits():
+    """What a named rule says of time and fallback holds also where another rule only changes how it is asked."""
+    routes = plugin(
+        rules=[
+            {"name": "seed", "when": {"teams": "a"}, "use": {"set": {"seed": 1}}},
+            {
+                "name": "best",
+                "match": "best",
+                "use": "x",
+                "timeout": "20s",
+                "timeouts": {"stall": 3},
+                "fallback_on": ["tls"],
+            },
+        ],
+        tasks={"t": {"rule": "best", "timeout": "1m"}},
+    )
+    decision = await routes.choose_targets(ask("task/t", principal=Principal("k", team="a")))
+    assert (decision.rule, decision.timeout, decision.fallback_on) == ("seed", 20, {Cause.TLS})
+    assert decision.targets == (Target("x", "openrouter", {"seed": 1}, limits=Limits(stall=3)),)
+
+
 @pytest.mark.parametrize(
     "body, left",
     [
@@ -470,6 +492,36 @@ def test_mistakes_are_named(config, words):
     with pytest.raises(ValidationError) as caught:
         routing.Config.model_validate(config)
     assert words in str(caught.value)
+
+
+BAD = """\
+upstreams: {openrouter: {api_key: x}, local: {kind: openai, base_url: http://127.0.0.1:1/v1, without_key: allow}}
+plugins:
+  - use: routing
+    config:
+      rules:
+        - {name: a, match: x, when: {models: y}, use: m}
+        - {name: b, when: {tme: {days: mon}}, use: m}
+        - name: c
+          split:
+            - {weight: 90, use: m}
+            - {weight: -1, use: {model: m, provider: {zdr: perhaps}}}
+        - {name: d, use: {model: m, upstream: lokal}, timeout: soon}
+      tasks:
+        t: {use: m, response_format: {strict: true}}
+"""
+
+
+def test_mistakes_stand_at_their_line():
+    """All mistakes of all rules are told at once, each with its place in the file."""
+    source = load_text(BAD, env={}).source
+    _, found = source.validate(routing.Config, ("plugins", 0, "config"))
+    rule = "plugins[0].config.rules"
+    assert [(p.line, p.path) for p in found] == [
+        (6, f"{rule}[0]"), (7, f"{rule}[1].when.tme"), (11, f"{rule}[2].split[1].weight"),
+        (11, f"{rule}[2].split[1].use.provider.zdr"), (12, f"{rule}[3].use.upstream"), (12, f"{rule}[3].timeout"),
+        (14, "plugins[0].config.tasks.t.response_format.schema"),
+    ]  # fmt: skip
 
 
 def test_provider_preferences_need_an_openrouter():
