@@ -1,5 +1,6 @@
 """Batteries for plugin authors: what two plugins need. Public and kept stable."""
 
+from gateway.kit.breaker import Breaker, BreakerPolicy, Breakers, BreakerState, Change
 from gateway.kit.keys import hash_key, is_hash, is_well_formed, new_key
 from gateway.kit.ledger import Admission, Rule, State
 from gateway.kit.ledger import Row as PendingRow
@@ -29,7 +30,12 @@ from gateway.stores.database import Database, Row, Statements
 __all__ = [
     "NO_MEDIA",
     "Admission",
+    "Breaker",
+    "BreakerPolicy",
+    "BreakerState",
+    "Breakers",
     "By",
+    "Change",
     "Database",
     "Media",
     "NamedLimit",
