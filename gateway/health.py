@@ -43,6 +43,9 @@ class Health:
             "config": snapshot.hash,
             "plugins": parts,
             "catalogue": snapshot.services.catalogue.status(),
+            "warnings": [
+                line for i in snapshot.instances if hasattr(i.plugin, "warnings") for line in i.plugin.warnings()
+            ],
         }
         return Reply(503 if status in {"draining", "failed"} else 200, data=body)
 

@@ -5,12 +5,13 @@ Bodies are always encoded anew: two parsers can't disagree about a duplicate key
 
 from __future__ import annotations
 
+import functools
 import secrets
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.exchange import Attempt
+from gateway.exchange import Attempt, Limits
 from gateway.incoming import json_form_value
 
 if TYPE_CHECKING:
@@ -41,7 +42,19 @@ def attempt_for(exchange: Exchange, target: Target) -> Attempt:
         content, headers["Content-Type"] = _form_body(exchange, exchange.form, body)
     else:
         content = _encode(body)
-    return Attempt(target, content, headers, exchange.snapshot.derived.limits)
+    limits = exchange.snapshot.derived.limits
+    if target.limits is not None:
+        limits = _limits(target.limits, limits)
+    return Attempt(target, content, headers, limits)
+
+
+@functools.lru_cache(maxsize=1024)
+def _limits(own: Limits, of_all: Limits) -> Limits:
+    return Limits(
+        of_all.first_event if own.first_event is None else own.first_event,
+        of_all.stall if own.stall is None else own.stall,
+        of_all.total if own.total is None else own.total,
+    )
 
 
 def target_body(exchange: Exchange, target: Target, upstream: UpstreamClient) -> JsonObject:
