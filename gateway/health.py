@@ -9,7 +9,7 @@ from gateway.exchange import Reply
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gateway.exchange import Exchange
     from gateway.plugins import Instance
@@ -43,9 +43,7 @@ class Health:
             "config": snapshot.hash,
             "plugins": parts,
             "catalogue": snapshot.services.catalogue.status(),
-            "warnings": [
-                line for i in snapshot.instances if hasattr(i.plugin, "warnings") for line in i.plugin.warnings()
-            ],
+            "warnings": [line for instance in snapshot.instances for line in _warnings(instance)],
         }
         return Reply(503 if status in {"draining", "failed"} else 200, data=body)
 
@@ -64,6 +62,15 @@ def _policy(instance: Instance) -> str:
     if own is not None:
         return "ignore" if own == "allow" else "fail"
     return instance.blueprint.entry.on_error or str(getattr(instance.plugin, "on_error", "fail"))
+
+
+def _warnings(instance: Instance) -> Sequence[str]:
+    """What an operator should know though all is served, as the plugin says by `warnings()`."""
+    tell = getattr(instance.plugin, "warnings", None)
+    try:
+        return tuple(tell()) if tell is not None else ()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it warns of nothing
+        return (f"{instance.id}: warnings failed: {type(error).__name__}",)
 
 
 async def _ping(instance: Instance) -> dict[str, Any]:

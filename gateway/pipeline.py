@@ -321,6 +321,8 @@ class Run:
         finally:
             self.watch.rest()
         exchange.running = layer
+        if attempt.limits.total is not None and reply.stream is None:
+            self.watch.attempt(None)  # it is complete, whatever a layer does with it
         record.first_content = time.monotonic()
         if exchange.first_content is None:
             exchange.first_content = record.first_content

@@ -386,7 +386,7 @@ async def test_a_healthy_target_hides_a_faulty_one():
             return [await gw.chat() for _ in range(requests)]
 
         replies = [r for each in await asyncio.gather(*(client(count // each) for _ in range(each))) for r in each]
-        circuit = gw.plugin("Plugin")._breakers.find(A.name)
+        circuit = gw.plugin("Plugin").breakers.find(A.name)
         opened, served = circuit.opened, Counter(r.headers["x-xenios-model"] for r in replies)
         gw.upstream.on("a/one", GOOD)
         async with asyncio.timeout(10):

@@ -88,6 +88,7 @@ async def test_ready_names_its_parts() -> None:
                 "Part": {"status": "ok", "policy": "fail"},
                 "Cache": {"status": "ok", "policy": "ignore"},
             },
+            "warnings": [],
         }
         assert catalogue["openrouter"]["origin"] == "bundled"
         assert catalogue["openrouter"]["models"] > 20
@@ -116,6 +117,25 @@ async def test_a_part_is_away(plugin: type, entry: dict[str, Any], status: int, 
         assert b"secret" not in reply.body
         gw.plugin("part").away = None
         assert (await gw.get("/health/ready")).status == 200
+
+
+async def test_what_plugins_warn_of_is_named() -> None:
+    """Warnings stand in the readiness and change nothing in it; a plugin that fails at warning is named itself."""
+
+    class Warns:
+        def __init__(self, config: Any, services: Any) -> None: ...
+
+        def warnings(self) -> list[str]:
+            return ["the end is near"]
+
+    class Breaks(Warns):
+        def warnings(self) -> list[str]:
+            raise LookupError
+
+    async with Gateway.test(plugins=[Warns, Breaks]) as gw:
+        reply = await gw.get("/health/ready")
+    assert (reply.status, reply.data["status"]) == (200, "ok")
+    assert reply.data["warnings"] == ["the end is near", "Breaks: warnings failed: LookupError"]
 
 
 async def test_one_needed_part_is_enough() -> None:

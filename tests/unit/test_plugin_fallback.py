@@ -422,7 +422,7 @@ def test_what_a_target_is_blamed_for(cause, counts):
     plugin = made()
     record = AttemptRecord(Attempt(A, b"", {}, Limits()), 1, T, cause=cause)
     plugin.attempt_finished(exchange(), record)
-    assert plugin._breakers.find(A.name).counts(T) == counts
+    assert plugin.breakers.find(A.name).counts(T) == counts
 
 
 async def test_without_a_breaker_nothing_is_remembered():

@@ -170,14 +170,14 @@ class Plugin:
         )
         self._max_extra = None if config.max_extra_usd is None else round(config.max_extra_usd * 10**12)
         self._max_rest = config.breaker.max_rest if config.breaker else 0.0
-        self._breakers: Breakers | None = None
+        self.breakers: Breakers | None = None
         self._shared: Shared | None = None
         if config.breaker:
             policy = BreakerPolicy(
                 config.breaker.window, config.breaker.failures, config.breaker.requests, config.breaker.open_for
             )
-            self._breakers = Breakers(policy, self._changed)
-            self._shared = Shared(services, self._breakers, clock)
+            self.breakers = Breakers(policy, self._changed)
+            self._shared = Shared(services, self.breakers, clock)
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -271,12 +271,12 @@ class Plugin:
     # --- circuits ----------------------------------------------------------------------------------------------------
 
     def _may_begin(self, target: Target) -> bool:
-        breaker = self._breakers.find(target.name) if self._breakers is not None else None
+        breaker = self.breakers.find(target.name) if self.breakers is not None else None
         return breaker is None or breaker.allow(self._clock())
 
     def _closed_for(self, target: Target, now: float) -> float:
         """Seconds of its rest; for ever while it is open and no probe is due: nobody waits for that."""
-        breaker = self._breakers.find(target.name) if self._breakers is not None else None
+        breaker = self.breakers.find(target.name) if self.breakers is not None else None
         if breaker is None:
             return 0.0
         wait = breaker.wait(now)
@@ -284,7 +284,7 @@ class Plugin:
 
     def _all_open(self, targets: Sequence[Target]) -> UpstreamError:
         now = self._clock()
-        found = [self._breakers.find(target.name) for target in targets] if self._breakers is not None else []
+        found = [self.breakers.find(target.name) for target in targets] if self.breakers is not None else []
         wait = min((breaker.wait(now) for breaker in found if breaker is not None), default=0.0)
         what = "the model of this request" if len(targets) == 1 else "each model of this request"
         return UpstreamError(
@@ -294,10 +294,10 @@ class Plugin:
     @hookimpl
     def attempt_finished(self, exchange: Exchange, attempt: AttemptRecord) -> None:
         del exchange
-        if self._breakers is None:
+        if self.breakers is None:
             return
         now, cause = self._clock(), attempt.cause
-        breaker = self._breakers.of(attempt.target.name, now)
+        breaker = self.breakers.of(attempt.target.name, now)
         if breaker is None:
             return
         if cause is None or cause is Cause.INVALID_OUTPUT:
@@ -332,7 +332,7 @@ class Plugin:
         now, at = self._clock(), time.time()
         shown = [
             _shown(breaker, now, at)
-            for breaker in sorted(self._breakers or (), key=lambda b: (b.opened_at is None, b.name))
+            for breaker in sorted(self.breakers or (), key=lambda b: (b.opened_at is None, b.name))
         ]
         return Reply(200, data={"object": "list", "data": shown, "shared": self._services.redis is not None})
 
@@ -341,7 +341,7 @@ class Plugin:
         now = self._clock()
         return [
             f"{clean(breaker.name)}: circuit {breaker.state(now)} ({breaker.cause})"
-            for breaker in self._breakers or ()
+            for breaker in self.breakers or ()
             if breaker.opened_at is not None
         ]
 
@@ -351,7 +351,7 @@ class Plugin:
         now, lines = self._clock(), list[str]()
         tried = 0
         for target in targets:
-            breaker = self._breakers.find(target.name) if self._breakers is not None else None
+            breaker = self.breakers.find(target.name) if self.breakers is not None else None
             state = "closed" if breaker is None else breaker.state(now)
             wait = 0.0 if breaker is None else breaker.wait(now)
             if wait > 0 and breaker is not None:
