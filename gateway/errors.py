@@ -29,6 +29,8 @@ class Cause(StrEnum):
     CONTEXT_LENGTH = "context_length"
     MODEL_NOT_FOUND = "model_not_found"
     INVALID_REQUEST = "invalid_request"
+    INVALID_OUTPUT = "invalid_output"  # a whole answer that is not the JSON which the request asked for
+    CIRCUIT_OPEN = "circuit_open"  # ours: not tried, it failed too often just now
     CLIENT_DISCONNECT = "client_disconnect"  # ours: the client left, so the attempt was given up
     ABANDONED = "abandoned"  # ours: deadline, shutdown or a plugin gave it up
 
@@ -245,6 +247,8 @@ _AS_SEEN_BY_CLIENT: dict[Cause, tuple[int, str, str]] = {
     Cause.CONTEXT_LENGTH: (400, "invalid_request_error", "context_length_exceeded"),
     Cause.MODEL_NOT_FOUND: (404, "invalid_request_error", "model_not_found"),
     Cause.INVALID_REQUEST: (400, "invalid_request_error", "invalid_request"),
+    Cause.INVALID_OUTPUT: (502, "server_error", "invalid_output"),
+    Cause.CIRCUIT_OPEN: (503, "server_error", "unavailable"),
     Cause.CLIENT_DISCONNECT: (499, "server_error", "client_disconnect"),
     Cause.ABANDONED: (504, "server_error", "upstream_timeout"),
 }

@@ -227,6 +227,7 @@ class AttemptRecord(msgspec.Struct, eq=False):
     status: int | None = None
     cause: Cause | None = None
     message: str | None = None
+    retry_after: float | None = None  # seconds, as the upstream asked for
     generation_id: str | None = None
     usage: Usage = UNKNOWN_USAGE
     cost: Cost = UNKNOWN_COST
@@ -428,6 +429,7 @@ class Exchange:
         "client_started",
         "cost",
         "credentials",
+        "deadline",
         "decision",
         "dialect",
         "error",
@@ -449,6 +451,7 @@ class Exchange:
         "rules",
         "running",
         "scope_memo",
+        "skipped",
         "snapshot",
         "started",
         "started_at",
@@ -483,6 +486,8 @@ class Exchange:
         self.form: Form | None = None
         self.decision: Decision | None = None
         self.attempts: list[AttemptRecord] = []
+        # Targets that were passed over since their circuit is open.
+        self.skipped: list[Target] = []
         self.reply: Reply | None = None
         # Headers that the reply will carry, whatever it is.
         self.reply_headers: CIMultiDict[str] = CIMultiDict()
@@ -504,6 +509,8 @@ class Exchange:
         self.cost = UNKNOWN_COST
         self.started = time.monotonic()
         self.started_at = time.time()
+        # When the answer must be complete, as `started` counts; a decision may bring it nearer.
+        self.deadline = float("inf")
         self.first_content: float | None = None
         self.finished: float | None = None
         # (plugin id, hook) that is running: what a deadline that fires will name.

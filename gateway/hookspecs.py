@@ -144,7 +144,8 @@ class Hooks:
         `attempt` is what the layer outside proposes; at first it is the first target of the decision. To try another
         target call `call_next(exchange.attempt(target))`. A failed attempt raises `UpstreamError`; calling again closes
         the reply before. It returns at the first content event of a stream: the preamble before it is held back until
-        then, and is thrown away with a failed attempt. Layers that stand before `fallback` in the YAML run once a
+        then, and is thrown away with a failed attempt. A layer that finds an answer wanting sets `reply.record.cause`
+        before it calls again. Layers that stand before `fallback` in the YAML run once a
         request, those after it once an attempt. Exceptions go outwards.
         """
 

@@ -5,6 +5,7 @@ Bodies are always encoded anew: two parsers can't disagree about a duplicate key
 
 from __future__ import annotations
 
+import functools
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import msgspec
 import structlog
 
 from gateway.errors import PluginError
-from gateway.exchange import Attempt
+from gateway.exchange import Attempt, Limits
 from gateway.incoming import json_form_value
 
 if TYPE_CHECKING:
@@ -47,7 +48,19 @@ def attempt_for(exchange: Exchange, target: Target) -> Attempt:
             content = _encode(body)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise bad_body(exchange, f"what is no JSON: {error}") from error
-    return Attempt(target, content, headers, exchange.snapshot.derived.limits)
+    limits = exchange.snapshot.derived.limits
+    if target.limits is not None:
+        limits = _limits(target.limits, limits)
+    return Attempt(target, content, headers, limits)
+
+
+@functools.lru_cache(maxsize=1024)
+def _limits(own: Limits, of_all: Limits) -> Limits:
+    return Limits(
+        of_all.first_event if own.first_event is None else own.first_event,
+        of_all.stall if own.stall is None else own.stall,
+        of_all.total if own.total is None else own.total,
+    )
 
 
 def bad_body(exchange: Exchange, what: str) -> PluginError:

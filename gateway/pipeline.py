@@ -69,7 +69,13 @@ _UNSURE = frozenset({Source.ESTIMATE, Source.UNKNOWN})
 _MEDIA_TYPE = re.compile(r"(text/(html|plain|xml)|application/(xml|octet-stream|problem\+json|x-ndjson))")
 ERROR_BODY_LIMIT = 1 << 20
 AFTERWARDS = 1.0  # seconds that an upstream has to end its body after the whole answer
-_OURS = frozenset({watch.DEADLINE, watch.STALL, watch.SHUTDOWN})
+_OURS = frozenset({watch.DEADLINE, watch.STALL, watch.TOTAL, watch.SHUTDOWN})
+_MOST_TRIES = 10  # in the reply's header
+_LATE = {
+    watch.FIRST_EVENT: "The upstream's answer took too long to begin.",
+    watch.STALL: "The upstream stopped sending in the middle of its answer.",
+    watch.TOTAL: "The upstream took too long to complete its answer.",
+}
 # Not the client's business, or wrong once the body went through us.
 _DROPPED = frozenset(
     {
@@ -135,7 +141,9 @@ class Run:
         self.finisher = finisher
         self.correct = correct
         self.hooks = exchange.snapshot.hooks
-        self.watch = Watch(exchange.snapshot.settings.server.request_timeout)
+        seconds = exchange.snapshot.settings.server.request_timeout
+        self.watch = Watch(seconds)
+        exchange.deadline = exchange.started + seconds
         self._response: UpstreamResponse | None = None
         self._record: AttemptRecord | None = None
         self._stream: ReplyStream | None = None
@@ -189,6 +197,8 @@ class Run:
             return
         await prepare(exchange)
         await decide(exchange)
+        if exchange.decision is not None and exchange.decision.timeout is not None:
+            self._bring_nearer(exchange.started + exchange.decision.timeout)
         if hooks.check_request:
             await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
             if exchange.rules:
@@ -251,6 +261,12 @@ class Run:
         if exchange.route.body == "json":
             parse_body(exchange, self.inbound.content_type)
 
+    def _bring_nearer(self, deadline: float) -> None:
+        exchange = self.exchange
+        if deadline < exchange.deadline:
+            exchange.deadline = deadline
+            self.watch.shorten(deadline - time.monotonic())
+
     # --- attempts ----------------------------------------------------------------------------------------------------
 
     async def _through_the_onion(self) -> UpstreamReply:
@@ -280,6 +296,8 @@ class Run:
         # While the upstream is waited for no plugin runs; afterwards the layer that called does again.
         layer, exchange.running = exchange.running, None
         self.watch.wait(watch.FIRST_EVENT, attempt.limits.first_event)
+        if attempt.limits.total is not None:
+            self.watch.attempt(attempt.limits.total)
         try:
             reply = await self._first_content(record, upstream)
         except UpstreamError as error:
@@ -287,15 +305,18 @@ class Run:
             exchange.running = layer
             raise
         except asyncio.CancelledError:
-            if self.watch.take(watch.FIRST_EVENT) is None:
+            reason = self.watch.take(*watch.ATTEMPT)
+            if reason is None:
                 raise
             exchange.running = layer
-            late = UpstreamError(Cause.TIMEOUT, "The upstream's answer took too long to begin.")
+            late = UpstreamError(Cause.TIMEOUT, _LATE[reason])
             self._fail_attempt(late)
             raise late from None
         finally:
             self.watch.rest()
         exchange.running = layer
+        if attempt.limits.total is not None and reply.stream is None:
+            self.watch.attempt(None)  # it is complete, whatever a layer does with it
         record.first_content = time.monotonic()
         if exchange.first_content is None:
             exchange.first_content = record.first_content
@@ -378,7 +399,7 @@ class Run:
         return self._passable(body, secret)
 
     async def _read_whole(self, response: UpstreamResponse) -> bytes:
-        return await response.read(self.exchange.snapshot.settings.upstream.max_reply)
+        return await response.read(self.exchange.snapshot.settings.upstream.max_reply, self._heard)
 
     def _passable(self, body: bytes, secret: str) -> bytes:
         """An upstream that repeats our own key is not passed on."""
@@ -391,6 +412,11 @@ class Run:
         if isinstance(model, str) and model:
             known = self.exchange.snapshot.services.catalogue.model(record.target.upstream, model)
             record.answered_by = known.id if known is not None else model
+
+    def _heard(self, piece: bytes) -> None:
+        """Some of a whole reply came. Blanks before it only say that it isn't there yet; then it may only pause."""
+        if self._record is not None and (self.watch.waiting_for == watch.STALL or not piece.isspace()):
+            self.watch.wait(watch.STALL, self._record.attempt.limits.stall)
 
     def _meter(self, record: AttemptRecord, raw: Mapping[str, Any] | None) -> None:
         """Usage and cost of an attempt, each with its source."""
@@ -405,6 +431,7 @@ class Run:
     def _fail_attempt(self, error: UpstreamError) -> None:
         if self._record is not None:
             self._record.message = error.message
+            self._record.retry_after = error.retry_after
         self._end_attempt(error.cause)
 
     def _give_up_attempt(self, cause: Cause) -> None:
@@ -420,7 +447,9 @@ class Run:
         if record is None or record.finished is not None:
             return
         record.finished = time.monotonic()
-        record.cause = cause
+        record.cause = cause = record.cause or cause  # a layer may have found an answer wanting
+        if record.attempt.limits.total is not None:
+            self.watch.attempt(None)
         stream = self._stream
         if stream is not None and record.first_content is not None:
             self._meter(record, stream.usage)
@@ -590,6 +619,9 @@ class Run:
             out[_MODEL] = _header_text(last.model)
             if exchange.snapshot.upstreams[last.upstream].simulated:
                 out["x-xenios-simulated"] = "1"
+        who = exchange.principal
+        if (who is not None and who.admin) or exchange.snapshot.settings.server.debug_headers:
+            out["x-xenios-tries"] = _tries(exchange)
 
     # --- when it does not go well -------------------------------------------------------------------------------
 
@@ -605,11 +637,11 @@ class Run:
             return
         match reason:
             case watch.DEADLINE:
+                if self.exchange.running is None and self._record is not None and self._record.first_content is None:
+                    self._give_up_attempt(Cause.TIMEOUT)  # it had all the time there was, and didn't begin
                 await self._fail(self._deadline_error())
-            case watch.STALL:
-                await self._fail(
-                    UpstreamError(Cause.TIMEOUT, "The upstream stopped sending in the middle of its answer.")
-                )
+            case watch.FIRST_EVENT | watch.STALL | watch.TOTAL as reason:
+                await self._fail(UpstreamError(Cause.TIMEOUT, _LATE[reason]))
             case watch.SHUTDOWN:
                 await self._fail(ShuttingDown())
             case watch.WRITE:
@@ -729,8 +761,8 @@ class _Recorded:
         body, self._body = self._body, b""
         return body
 
-    async def read(self, limit: int) -> bytes:
-        del limit
+    async def read(self, limit: int, heard: Callable[[bytes], None] | None = None) -> bytes:
+        del limit, heard
         return await self.chunk()
 
     def close(self) -> None:
@@ -795,6 +827,16 @@ def _drop_unsound(exchange: Exchange, headers: CIMultiDict[str]) -> None:
 def _header_text(text: str) -> str:
     """A name that a client may have invented, as a header can carry it: no control character, not a megabyte of it."""
     return text if len(text) <= 200 and text.isascii() and text.isprintable() else quote(text[:200], safe="/:@ ")
+
+
+def _tries(exchange: Exchange) -> str:
+    """Each target that was passed over or tried, why it failed, and milliseconds (of a stream: until now)."""
+    now = time.monotonic()
+    said = [f"{_header_text(target.name)};{Cause.CIRCUIT_OPEN}" for target in exchange.skipped]
+    for record in exchange.attempts:
+        seconds = (record.finished or now) - record.started
+        said.append(f"{_header_text(record.target.name)};{record.cause or 'ok'};{seconds * 1000:.0f}ms")
+    return ", ".join(said[:_MOST_TRIES]) + (", ..." if len(said) > _MOST_TRIES else "")
 
 
 def _client_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:

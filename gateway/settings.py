@@ -173,6 +173,9 @@ class ServerSettings(_Section):
     """After SIGTERM: time for running requests to end. Default 30s; then they are cut off."""
     max_connections: int = Field(10_000, ge=1)
     """Open client connections per worker. Default 10000; further ones get 503."""
+    debug_headers: Flag = False
+    """Say in `x-xenios-tries` which targets a request tried, and why each failed. Default false: only to
+    administrators."""
     bootstrap_key: Flag = True
     """Make an administrator's key in data_dir at the first start. Default true; with false the first key must come
     from elsewhere."""
@@ -204,10 +207,13 @@ class UpstreamPolicy(_Section):
     connect_timeout: Duration = Field(5.0, gt=0)
     """Time to open a connection to an upstream. Default 5s; then the attempt fails."""
     first_event_timeout: Duration = Field(120.0, gt=0)
-    """Time to the first content event of a stream, or to a whole reply's head. Default 2m; then the attempt fails and
-    a fallback may take over."""
+    """Time to the first content event of a stream, or to the first byte of a whole reply's body that isn't blank.
+    Default 2m; then the attempt fails and a fallback may take over."""
     stall_timeout: Duration = Field(60.0, gt=0)
     """Longest silence within a reply. Default 60s; then the attempt fails."""
+    attempt_timeout: Duration | None = Field(None, gt=0)
+    """Time of one attempt to its last byte. Default none: only `server.request_timeout` holds, for all of a request's
+    attempts together."""
     max_reply: Size = Field(64 * 2**20, gt=0)
     """Largest whole reply, in bytes. Default 64MiB; beyond it 502."""
     max_event: Size = Field(16 * 2**20, gt=0)

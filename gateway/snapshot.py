@@ -40,7 +40,7 @@ class Derived:
     @classmethod
     def of(cls, settings: Settings) -> Derived:
         policy = settings.upstream
-        limits = Limits(policy.first_event_timeout, policy.stall_timeout)
+        limits = Limits(policy.first_event_timeout, policy.stall_timeout, policy.attempt_timeout)
         return cls(
             limits=limits,
             closed_fields=closed_fields(policy.client_may),

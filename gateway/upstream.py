@@ -15,6 +15,8 @@ import msgspec
 from gateway.errors import Cause, UpstreamError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from multidict import CIMultiDictProxy
 
     from gateway.exchange import AttemptRecord
@@ -34,8 +36,11 @@ class UpstreamResponse(Protocol):
         Raises UpstreamError(TRUNCATED) if the connection ends before the body does.
         """
 
-    async def read(self, limit: int) -> bytes:
-        """The whole body. Raises as `chunk`, and UpstreamError(BAD_REPLY) if it is longer than `limit` bytes."""
+    async def read(self, limit: int, heard: Callable[[bytes], None] | None = None) -> bytes:
+        """The whole body; `heard` is called with each piece that had to be waited for.
+
+        Raises as `chunk`, and UpstreamError(BAD_REPLY) if it is longer than `limit` bytes.
+        """
 
     @property
     def complete(self) -> bool:
@@ -81,7 +86,7 @@ class UpstreamReply(msgspec.Struct, eq=False):
     stream: ReplyStream | None = None
 
 
-async def read_chunks(response: UpstreamResponse, limit: int) -> bytes:
+async def read_chunks(response: UpstreamResponse, limit: int, heard: Callable[[bytes], None] | None = None) -> bytes:
     """The whole body by its chunks, for transports that have no shorter way."""
     parts: list[bytes] = []
     size = 0
@@ -89,6 +94,8 @@ async def read_chunks(response: UpstreamResponse, limit: int) -> bytes:
         size += len(chunk)
         if size > limit:
             raise too_large(limit)
+        if heard is not None:
+            heard(chunk)
         parts.append(chunk)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -180,7 +187,10 @@ def error_from(
     if cause is None and seen is not None:
         cause = _BY_STATUS.get(seen) or (Cause.SERVER_ERROR if seen >= 500 else Cause.INVALID_REQUEST)
     cause = cause or Cause.SERVER_ERROR
-    retry = (headers or {}).get("Retry-After") or availability.get("retry_after") or metadata.get("retry_after")
+    told = headers or {}
+    wait = retry_after(told.get("Retry-After-Ms"), per_second=1000)
+    if wait is None:
+        wait = retry_after(told.get("Retry-After") or availability.get("retry_after") or metadata.get("retry_after"))
     if cause is Cause.AUTH:
         message = "The upstream refused the gateway's own key. The operator has to look at its api_key."
     elif cause is Cause.PAYMENT:
@@ -194,7 +204,7 @@ def error_from(
         cause,
         message,
         upstream_status=seen or _DEFAULT_STATUS.get(cause),
-        retry_after=retry_after(retry),
+        retry_after=wait,
         param=param,
     )
 
@@ -214,12 +224,12 @@ def error_from_body(status: int, body: bytes, headers: Mapping[str, str], secret
     return error_from(error, status=status, headers=headers, secret=secret)
 
 
-def retry_after(value: Any, *, now: float | None = None) -> float | None:
-    """Seconds to wait, from a number of seconds or an HTTP date; None if absent, negative or not readable."""
+def retry_after(value: Any, *, now: float | None = None, per_second: int = 1) -> float | None:
+    """Seconds to wait, from a number of them (or parts) or an HTTP date; None if absent, negative or not readable."""
     if value is None:
         return None
     try:
-        seconds = float(value)
+        seconds = float(value) / per_second
     except (TypeError, ValueError):
         try:
             seconds = email.utils.parsedate_to_datetime(str(value)).timestamp() - (now or time.time())

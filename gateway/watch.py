@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 DEADLINE = "deadline"
 FIRST_EVENT = "first_event"
 STALL = "stall"
+TOTAL = "total"
 WRITE = "write"
 SHUTDOWN = "shutdown"
+ATTEMPT = (FIRST_EVENT, STALL, TOTAL)  # what ends one attempt, not the exchange
 
 TICK = 0.1  # seconds: how late a limit may be noticed
 _FAR = float("inf")
@@ -34,6 +36,7 @@ class Watch:
         "_next_beat",
         "_on_beat",
         "_task",
+        "_total",
         "_what",
         "_wheel",
         "expired",
@@ -47,7 +50,7 @@ class Watch:
             raise RuntimeError("A Watch needs a running task.")
         self._task = task
         self._deadline = loop.time() + seconds
-        self._due = self._next_beat = _FAR
+        self._due = self._total = self._next_beat = _FAR
         self._what: str | None = None
         self.expired: str | None = None
         self._on_beat: Callable[[], None] | None = None
@@ -59,6 +62,14 @@ class Watch:
         """From now on the exchange waits for `what`, at most `seconds`."""
         self._what = what
         self._due = _FAR if seconds is None else self._loop.time() + seconds
+
+    def attempt(self, seconds: float | None) -> None:
+        """From now on an attempt has so long for all of it; None: no limit of its own."""
+        self._total = _FAR if seconds is None else self._loop.time() + seconds
+
+    def shorten(self, seconds: float) -> None:
+        """The deadline of all is so far away at most."""
+        self._deadline = min(self._deadline, self._loop.time() + seconds)
 
     def rest(self) -> None:
         """It waits for nothing that has a limit of its own."""
@@ -84,12 +95,12 @@ class Watch:
             self.expired = reason
             self._task.cancel()
 
-    def take(self, only: str | None = None) -> str | None:
+    def take(self, *only: str) -> str | None:
         """In `except CancelledError`: the reason if the cancellation was ours alone, else None (the client left).
 
-        With `only`, another reason is left for the caller outside.
+        With `only`, other reasons are left for the caller outside.
         """
-        if self.expired is None or (only is not None and self.expired != only):
+        if self.expired is None or (only and self.expired not in only):
             return None
         reason, self.expired = self.expired, None
         return reason if self._task.uncancel() == 0 else None
@@ -99,7 +110,7 @@ class Watch:
         self._on_beat = None
 
     def is_due(self, now: float) -> bool:
-        return now >= self._due or now >= self._next_beat or now >= self._deadline
+        return now >= self._due or now >= self._next_beat or now >= self._total or now >= self._deadline
 
     def fire(self, now: float) -> None:
         if now >= self._deadline:
@@ -108,6 +119,9 @@ class Watch:
         elif now >= self._due:
             self._due = _FAR
             self.expire(self._what or DEADLINE)
+        elif now >= self._total and self._what != WRITE:  # a client that reads slowly is no fault of the upstream's
+            self._total = _FAR
+            self.expire(TOTAL)
         if now >= self._next_beat and self._on_beat is not None:
             self._next_beat = now + self._interval
             self._on_beat()

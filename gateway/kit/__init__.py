@@ -1,5 +1,6 @@
 """Batteries for plugin authors: what two plugins need. Public and kept stable."""
 
+from gateway.kit.breaker import Breaker, BreakerPolicy, Breakers, BreakerState, Change
 from gateway.kit.keys import hash_key, is_hash, is_well_formed, new_key
 from gateway.kit.ledger import ENDLESS, Admission, Rule, State
 from gateway.kit.ledger import Row as PendingRow
@@ -34,7 +35,12 @@ __all__ = [
     "NO_MEDIA",
     "OF_CALLERS",
     "Admission",
+    "Breaker",
+    "BreakerPolicy",
+    "BreakerState",
+    "Breakers",
     "By",
+    "Change",
     "Database",
     "Media",
     "NamedLimit",

@@ -24,7 +24,7 @@ from gateway.errors import Cause, UpstreamError
 from gateway.upstream import read_chunks, too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from aiohttp.client_reqrep import ConnectionKey
@@ -66,14 +66,14 @@ class AiohttpResponse:
         self._inflating = True
         return await self._inflated(data)
 
-    async def read(self, limit: int) -> bytes:
+    async def read(self, limit: int, heard: Callable[[bytes], None] | None = None) -> bytes:
         content = self._content
         if self._inflate is None and content.is_eof():  # a small reply has arrived with its head
             data = content.read_nowait()
             if len(data) <= limit:
                 return data
             raise too_large(limit)
-        return await read_chunks(self, limit)
+        return await read_chunks(self, limit, heard)
 
     async def _inflated(self, data: bytes) -> bytes:
         """A reply compressed though we didn't ask for it; a bomb ends at the limit."""

@@ -1,7 +1,8 @@
 """Access log: one JSON line per request, on standard output or in a file.
 
 A line says who asked for what, which model answered after how many attempts, what it used, cost and took: never a
-prompt, an answer or a secret. What is unknown is null; `tries` is there when an attempt failed. Lines are written by a
+prompt, an answer or a secret. What is unknown is null; `tries` is there when an attempt failed or a target was passed
+over. Lines are written by a
 thread, at most 50 ms late, so that a reader who stops reading holds up no request; then up to 10,000 lines wait, the
 next ones are dropped, and a line `lines_dropped` counts them.
 """
@@ -22,13 +23,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from gateway import Outcome, hookimpl
+from gateway import Cause, Outcome, hookimpl
 from gateway.kit import clean, cleaned
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from gateway import AttemptRecord, Exchange, Services
+    from gateway import AttemptRecord, Exchange, Services, Target
 
 STDOUT = 1
 DELAY = 0.05
@@ -162,8 +163,8 @@ class Plugin:
             "team": clean(principal.team) if principal is not None and principal.team else None,
             "remote": clean(exchange.request.remote or "") or None,
         }
-        if len(tries) > 1 or (tries and tries[0].cause is not None):
-            fields["tries"] = [_try(record) for record in tries]
+        if exchange.skipped or len(tries) > 1 or (tries and tries[0].cause is not None):
+            fields["tries"] = [*map(_skipped, exchange.skipped), *map(_try, tries)]
         return fields
 
     def _time(self, seconds: float) -> str:
@@ -172,6 +173,10 @@ class Plugin:
         if self._second[0] != whole:
             self._second = (whole, datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S"))
         return f"{self._second[1]}.{thousandths:03d}Z"
+
+
+def _skipped(target: Target) -> dict[str, Any]:
+    return {"model": clean(target.model), "upstream": target.upstream, "cause": Cause.CIRCUIT_OPEN, "ms": None}
 
 
 def _try(record: AttemptRecord) -> dict[str, Any]:

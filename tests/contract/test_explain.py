@@ -26,7 +26,7 @@ ROUTES = {
     "tasks": {"chat": {"use": ["a/one", "b/two"]}},
 }
 SETTINGS = {
-    "upstream": {"client_may": ["models", "provider", "plugins"]},
+    "upstream": {"client_may": ["models", "provider", "plugins", "service_tier"]},
     "catalogue": {"overrides": {
         "a/one": {"input": 2, "output": 10, "context_length": 1000, "max_output": 100},
         "b/two": {"input": 1, "output": 4, "context_length": 2000},
@@ -208,9 +208,11 @@ async def test_what_an_explanation_says():
     size = len(
         json.dumps({"model": "smart", "messages": HELLO, "max_tokens": 50, "temperature": 1}, separators=(",", ":"))
     )
+    [circuit] = one.pop("findings")
+    assert (circuit["plugin"], circuit["text"]) == ("fallback", "attempt 1, circuit closed")
     assert one == {
         "upstream": "openrouter", "model": "a/one", "price": {"input": 2.0, "output": 10.0}, "context_length": 1000,
-        "worst_case_usd": (2 * size + 10 * 50) / 1e6, "set": {}, "strip": [], "tried": True, "findings": [],
+        "worst_case_usd": (2 * size + 10 * 50) / 1e6, "set": {}, "strip": [], "tried": True,
     }  # fmt: skip
     assert (two["model"], two["set"], two["strip"]) == ("b/two", {"top_p": 0.5}, ["temperature"])
     assert data["worst_case_usd"] == one["worst_case_usd"]
@@ -241,6 +243,7 @@ async def test_what_decided(asked, found):
     [
         ({"model": "nobody/knows"}, "it has no price"),
         ({"web_search_options": {}}, "a search costs extra"),
+        ({"service_tier": "priority"}, "a dearer tier"),
         ({"tools": [{"type": "web_search"}]}, "a tool that runs at the upstream costs extra"),
         ({"model": "smart", "provider": {"order": ["x"]}}, "a provider has prices of its own"),
     ],

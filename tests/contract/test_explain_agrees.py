@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from unittest.mock import patch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
+import gateway.exchange
+import gateway.pipeline
 import gateway_plugins.budgets
 from gateway.exchange import Outcome
 from gateway.kit.keys import hash_key, new_key
@@ -24,7 +27,7 @@ from gateway.kit.upstream import Error, ScriptedUpstream
 # Bounded and repeatable: a test that fails on somebody else's machine must fail here too. What fails isn't made
 # smaller, which takes minutes: the configuration and the requests so far are shown.
 BOUNDED = settings(
-    max_examples=50,
+    max_examples=60,
     derandomize=True,
     database=None,
     deadline=None,
@@ -53,20 +56,55 @@ def some(values, most=2):
 
 TARGET = st.sampled_from(MODELS) | st.fixed_dictionaries(
     {"model": st.sampled_from(MODELS)},
-    optional={"strip": st.just(["temperature"]), "set": st.just({"max_tokens": 300})},
+    optional={"strip": st.just(["temperature"]), "set": st.just({"max_tokens": 300}), "max_usd": st.just(0.004)},
 )
 USE = st.lists(TARGET, min_size=1, max_size=3)
+SPLIT = st.lists(st.fixed_dictionaries({"weight": st.integers(1, 3), "use": USE}), min_size=2, max_size=3)
+WAY = st.fixed_dictionaries({"use": USE}, optional={"fallback_on": st.just([]), "max_usd": st.just(0.01)}) | (
+    st.fixed_dictionaries(
+        {"split": SPLIT},
+        optional={"sticky": st.sampled_from(["user", "key"]), "others_follow": st.just(True)},
+    )
+)
+WHEN = st.fixed_dictionaries(
+    {},
+    optional={
+        "stream": st.booleans(),
+        "teams": st.just("blue"),
+        "endpoint": st.just(["messages", "chat/*"]),
+        "headers": st.just({"x-env": "prod*"}),
+        "input_tokens": st.sampled_from([{"min": 50}, {"max": 100}]),
+        "tools": st.booleans(),
+        "tasks": st.just("chat"),
+        "time": st.sampled_from([{"from": "08:00", "to": "09:00"}, {"days": ["mon", "fri"]}]),
+    },
+)
+
+
+@st.composite
+def rule(draw, name):
+    if draw(st.integers(0, 6)) == 0:
+        return {"name": name, "when": draw(WHEN), "refuse": "Not here."}
+    found = {"name": name, **draw(WAY)}
+    match draw(st.integers(0, 3)):
+        case 0:
+            found["match"] = draw(some(["gpt-*", "a/*", "*/two", "task/*", "*"]))
+        case 1:
+            found["when"] = draw(WHEN)
+        case _:
+            found |= {"match": draw(some(["gpt-*", "a/*", "s*"])), "when": draw(WHEN)}
+    return found
 
 
 @st.composite
 def routing(draw):
-    matches = draw(st.lists(some(["gpt-*", "a/*", "*/two", "x*", "*"]), max_size=3))
-    rules = [{"name": f"rule-{i}", "match": match, "use": draw(USE)} for i, match in enumerate(matches)]
-    task = st.fixed_dictionaries({"use": USE}, optional={"defaults": st.just({"max_tokens": 200})})
+    rules = [draw(rule(f"rule-{number}")) for number in range(draw(st.integers(0, 4)))]
+    defaults = st.fixed_dictionaries({}, optional={"defaults": st.just({"max_tokens": 200})})
     return {
         "aliases": {"smart": draw(USE), "fast": draw(USE)},
         "rules": [*rules, {"name": "old", "match": "gpt-*", "use": draw(USE)}],
-        "tasks": {"chat": draw(task), "sum": draw(task)},
+        "tasks": {name: {**draw(WAY), **draw(defaults)} for name in ("chat", "sum")},
+        "native_fallback": draw(st.sampled_from(["off", "off", "openrouter"])),
     }
 
 
@@ -81,6 +119,20 @@ BUDGET = st.fixed_dictionaries(
 
 def named(prefix, limits):
     return [{"name": f"{prefix}-{i}", **limit} for i, limit in enumerate(limits)]
+
+
+# How often it has failed just now, and how long ago its circuit opened or it asked to be left alone.
+CIRCUIT = st.sampled_from([("open", 1), None, ("open", 400), None, ("rests", 5), ("failed", 0)])
+
+
+@st.composite
+def fallback(draw):
+    breaker = {"requests": 3, "failures": 0.5, "open_for": "5m", "max_rest": "1m"}
+    return {
+        "max_attempts": draw(st.integers(1, 4)),
+        "retries": draw(st.sampled_from([{}, {"server_error": 1}])),
+        "breaker": draw(st.sampled_from([breaker, breaker, breaker, False])),
+    }
 
 
 @st.composite
@@ -109,7 +161,9 @@ def configurations(draw):
         ada={**ada, "limits": draw(own), "team": "blue"},
         rate_limit={"limits": [*limits, at_once]},
         budgets=budgets,
-        fallback={"max_attempts": draw(st.integers(1, 3))},
+        fallback=draw(fallback()),
+        circuits={model: draw(CIRCUIT) for model in MODELS},
+        draw=draw(st.floats(0, 0.999)),
         failing=draw(st.lists(st.sampled_from(MODELS), min_size=1, max_size=3)),
         busy=draw(st.sampled_from([0, 1, 1, 1, 1, 2])),
     )
@@ -136,6 +190,7 @@ def requests(draw):
         "service_tier": st.just("priority"),
         "tools": st.just([{"type": "function", "function": {"name": "f"}}]),
         "models": some(MODELS),
+        "user": st.sampled_from(["u1", "u2"]),
     }
     weight = {"max_tokens": 6, "service_tier": 1, "models": 1}
     for name, strategy in optional.items():
@@ -167,6 +222,9 @@ class Clock:
     def time(self) -> float:
         return NOW + self.passed
 
+    async def sleep(self, seconds: float) -> None:
+        self.passed += seconds
+
 
 async def play(config, asked, count: Counter[str]) -> None:
     note(repr(config))
@@ -185,8 +243,12 @@ async def play(config, asked, count: Counter[str]) -> None:
         ledger: Any = gw.snapshot.services.ledger
         ledger._clock = clock.monotonic
         ledger._slots["rate_limit:at-once::concurrent"] = {f"other-{i}" for i in range(config.busy)}
+        gw.plugin("routing").draw = lambda _: config.draw
+        set_circuits(gw.plugin("fallback"), config.circuits, clock)
         done = 0
-        with patch.object(gateway_plugins.budgets, "time", clock):
+        with contextlib.ExitStack() as stack:
+            for module in (gateway.exchange, gateway.pipeline, gateway_plugins.budgets):
+                stack.enter_context(patch.object(module, "time", clock))
             for one in asked:
                 note(repr(one))
                 clock.passed += one.later
@@ -196,6 +258,23 @@ async def play(config, asked, count: Counter[str]) -> None:
                 await gw.request("POST", f"/v1/{one.endpoint}", data=encoded(one.body), headers=headers)
                 done += 2 + extra
                 agree(said, (await gw.finished(done))[-1], count)
+
+
+def set_circuits(fallback, circuits, clock: Clock) -> None:
+    fallback._clock, fallback._sleep = clock.monotonic, clock.sleep
+    now = clock.monotonic()
+    for model, circuit in circuits.items():
+        if fallback.breakers is None or circuit is None:
+            continue
+        breaker = fallback.breakers.of(f"openrouter/{model}", now)
+        match circuit:
+            case ("failed", _):
+                breaker.failed(now, now, "timeout")
+            case ("open", ago):
+                breaker.cause = "timeout"
+                breaker.open(now - ago, now - ago + 300)
+            case ("rests", seconds):
+                breaker.rest(now + seconds, "rate_limit")
 
 
 def encoded(body) -> bytes:
@@ -222,22 +301,29 @@ def agree(said, exchange, count: Counter[str]) -> None:
     if decision is not None:
         assert (said["rule"], said["alias"], said["task"]) == (decision.rule, decision.alias, decision.task)
         assert (said["asked"], said["reasons"]) == (decision.asked, list(decision.reasons))
-    targets = [(t["upstream"], t["model"]) for t in said["targets"] if t["tried"]]
     tried = [(a.target.upstream, a.target.model) for a in exchange.attempts]
-    if refused is None:
-        assert tried, error
-        assert tried == targets[: len(tried)]
-        served = exchange.outcome is Outcome.OK
-        # All that it may try failed. (Or its budget had nothing left for another: that depends on the first's end.)
-        assert served or error.error_code == "insufficient_quota" or len(tried) == len(targets)
-        count["rerouted"] += len(tried) > 1 or tried[-1][1] != said["asked"]
+    if refused is not None:
+        count["refused"] += 1
+        count[refused["code"]] += 1
+        assert tried == []
+        # Where all circuits are open no upstream is asked, and that is its failure all the same.
+        no_model = refused["code"] == "unavailable"
+        assert exchange.outcome is (Outcome.UPSTREAM_ERROR if no_model else Outcome.REFUSED)
+        assert (refused["status"], refused["code"]) == (exchange.status, error.error_code)
+        assert refused["message"] == error.message
         return
-    count["refused"] += 1
-    count[refused["code"]] += 1
-    assert tried == []
-    assert exchange.outcome is Outcome.REFUSED
-    assert (refused["status"], refused["code"]) == (exchange.status, error.error_code)
-    assert refused["message"] == error.message
+    expected: list[tuple[str, str]] = []
+    passed_over = {(target.upstream, target.model) for target in exchange.skipped}
+    for target in [(t["upstream"], t["model"]) for t in said["targets"] if t["tried"]]:
+        if target not in expected or target not in passed_over:  # else its circuit opened by the attempt before
+            expected.append(target)
+    assert tried, error
+    assert tried[: len(expected)] == expected[: len(tried)]
+    if exchange.outcome is not Outcome.OK:
+        # All that it may try failed. (Or its budget had nothing left for another: that depends on the first's end.)
+        assert error.error_code == "insufficient_quota" or len(tried) >= len(expected)
+    count["passed over"] += bool(passed_over)
+    count["rerouted"] += len(tried) > 1 or tried[-1][1] != said["asked"]
 
 
 def test_what_is_explained_is_what_happens():
@@ -255,11 +341,15 @@ def test_what_is_explained_is_what_happens():
     explained_and_sent()
     print(dict(count))
     assert count["refused"] + count["rerouted"] >= 0.3 * count["all"]
-    for code in (
+    for kind in (
         "model_not_found",
         "unknown_task",
         "rate_limit_exceeded",
         "insufficient_quota",
         "insufficient_permissions",
+        "unavailable",
+        "cost_ceiling",
+        "refused_by_rule",
+        "passed over",
     ):
-        assert count[code] > 0, code
+        assert count[kind] > 0, kind

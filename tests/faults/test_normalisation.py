@@ -437,7 +437,7 @@ async def test_a_clients_request_id_is_kept_if_it_is_one():
 async def test_x_should_retry_is_said_only_after_own_fallbacks():
     """After exhausted fallbacks SDKs must not retry; after one plain attempt they may decide themselves."""
     async with Gateway.test(plugins=[Two, Fallback]) as gw:
-        gw.upstream.script(Error(503), Error(503), Error(400))
+        gw.upstream.script(Error(503), Error(503), Error(503), Error(400))
         exhausted, single = await gw.chat(), await gw.chat()
     assert (exhausted.status, exhausted.headers["x-should-retry"]) == (503, "false")
     assert (single.status, single.headers.get("x-should-retry")) == (400, None)

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from gateway import Decision, Target, hookimpl
+from gateway import Cause, Cost, Decision, Source, Target, hookimpl
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import (
     COMMENT,
+    COST,
     BadGzip,
     Body,
     Close,
@@ -232,7 +233,7 @@ class BrokenFirst:
 
 
 @asynccontextmanager
-async def gateway(answer, *plugins, **upstream_settings):
+async def gateway(answer, *plugins, catalogue=None, **upstream_settings):
     """A gateway whose first target fails as `answer` says, with a healthy upstream beside it."""
     broken = ScriptedUpstream(default=None if isinstance(answer, str) else answer)
     await broken.start()
@@ -243,6 +244,7 @@ async def gateway(answer, *plugins, **upstream_settings):
         settings = {
             "upstreams": {"broken": {"base_url": url, "api_key": "sk-or-v1-broken"}},
             "upstream": upstream_settings,
+            "catalogue": catalogue or {},
         }
         async with Gateway.test(plugins=[BrokenFirst, *plugins], settings=settings) as gw:
             yield gw
@@ -257,6 +259,7 @@ def error_event(body: bytes):
 
 
 @pytest.mark.promise("P6.plain")
+@pytest.mark.promise("P6.matrix")
 @pytest.mark.parametrize("cell,stream", CELLS)
 async def test_without_a_fallback_the_client_is_told(cell, stream):
     """Each failure is told to the client in its dialect by one documented status and code."""
@@ -274,6 +277,7 @@ async def test_without_a_fallback_the_client_is_told(cell, stream):
 
 
 @pytest.mark.promise("P6.plain")
+@pytest.mark.promise("P6.matrix")
 @pytest.mark.parametrize("cell,stream", CELLS)
 async def test_with_a_fallback_the_next_model_answers_where_it_can(cell, stream):
     """With a healthy second target the client gets a clean answer, unless the request is at fault or had been shown."""
@@ -289,6 +293,9 @@ async def test_with_a_fallback_the_next_model_answers_where_it_can(cell, stream)
     assert (reply.status, exchange.outcome, asked) == (200, "ok", ["healthy/model"])
     assert (reply.headers["x-xenios-attempts"], reply.headers["x-xenios-model"]) == ("2", "healthy/model")
     assert [attempt.cause is None for attempt in exchange.attempts] == [False, True]
+    told = [attempt.cost for attempt in exchange.attempts if attempt.cost.source is Source.UPSTREAM]
+    assert told[-1] == Cost(10**12 * COST, Source.UPSTREAM)
+    assert exchange.cost.pico_usd == sum(cost.pico_usd for cost in told)
     if stream:
         assert reply.body.endswith(b"data: [DONE]\n\n")
         assert b"error" not in reply.body
@@ -299,10 +306,41 @@ async def test_with_a_fallback_the_next_model_answers_where_it_can(cell, stream)
         assert reply.data["choices"][0]["message"]["content"] == "Hello there"
 
 
+PRICE = {"input": 0, "cache_write": 0, "output": 1, "context_length": 8000, "max_output": 500}
+PRICES = {"overrides": {"test/model": {**PRICE, "upstream": "broken"}, "healthy/model": PRICE}}
+RESERVED = 100  # micro-USD: what an answer may cost at most by its price
+TOLD = round(10**6 * COST)  # what it costs if the upstream tells
+BUDGET = {"use": "budgets", "config": {"budgets": [{"name": "all", "by": [], "usd": "0.01", "per": "total"}]}}
+UNSURE = {Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY}
+
+
+@pytest.mark.promise("P6.matrix")
+@pytest.mark.parametrize("cell,stream", CELLS)
+async def test_nothing_is_charged_twice(cell, stream):
+    """The budget holds what the answer cost, once; besides, what was reserved for an attempt that may have been billed
+    without saying so. Nothing stays reserved.
+    """
+    async with gateway(cell.answer, BUDGET, Fallback, catalogue=PRICES, **cell.patience) as gw:
+        await gw.chat(stream=stream, max_tokens=RESERVED)
+        [exchange] = await gw.finished()
+        async with asyncio.timeout(5):
+            while (sums := (await gw.snapshot.services.ledger.budgets(["budgets:all:total:"]))[0])[1]:
+                await asyncio.sleep(0.005)
+    assert len(exchange.attempts) == 1 + cell.falls_back
+    first = exchange.attempts[0]
+    charged = TOLD * (exchange.outcome == "ok")
+    if first.cost.source is Source.UPSTREAM:  # a whole answer where a stream was due, with its cost
+        charged += TOLD
+    elif first.cause in UNSURE or cell.begun:
+        charged += RESERVED
+    assert sums == (charged, 0)
+    assert (exchange.cost.micro_usd or 0) == charged
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_when_all_fail_the_last_failure_is_told(stream):
     """Own fallbacks exhausted: the client gets the last error and `x-should-retry: false`."""
-    async with gateway(Error(503), Fallback) as gw:
+    async with gateway(Error(503), (Fallback, {"retries": {}})) as gw:
         gw.upstream.script(Error(429, headers={"Retry-After": "7"}))
         reply = await gw.chat(stream=stream)
     assert (reply.status, reply.data["error"]["code"]) == (429, "rate_limit_exceeded")

@@ -120,6 +120,25 @@ async def test_a_part_is_away(plugin: type, entry: dict[str, Any], status: int, 
         assert (await gw.get("/health/ready")).status == 200
 
 
+async def test_what_plugins_warn_of_is_named() -> None:
+    """Warnings stand in the readiness and change nothing in it; a plugin that fails at warning is named itself."""
+
+    class Warns:
+        def __init__(self, config: Any, services: Any) -> None: ...
+
+        def warnings(self) -> list[str]:
+            return ["the end is near"]
+
+    class Breaks(Warns):
+        def warnings(self) -> list[str]:
+            raise LookupError
+
+    async with Gateway.test(plugins=[Warns, Breaks]) as gw:
+        reply = await gw.get("/health/ready")
+    assert (reply.status, reply.data["status"]) == (200, "ok")
+    assert reply.data["warnings"] == {"Warns": ["the end is near"], "Breaks": ["warnings failed: LookupError"]}
+
+
 async def test_one_needed_part_is_enough() -> None:
     """A part that may be away doesn't hide one that may not."""
     async with Gateway.test(plugins=[Cache, Part]) as gw:

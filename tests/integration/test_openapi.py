@@ -27,6 +27,7 @@ from gateway.dialects import DIALECTS, PLAIN_DIALECT
 from gateway.health import Health
 from gateway.openapi import document as document_of
 from gateway.routes import Router
+from gateway_plugins import fallback
 from gateway_plugins.api_keys.admin import Admin
 from gateway_plugins.usage.routes import Routes
 from tests.clients.process import Served, served
@@ -52,6 +53,7 @@ def _labels() -> list[str]:
     nothing: Any = SimpleNamespace(database=None)
     Admin(nothing, frozenset()).register(router)
     Routes(nothing.database).register(router)
+    fallback.Plugin(fallback.Config(breaker=False), SimpleNamespace(plugin_id="fallback")).register_routes(router)
     paths = document_of(router.table().routes)["paths"]
     return [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
 

@@ -120,6 +120,24 @@ async def test_a_row_says_who_asked_what_answered_and_what_it_cost(services, mon
         assert abs(datetime.fromisoformat(row["at"]).timestamp() - time.time()) < 60
 
 
+@pytest.mark.promise("P8.row")
+async def test_a_row_says_which_target_was_passed_over(services):
+    """A request that skipped a target with an open circuit says so, though its only attempt was good."""
+    routing = {"use": "routing", "config": {"aliases": {"careful": ["test/bad", MODEL]}}}
+    breaker = {"use": "fallback", "config": {"breaker": {"requests": 1, "open_for": "60s"}}}
+    upstream = ScriptedUpstream()
+    upstream.on("test/bad", Error(503))
+    async with gateway(services, routing, breaker, upstream=upstream) as gw:
+        await gw.chat(model="careful")
+        await gw.chat(model="careful")
+        last = max(await stored(gw, 2), key=lambda row: row["at"])
+    assert (last["attempts"], last["model"], last["outcome"]) == (1, MODEL, "ok")
+    assert [(t["model"], t["cause"], t["ms"] is None) for t in last["tries"]] == [
+        ("test/bad", "circuit_open", True), (MODEL, None, False),
+    ]  # fmt: skip
+    assert last["cost_usd"] == last["tries"][1]["cost_usd"]
+
+
 async def test_refusals_are_rows_but_for_callers_whom_nobody_knows(services):
     """A request over its limit leaves a row `refused`; one without a good key leaves nothing, however many there are."""
     limit = {"use": "rate_limit", "config": {"limits": [{"name": "one", "requests": 1, "per": "1h"}]}}

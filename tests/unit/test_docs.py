@@ -350,7 +350,7 @@ def test_the_endpoint_table_is_the_route_table():
     real = {r.path.replace("{id:.+}", "{id}") for r in router.table().routes if not r.path.startswith("/api/")}
     text = README.read_text().partition("## Endpoints")[2].partition("\n## ")[0]
     told = set(re.findall(r"`(/[^`]+)`", text)) - {"/v1", "/api/v1"}
-    of_plugins = {"/v1/usage", "/v1/usage/{id}", "/admin/keys", "/admin/audit", "/admin/usage"}
+    of_plugins = {"/v1/usage", "/v1/usage/{id}", "/admin/keys", "/admin/audit", "/admin/usage", "/admin/targets"}
     assert told - of_plugins == real
     assert of_plugins < told
     streams = {d.endpoint for d in DIALECTS.values() if d.grammar is not None}

@@ -57,6 +57,18 @@ def test_another_server_gets_no_field_of_openrouters():
     assert body_for({**body, **OPENROUTER_ONLY}, kind="openai") == {**body, "model": "a"}
 
 
+def test_a_targets_own_limits_win():
+    """What a target says of its time holds, the settings' limits for the rest."""
+    made = exchange({"model": "x", "messages": MESSAGES})
+    limits = Limits(10, 20, 30)
+    made.snapshot = SimpleNamespace(
+        upstreams={"u": upstream()}, derived=SimpleNamespace(limits=limits, forwarded={"chat/completions": ()})
+    )
+    assert attempt_for(made, Target("a", "u")).limits == limits
+    assert attempt_for(made, Target("a", "u", limits=Limits(first_event=1))).limits == Limits(1, 20, 30)
+    assert attempt_for(made, Target("a", "u", limits=Limits(stall=2, total=3))).limits == Limits(10, 2, 3)
+
+
 @pytest.mark.parametrize("asked", [None, {}, {"include_usage": False, "other": 1}, "nonsense"])
 def test_another_server_is_asked_for_usage(asked):
     """A compatible server tells what a stream cost only if asked: it is always asked."""

@@ -94,6 +94,20 @@ async def test_failed_attempts_are_listed(tmp_path):
     ]
 
 
+@pytest.mark.promise("P8.log")
+async def test_targets_that_were_passed_over_are_listed(tmp_path):
+    """Where a model was not tried since its circuit is open, the line says so, though the first attempt was good."""
+    made = finished()
+    made.skipped.append(Target("a/one", "openrouter"))
+    attempt(made, "b/two", end=1.0, first=0.5)
+    (line,) = await lines(tmp_path / "log", made)
+    assert line["attempts"] == 1
+    assert line["tries"] == [
+        {"model": "a/one", "upstream": "openrouter", "cause": "circuit_open", "ms": None},
+        {"model": "b/two", "upstream": "openrouter", "cause": None, "ms": 1000.0},
+    ]
+
+
 async def test_a_refused_request_has_its_line(tmp_path):
     """Nobody's request is logged too: what is unknown is null, and the refusal's code and plugin are named."""
     made = exchange({})

@@ -49,7 +49,7 @@ def test_the_shipped_order(monkeypatch):
     """Whoever observes stands outermost: the order of the default's calls."""
     _, _, hooks = start(CONFIG / "xenios.yaml", {}, monkeypatch)
     assert {hook: plugins for hook, plugins in hooks.order().items() if plugins} == {
-        "register_routes": ["api_keys", "usage"],
+        "register_routes": ["api_keys", "usage", "fallback"],
         "register_commands": ["api_keys", "usage"],
         "request_received": ["usage"],
         "authenticate": ["api_keys"],
@@ -57,6 +57,7 @@ def test_the_shipped_order(monkeypatch):
         "choose_targets": ["routing"],
         "check_request": ["rate_limit", "budgets"],
         "around_upstream": ["fallback"],
+        "attempt_finished": ["fallback"],
         "response_started": ["rate_limit"],
         "request_finished": ["budgets", "access_log"],
         "usage_corrected": ["budgets", "usage"],

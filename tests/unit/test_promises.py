@@ -39,7 +39,8 @@ def test_every_break_applies_to_the_code_as_it_is(patch, tmp_path):
     for path in apply(patch, tmp_path):
         changed = (tmp_path / path).read_text()
         assert changed != (ROOT / path).read_text()
-        compile(changed, path, "exec")
+        if path.endswith(".py"):  # a document's table can be broken too
+            compile(changed, path, "exec")
 
 
 @pytest.mark.parametrize(

@@ -499,14 +499,14 @@ def test_defaults():
     ) == (20 * 2**20, 10, 30, 75, 30)  # fmt: skip
     assert (
         server.request_timeout, server.stream_commit_after, server.keepalive_interval, server.drain_delay,
-        server.drain_timeout, server.max_connections, server.bootstrap_key,
-    ) == (600, 10, 15, 0, 30, 10_000, True)  # fmt: skip
+        server.drain_timeout, server.max_connections, server.debug_headers, server.bootstrap_key,
+    ) == (600, 10, 15, 0, 30, 10_000, False, True)  # fmt: skip
     assert (settings.log.level, settings.log.format) == ("info", "auto")
     policy = settings.upstream
     assert (
         policy.default, policy.client_may, policy.forward_headers, policy.connect_timeout, policy.first_event_timeout,
-        policy.stall_timeout, policy.max_reply, policy.max_event, policy.max_connections,
-    ) == ("openrouter", ("provider",), (), 5, 120, 60, 64 * 2**20, 16 * 2**20, 0)  # fmt: skip
+        policy.stall_timeout, policy.attempt_timeout, policy.max_reply, policy.max_event, policy.max_connections,
+    ) == ("openrouter", ("provider",), (), 5, 120, 60, None, 64 * 2**20, 16 * 2**20, 0)  # fmt: skip
     upstream = settings.upstreams["openrouter"]
     assert (
         upstream.kind, upstream.base_url, upstream.without_key, upstream.headers, upstream.provider, upstream.ca_file,

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from gateway.watch import DEADLINE, FIRST_EVENT, SHUTDOWN, STALL, TICK, Watch, _wheels
+from gateway.watch import DEADLINE, FIRST_EVENT, SHUTDOWN, STALL, TICK, TOTAL, WRITE, Watch, _wheels
 
 SOON = TICK / 10
 
@@ -50,6 +50,36 @@ async def test_what_is_waited_for_too_long_ends_the_exchange():
         watch.wait(STALL, SOON)
 
     assert await ended_by(prepare) == STALL
+
+
+async def test_an_attempt_has_its_time_whatever_is_waited_for():
+    """The time of all of an attempt goes on while it begins, pauses or rests; not while its client is slow."""
+    assert await ended_by(lambda w: w.attempt(SOON)) == TOTAL
+
+    def prepare(watch):
+        watch.attempt(SOON)
+        watch.wait(STALL, 100)
+
+    assert await ended_by(prepare) == TOTAL
+    watch = Watch(1000)
+    now = asyncio.get_running_loop().time()
+    watch.attempt(5)
+    watch.wait(WRITE, 100)
+    watch.fire(now + 6)
+    assert watch.expired is None
+    watch.attempt(None)
+    watch.wait(STALL, None)
+    assert not watch.is_due(now + 999)
+    watch.close()
+
+
+async def test_a_deadline_is_only_brought_nearer():
+    """A decision may give a request less time, never more."""
+    assert await ended_by(lambda w: w.shorten(SOON)) == DEADLINE
+    watch = Watch(5)
+    watch.shorten(100)
+    assert watch.is_due(asyncio.get_running_loop().time() + 5)
+    watch.close()
 
 
 async def test_a_limit_holds_only_while_it_is_waited_for():

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import Outcome, Source
+from gateway import Cause, Cost, Outcome, Source, Usage
 from gateway.kit import clean, cleaned, end_user
 
 if TYPE_CHECKING:
-    from gateway import AttemptRecord, Correction, Cost, Exchange, Usage
+    from gateway import AttemptRecord, Correction, Exchange, Target
 
 ABANDONED = "abandoned"  # outcome of a request whose worker died: nobody knows more
 
@@ -121,7 +121,7 @@ def request_row(exchange: Exchange) -> bytes:
             model_served=clean(served.model) if served is not None else None,
             upstream=served.upstream if served is not None else None,
             attempts=len(tries) if over else None,
-            tries=[_try(t) for t in tries] if len(tries) > 1 or (tries and tries[0].cause is not None) else None,
+            tries=_tries(exchange),
             **_used(usage, cost),
             usage_source=usage.source,
             cost_source=cost.source,
@@ -155,6 +155,29 @@ def correction_row(correction: Correction) -> bytes:
 
 def _used(usage: Usage, cost: Cost) -> dict[str, int | None]:
     return {**{name: getattr(usage, name) for name in TOKENS}, "cost_micro_usd": cost.micro_usd}
+
+
+def _tries(exchange: Exchange) -> list[Try] | None:
+    """Told where the row itself does not say all: an attempt failed, or a target was passed over."""
+    tries, skipped = exchange.attempts, exchange.skipped
+    if not skipped and len(tries) < 2 and not (tries and tries[0].cause is not None):
+        return None
+    return [*map(_skipped, skipped), *map(_try, tries)]
+
+
+def _skipped(target: Target) -> Try:
+    return Try(
+        number=0,
+        model=clean(target.model),
+        upstream=target.upstream,
+        cause=Cause.CIRCUIT_OPEN,
+        status=None,
+        ms=None,
+        **_used(Usage(), Cost(0)),
+        usage_source=Source.UNKNOWN,
+        cost_source=Source.UNKNOWN,
+        generation_id=None,
+    )
 
 
 def _try(record: AttemptRecord) -> Try:
