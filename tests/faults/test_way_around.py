@@ -10,7 +10,7 @@ from gateway import Principal, Scopes, hookimpl
 from gateway.dialects import DIALECTS
 from gateway.incoming import CHOOSING_FIELDS, VARIANTS
 from gateway.kit.testing import Gateway
-from gateway.kit.upstream import MODEL, Error, Hang, ScriptedUpstream
+from gateway.kit.upstream import MODEL, Error, Hang, Json, ScriptedUpstream, chat_completion
 from gateway.tasks import Tasks
 from tests.contract.requests import BODIES, request
 from tests.integration.process import CONFIG
@@ -45,7 +45,9 @@ class Scoped:
 
 def scoped(may, **settings):
     routing = {"use": "routing", "config": {"tasks": {"work": {"use": "served/task"}}}}
-    return Gateway.test(plugins=[Scoped, routing], settings={"upstream": {"client_may": MAY[may]}, **settings})
+    return Gateway.test(
+        plugins=[Scoped, routing, "fallback"], settings={"upstream": {"client_may": MAY[may]}, **settings}
+    )
 
 
 TASK = {"X-Xenios-Task": "work"}
@@ -101,10 +103,12 @@ async def test_no_field_leaves_the_scope_of_a_key(endpoint, may):
 async def test_a_task_grants_its_own_models_alone(fields):
     """A key's task isn't a pass for whatever else the body lists, not even for the first of a list without `model`."""
     async with scoped("xenios") as gw:
+        gw.upstream.on("served/task", Error(503))  # whatever else may answer is tried
         body = body_of("chat/completions", **fields)
         reply = await gw.post("/v1/chat/completions", {"model": "task/work", **body}, headers=TASK)
         assert reply.status in {200, 404}
         assert b"dear" not in b"".join(seen.body for seen in gw.upstream.seen)
+        gw.upstream.on("served/task", Json(chat_completion()))
         assert (await gw.post("/v1/chat/completions", body_of("chat/completions"), headers=TASK)).status == 200
         assert gw.upstream.seen[-1].json["model"] == "served/task"
 
