@@ -314,7 +314,7 @@ async def test_an_open_circuit_is_said_everywhere():
         ("openrouter/a/one", "open"), ("openrouter/b/two", "closed"),
     ]  # fmt: skip
     assert (ready.status, ready.data["status"]) == (200, "ok")
-    assert ready.data["warnings"] == ["openrouter/a/one: circuit open (server_error)"]
+    assert ready.data["warnings"] == {"fallback": ["openrouter/a/one: circuit open (server_error)"]}
 
 
 @pytest.mark.parametrize("stream", [False, True])
