@@ -114,7 +114,7 @@ def plugins(
     blueprints, problems, _ = _examine(_config_path(config))
     _stop_on(problems)
     for blueprint in blueprints:
-        typer.echo(f"{blueprint.id:20} {blueprint.version:10} {', '.join(hooks_of(blueprint.cls)) or 'no hooks'}")
+        typer.echo(f"{blueprint.id:20} {blueprint.version:14} {', '.join(hooks_of(blueprint.cls)) or 'no hooks'}")
     typer.echo("\nCall order:")
     for hook in HOOKS:
         order = [b.id for b in blueprints if hook in hooks_of(b.cls)]
