@@ -387,6 +387,8 @@ def compile_hooks(instances: Sequence[Instance]) -> CompiledHooks:
             for found in reversed(getattr(manager.hook, hook).get_hookimpls())
         ]
         chains[hook] = tuple(reversed(impls) if hook == "request_finished" else impls)
+    for instance in instances:
+        manager.unregister(instance.plugin)  # it is a cycle of references, which would keep them long after a reload
     return CompiledHooks(**chains)
 
 

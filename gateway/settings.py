@@ -151,6 +151,11 @@ class ServerSettings(_Section):
     """After SIGTERM: time for running requests to end. Default 30s; then they are cut off."""
     max_connections: int = Field(10_000, ge=1)
     """Open client connections per worker. Default 10000; further ones get 503."""
+    watch_config: Flag = False
+    """Reload when this file, or one that it names (`${file:…}`, `ca_file`, a plugin's), is changed. Default false: on
+    SIGHUP and POST /admin/reload only."""
+    reload_timeout: Duration = Field(30.0, gt=0)
+    """Time for a reload to prepare, plugins to open among it. Default 30s; then nothing is changed."""
     bootstrap_key: Flag = True
     """Make an administrator's key in data_dir at the first start. Default true; with false the first key must come
     from elsewhere."""
