@@ -211,7 +211,7 @@ def test_a_bad_file_leaves_the_old_one_serving(tmp_path, count):
     good = file.read_text()
     with serving(tmp_path, "--config", file) as running:
         before = hashes(running)
-        for old, new, stands, reason in MISTAKES:
+        for number, (old, new, stands, reason) in enumerate(MISTAKES, 1):
             bad = good.replace(old, new)
             file.write_text(bad)
             line = next(n for n, text in enumerate(bad.splitlines(), 1) if text.startswith(stands))
@@ -222,9 +222,8 @@ def test_a_bad_file_leaves_the_old_one_serving(tmp_path, count):
             problem = next(p for p in error["problems"] if reason in p["message"])
             assert (problem["file"], problem["line"]) == (str(file), line)
             assert f"{file}:{line}:" in error["message"]
-            said = len(lines(running, "config_reload_failed"))
             hang_up(running)
-            eventually(lambda said=said: len(lines(running, "config_reload_failed")) == said + 1)
+            eventually(lambda number=number: len(lines(running, "config_reload_failed")) == 2 * number)
             logged = lines(running, "config_reload_failed")[-1]
             assert logged["config"] == next(iter(before[1]))
             assert any(text.startswith(f"{file}:{line}:") and reason in text for text in logged["problems"])
