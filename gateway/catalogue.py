@@ -151,6 +151,9 @@ class _Models:
 
     origin: Origin | None = None
     as_of: str | None = None
+    kind: str = ""
+    listed: Mapping[str, Model] = field(default_factory=dict)  # id → model as the list has it, without overrides
+    listed_by: Origin | None = None
     by_name: Mapping[str, Model] = field(default_factory=dict)  # id, canonical slug or `~…-latest` → model
     items: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # id → item of /v1/models
 
@@ -171,44 +174,84 @@ class Catalogue:
 
         `default` (else the first) is the upstream of overrides that name none; its models are listed first.
         """
+        self._cache_dir = cache_dir
+        self._fetch = fetch
+        self._errors: dict[str, str] = {}
+        self._tasks = Tasks()
+        self._fresh: list[asyncio.Task[None]] = []
+        self._configure(kinds, settings, default)
+        self._models: dict[str, _Models] = dict.fromkeys(self._kinds, _Models())
+        self._before: dict[str, _Models] = {}  # what was known at the start
+        self.revision = 0  # another one after each change: for whoever keeps what it found here
+
+    def _configure(self, kinds: Mapping[str, str], settings: CatalogueSettings, default: str | None) -> None:
         first = default if default in kinds else next(iter(kinds), None)
         self._kinds = dict(sorted(kinds.items(), key=lambda kind: kind[0] != first))
         self._settings = settings
-        self._cache_dir = cache_dir
-        self._fetch = fetch
         self._overrides: dict[str, dict[str, ModelOverride]] = {name: {} for name in self._kinds}
         for model_id, override in settings.overrides.items():
             self._overrides.setdefault(override.upstream or first or "", {})[model_id] = override
-        self._models: dict[str, _Models] = dict.fromkeys(self._kinds, _Models())
-        self._before: dict[str, _Models] = {}  # what was known at the start
-        self._errors: dict[str, str] = {}
-        self.revision = 0  # another one after each change: for whoever keeps what it found here
 
     # --- coming and going -------------------------------------------------------------------------
 
     def load(self) -> None:
         """Read the copy that an earlier run left, else the bundled snapshot. Blocks for milliseconds."""
-        for upstream, kind in self._kinds.items():
-            self._models[upstream] = (
-                self._cached(upstream)
-                or (self._bundled(upstream) if kind == "openrouter" else None)
-                or self._compile(upstream, {}, None, None)
-            )
+        for upstream in self._kinds:
+            self._models[upstream] = self._load(upstream)
         self._before = dict(self._models)
         self.revision += 1
+
+    def _load(self, upstream: str) -> _Models:
+        return (
+            self._cached(upstream)
+            or (self._bundled(upstream) if self._kinds[upstream] == "openrouter" else None)
+            or self._compile(upstream, {}, None, None)
+        )
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Load, then keep fresh in the background. An upstream that can't be reached delays nothing."""
         await asyncio.to_thread(self.load)
-        tasks = Tasks()
-        if self._settings.refresh > 0:
-            for upstream in self._kinds:
-                tasks.spawn(self._keep_fresh(upstream), f"catalogue:{upstream}")
+        self._stay_fresh()
         try:
             yield
         finally:
-            await tasks.drain(0)
+            await self._tasks.drain(0)
+
+    def _stay_fresh(self) -> None:
+        for task in self._fresh:
+            task.cancel()
+        wanted = self._kinds if self._settings.refresh > 0 else ()
+        self._fresh = [self._tasks.spawn(self._keep_fresh(name), f"catalogue:{name}") for name in wanted]
+
+    def follow(
+        self, kinds: Mapping[str, str], settings: CatalogueSettings, *, default: str | None = None
+    ) -> Callable[[], None]:
+        """Work out what other settings make of the lists. Blocks for milliseconds; what it returns puts it in force.
+
+        Prices of an upstream that is no longer there stay known: requests that go on with it are billed.
+        """
+        other = Catalogue(kinds, settings, self._cache_dir, self._fetch, default=default)
+        before = dict(self._models)
+        models = {name: other._again(name, before.get(name)) for name in kinds}
+        at_the_start = {name: other._again(name, known) for name, known in self._before.items() if name in kinds}
+
+        def put_in_force() -> None:
+            self._configure(kinds, settings, default)
+            fetched = [name for name in kinds if name in before and self._models[name] is not before[name]]
+            newer = {name: self._again(name, self._models[name]) for name in fetched}
+            self._models = {**self._models, **models, **newer}
+            self._before = at_the_start
+            self.revision += 1
+            self._stay_fresh()
+
+        return put_in_force
+
+    def _again(self, upstream: str, known: _Models | None) -> _Models:
+        """The list that is known already, under these overrides."""
+        if known is None or known.kind != self._kinds[upstream]:
+            return self._load(upstream)
+        return self._compile(upstream, known.listed, known.listed_by, known.as_of)
 
     async def _keep_fresh(self, upstream: str) -> None:
         every = self._settings.refresh
@@ -257,7 +300,7 @@ class Catalogue:
             return None
         by_name = models.by_name
         found = by_name.get(model_id)
-        if found is None and ":" in model_id and self._kinds[upstream] == "openrouter":
+        if found is None and ":" in model_id and models.kind == "openrouter":
             found = by_name.get(model_id.rpartition(":")[0]) or by_name.get(model_id.partition(":")[0])
         return found
 
@@ -287,8 +330,8 @@ class Catalogue:
         never end. Don't change the items: they are shared.
         """
         found = {alias: alias_item(alias) for alias in aliases}
-        for models in self._models.values():
-            for model_id, item in models.items.items():
+        for upstream in self._kinds:
+            for model_id, item in self._models[upstream].items.items():
                 if model_id not in found and allows(model_id):
                     found[model_id] = item
         start = max(0, offset)
@@ -305,10 +348,10 @@ class Catalogue:
         """Body of GET /v1/models/{id}, None if nobody serves it. Scopes are checked by who calls this."""
         if model_id in aliases:
             return alias_item(model_id)
-        for upstream, models in self._models.items():
+        for upstream in self._kinds:
             model = self.model(upstream, model_id)
             if model is not None:
-                return models.items[model.id]
+                return self._models[upstream].items[model.id]
         return None
 
     def concerns(self, upstream: str, name: str, today: date) -> list[Concern]:
@@ -360,7 +403,7 @@ class Catalogue:
                 "models": len(models.items),
                 "error": self._errors.get(upstream),
             }
-            for upstream, models in self._models.items()
+            for upstream, models in ((name, self._models[name]) for name in self._kinds)
         }
 
     # --- files ------------------------------------------------------------------------------------
@@ -421,7 +464,7 @@ class Catalogue:
         # Only what was understood is kept on disk.
         return [model.raw for model in listed.values()], self._compile(upstream, listed, "upstream", as_of)
 
-    def _compile(self, upstream: str, listed: dict[str, Model], origin: Origin | None, as_of: str | None) -> _Models:
+    def _compile(self, upstream: str, listed: Mapping[str, Model], origin: Origin | None, as_of: str | None) -> _Models:
         kind = self._kinds[upstream]
         ids = _ids(listed)
         models = dict(listed)
@@ -432,7 +475,8 @@ class Catalogue:
             model_id: models[model_id] for model_id in self._overrides[upstream]
         }
         items = {model_id: _item(model, kind) for model_id, model in models.items()}
-        return _Models(origin if listed else "override" if models else None, as_of, by_name, items)
+        known_by = origin if listed else "override" if models else None
+        return _Models(known_by, as_of, kind, listed, origin, by_name, items)
 
 
 # --- reading an upstream's list -------------------------------------------------------------------

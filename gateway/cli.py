@@ -16,7 +16,7 @@ import typer
 from gateway._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from gateway.catalogue import Catalogue, Price
     from gateway.explain import Asked
@@ -82,12 +82,15 @@ def serve(
     show_key: Annotated[bool, typer.Option("--show-key", help="Print the bootstrap key at every start.")] = False,
     new_key: Annotated[bool, typer.Option("--new-key", help="Replace the bootstrap key by a new one.")] = False,
 ) -> None:
-    """Start the gateway."""
-    loaded = _load(config, host, port, workers)
+    """Start the gateway. SIGHUP reads the configuration again."""
+    changes = {name: v for name, v in (("host", host), ("port", port), ("workers", workers)) if v is not None}
+    loaded = _load(config, changes)
     from gateway import logs
+    from gateway.reload import read
 
     logs.setup(loaded.settings.log)
-    sys.exit(_serve(loaded, show_key=show_key, new_key=new_key))
+    path = _config_path(config)
+    sys.exit(_serve(loaded, lambda: read(path, changes), show_key=show_key, new_key=new_key))
 
 
 @app.command(short_help="Report all mistakes in the configuration.")
@@ -173,7 +176,7 @@ def plugins(
     blueprints, problems, _ = _examine(_config_path(config))
     _stop_on(problems)
     for blueprint in blueprints:
-        typer.echo(f"{blueprint.id:20} {blueprint.version:10} {', '.join(hooks_of(blueprint.cls)) or 'no hooks'}")
+        typer.echo(f"{blueprint.id:20} {blueprint.version:14} {', '.join(hooks_of(blueprint.cls)) or 'no hooks'}")
     typer.echo("\nCall order:")
     for hook in HOOKS:
         order = [b.id for b in blueprints if hook in hooks_of(b.cls)]
@@ -354,7 +357,7 @@ def settings_schema(*, others: bool = False) -> dict[str, Any]:
 # --- serving --------------------------------------------------------------------------------
 
 
-def _serve(loaded: Loaded, *, show_key: bool, new_key: bool) -> int:
+def _serve(loaded: Loaded, read: Callable[[], Loaded], *, show_key: bool, new_key: bool) -> int:
     from gateway.errors import StartError
     from gateway.plugins import PluginStartError
     from gateway.settings import ConfigError
@@ -362,15 +365,16 @@ def _serve(loaded: Loaded, *, show_key: bool, new_key: bool) -> int:
     from gateway.worker import Worker
 
     settings = loaded.settings
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it serves: what would be read again was read just now
     try:
         with data_dir(settings.server.data_dir) as folder:
             own = identity(folder, settings, new_bootstrap_key=new_key)
             shown = own.bootstrap_key if show_key or own.bootstrap_key_is_new or sys.stdout.isatty() else None
             key_file = str(folder / "bootstrap_key") if own.bootstrap_key else None
             if settings.server.workers > 1:
-                run_loop(_workers_until_stopped(loaded, folder, shown, key_file))
+                run_loop(_workers_until_stopped(loaded, read, folder, shown, key_file))
             else:
-                run_loop(_until_stopped(Worker(loaded, own, folder), shown, key_file))
+                run_loop(_until_stopped(Worker(loaded, own, folder), loaded, read, shown, key_file))
     except ConfigError as error:
         _stop_on(list(error.problems))
     except (StartError, PluginStartError, DataDirError) as error:
@@ -382,9 +386,15 @@ def _serve(loaded: Loaded, *, show_key: bool, new_key: bool) -> int:
     return 0
 
 
-async def _until_stopped(worker: Worker, key: str | None, key_file: str | None) -> None:
+async def _until_stopped(
+    worker: Worker, loaded: Loaded, read: Callable[[], Loaded], key: str | None, key_file: str | None
+) -> None:
+    from gateway.reload import Reloader
+
     stop = stop_signals()
-    async with worker.running():
+    worker.reloader = reloader = Reloader(loaded, read, worker.put_in_force, lambda: worker.snapshot.hash)
+    on_hangup(reloader.ask, stop.set)
+    async with worker.running(), reloader.listening():
         has_task = "task/chat" in worker.snapshot.names()
         _greet(
             settings=worker.snapshot.settings,
@@ -397,16 +407,19 @@ async def _until_stopped(worker: Worker, key: str | None, key_file: str | None) 
         await stop.wait()
 
 
-async def _workers_until_stopped(loaded: Loaded, folder: Path, key: str | None, key_file: str | None) -> None:
+async def _workers_until_stopped(
+    loaded: Loaded, read: Callable[[], Loaded], folder: Path, key: str | None, key_file: str | None
+) -> None:
     from gateway.plugins import read_plugins
     from gateway.processes import Group
     from gateway.stores import embedded_redis
 
     read_plugins(loaded.settings, loaded.source)  # a mistake is told once, not by each worker
     async with embedded_redis(loaded.settings, folder) as redis_url:
-        group = Group(loaded, folder, redis_url)
+        group = Group(loaded, folder, redis_url, read)
         stop = stop_signals(group.kill)
-        async with group.running() as ready:
+        on_hangup(group.reloader.ask, stop.set)
+        async with group.running() as ready, group.reloader.listening():
             _greet(
                 settings=loaded.settings,
                 port=group.port,
@@ -438,6 +451,17 @@ def stop_signals(at_second: Callable[[], None] | None = None) -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     return stop
+
+
+def on_hangup(reload: Callable[[], None], stop: Callable[[], None]) -> None:
+    """SIGHUP: reload; but stop if it means that the terminal was closed, as a program without a reload would."""
+    terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
+
+    def on_signal() -> None:
+        closed = any(not os.isatty(fd) for fd in terminals)
+        stop() if closed else reload()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
 
 
 def _banner(
@@ -506,10 +530,9 @@ def _config_path(given: Path | None) -> Path:
     return packaged if packaged.is_file() else Path(__file__).parent.parent / "config" / "xenios.yaml"
 
 
-def _load(config: Path | None, host: str | None = None, port: int | None = None, workers: int | None = None) -> Loaded:
-    """The configuration, or exit 2 with every mistake in it."""
-    from dataclasses import replace
-
+def _load(config: Path | None, changes: Mapping[str, Any] | None = None) -> Loaded:
+    """The configuration, under what the command line says of `server`; or exit 2 with every mistake in it."""
+    from gateway.reload import changed
     from gateway.settings import SEVERAL_NEED_REDIS, ConfigError, counts_apart, load
 
     path = _config_path(config)
@@ -519,33 +542,18 @@ def _load(config: Path | None, host: str | None = None, port: int | None = None,
         _, problems, _ = _examine(path)
         _stop_on(problems)
         raise
-    changes = {
-        name: value for name, value in (("host", host), ("port", port), ("workers", workers)) if value is not None
-    }
-    if not changes:
-        return loaded
-    server = loaded.settings.server.model_copy(update=changes)
-    settings = loaded.settings.model_copy(update={"server": server})
-    if counts_apart(settings):
+    loaded = changed(loaded, changes or {})
+    if counts_apart(loaded.settings):
         typer.echo(f"xenios: {SEVERAL_NEED_REDIS}.", err=True)
         raise typer.Exit(2)
-    return replace(loaded, settings=settings)
+    return loaded
 
 
 def _examine(path: Path) -> tuple[list[Blueprint], list[Problem], Loaded | None]:
     """Everything that is wrong with the file and its plugins, in line order."""
-    from gateway.plugins import read_entries
-    from gateway.settings import ConfigError, Loaded, examine
+    from gateway.reload import examine_all
 
-    try:
-        examined = examine(path)
-    except ConfigError as error:
-        return [], list(error.problems), None
-    services = examined.settings.services if examined.settings else None
-    blueprints, found = read_entries(examined.plugins(), examined.source, services=services)
-    problems = sorted([*examined.problems, *found], key=lambda p: (p.line or 0, p.column or 0))
-    loaded = Loaded(examined.settings, examined.source) if examined.settings else None
-    return blueprints, problems, loaded
+    return examine_all(path)
 
 
 def _stop_on(problems: list[Problem]) -> None:
@@ -630,7 +638,7 @@ def _explained(config: Path | None, url: str | None, asked: Asked) -> dict[str, 
         if loaded is None:
             raise AssertionError
         logs.setup(loaded.settings.log)  # to standard error: standard output is the command's
-        return asyncio.run(by_configuration(loaded.settings, blueprints, asked))
+        return asyncio.run(by_configuration(loaded, blueprints, asked))
     except GatewayError as error:
         _fail(error.message, 1)
     except (StartError, PluginStartError) as error:

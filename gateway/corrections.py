@@ -35,6 +35,7 @@ DELAYS = (1.0, 3.0, 10.0, 30.0)
 class _Wanted:
     operation_id: str
     exchange_id: str
+    snapshot: Snapshot  # whose plugins know of the request
     upstream: str
     generation_id: str
 
@@ -62,7 +63,8 @@ class Corrections:
                 log.warning("corrections_dropped", so_far=self.dropped)
             return
         operation = f"{exchange.id}/{record.number}"
-        wanted = _Wanted(operation, exchange.id, upstream.name, record.generation_id)
+        wanted = _Wanted(operation, exchange.id, exchange.snapshot, upstream.name, record.generation_id)
+        exchange.snapshot.users.enter()
         self._tasks.spawn(self._correct(wanted), "correction")
 
     @contextlib.asynccontextmanager
@@ -86,6 +88,8 @@ class Corrections:
         except Exception:
             self.given_up += 1
             log.exception("correction_failed", operation=wanted.operation_id)
+        finally:
+            wanted.snapshot.users.leave()
 
     async def _told(self, wanted: _Wanted) -> bool:
         """Ask after each delay; once the process ends, without delay and then for `LAST_SECONDS`."""
@@ -116,13 +120,14 @@ class Corrections:
         if data is None:
             return False
         self.corrected += 1
-        await dispatch.run_corrected(self._current().hooks.usage_corrected, _correction(wanted, data))
+        await dispatch.run_corrected(wanted.snapshot.hooks.usage_corrected, _correction(wanted, data))
         return True
 
     async def _generation(self, wanted: _Wanted) -> dict[str, Any] | None:
-        upstream = self._current().upstreams.get(wanted.upstream)
-        if upstream is None:
-            return None
+        upstream = wanted.snapshot.upstreams[wanted.upstream]
+        newest = self._current().upstreams.get(wanted.upstream)
+        if newest is not None and newest.settings.base_url == upstream.settings.base_url:
+            upstream = newest  # its key may have been changed since
         try:
             async with asyncio.timeout(10):
                 response = await upstream.transport.send(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gateway.explain import Asked
     from gateway.kit.ledger import Ledger
     from gateway.plugins import Blueprint
-    from gateway.settings import Settings, Upstream
+    from gateway.settings import Loaded, Settings, Upstream
     from gateway.snapshot import Snapshot
 
 NOBODY = Principal("command-line", kind="cli", tenant="default", admin=True)
@@ -61,9 +61,10 @@ async def by_gateway(url: str, key: str, asked: Asked) -> JsonObject:
         raise GatewayError(f"{url} answered with HTTP {reply.status}: {said}")
 
 
-async def by_configuration(settings: Settings, blueprints: Sequence[Blueprint], asked: Asked) -> JsonObject:
+async def by_configuration(loaded: Loaded, blueprints: Sequence[Blueprint], asked: Asked) -> JsonObject:
     """Plugins are constructed and not opened; of stores only what is asked is read. Raises GatewayError, StartError."""
-    async with _snapshot(settings, blueprints) as snapshot:
+    settings = loaded.settings
+    async with _snapshot(loaded, blueprints) as snapshot:
         principal = NOBODY
         if asked.principal is not None:
             principal = await explain.restored(snapshot, asked.principal)
@@ -80,7 +81,8 @@ def _is_private(settings: Settings) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _snapshot(settings: Settings, blueprints: Sequence[Blueprint]) -> AsyncIterator[Snapshot]:
+async def _snapshot(loaded: Loaded, blueprints: Sequence[Blueprint]) -> AsyncIterator[Snapshot]:
+    settings = loaded.settings
     folder = settings.server.data_dir
     # What only looks must not bring the tables up to date.
     given = settings.services.database.model_copy(update={"migrate_on_start": False})
@@ -102,7 +104,7 @@ async def _snapshot(settings: Settings, blueprints: Sequence[Blueprint]) -> Asyn
             ),
         )
         health = Health(lambda: False)
-        yield build(settings, blueprints, services, _unreachable, lambda router: add_core_routes(router, health))
+        yield build(loaded, blueprints, services, _unreachable, lambda router: add_core_routes(router, health))
 
 
 def _catalogue(settings: Settings) -> Catalogue:

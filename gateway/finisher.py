@@ -28,6 +28,7 @@ class Finisher:
         self._draining = False
 
     def put(self, exchange: Exchange, impls: Impls) -> None:
+        exchange.snapshot.users.enter()
         self._queue.append((exchange, impls))
         if not self._called:
             self._call()
@@ -58,7 +59,12 @@ class Finisher:
                 while queue:
                     if len(queue) > 1 and not self._called:
                         self._call()  # should this one wait, another task goes on with the rest
-                    await run_finished(*queue.popleft(), watch)
+                    exchange, impls = queue.popleft()
+                    try:
+                        await run_finished(exchange, impls, watch)
+                    finally:
+                        exchange.snapshot.users.leave()
+                    del exchange, impls  # not kept until the next one comes
                 if self._draining or len(self._waiting) >= KEPT:
                     return
                 turn = loop.create_future()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from gateway.settings import PluginEntry, ServicesSettings, Settings, Source
 
 GROUP = "xenios.plugins"
+GIVE_UP_SECONDS = 2.0  # for a lifespan that hangs to end once it is cancelled
+SECTIONS = ("server", "log", "upstream", "upstreams", "catalogue", "services")
 HOOKS = {f.name: getattr(Hooks, f.name) for f in fields(CompiledHooks)}
 
 
@@ -52,11 +55,12 @@ class Blueprint:
     config: BaseModel
     entry: PluginEntry
     version: str
+    seen: tuple[Any, ...] = ()  # of the settings around it what it may have read, `reads_settings`
 
     @property
-    def identity(self) -> tuple[str, str, str, BaseModel]:
+    def identity(self) -> tuple[Any, ...]:
         """Equal in two configurations: a reload carries the instance over, state and all."""
-        return (self.use, self.id, repr((self.entry.when, self.entry.on_error)), self.config)
+        return (self.cls, self.use, self.id, self.entry.when, self.entry.on_error, self.config, self.seen)
 
 
 @dataclass(slots=True)
@@ -80,12 +84,15 @@ class Instance:
             return
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._close = asyncio.Event()
-        self._task = asyncio.get_running_loop().create_task(self._live(opened, self._close), name=f"lifespan {self.id}")
+        task = asyncio.get_running_loop().create_task(self._live(opened, self._close), name=f"lifespan {self.id}")
+        self._task = task
         try:
             await opened
         except BaseException:
             self.users -= 1
             self._task = None
+            task.cancel()  # it hangs, and nobody waits any longer; else it has ended
+            await asyncio.wait([task], timeout=GIVE_UP_SECONDS)
             raise
 
     async def release(self) -> None:
@@ -103,6 +110,8 @@ class Instance:
                     opened.set_result(None)
                 await close.wait()
         except BaseException as error:
+            if opened.cancelled():
+                return  # given up: what else it says is nobody's business
             if opened.done():
                 raise
             opened.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
@@ -137,7 +146,12 @@ def read_plugins(settings: Settings, source: Source, classes: Mapping[str, type[
     found, problems = read_entries(list(enumerate(settings.plugins)), source, classes, settings.services)
     if problems:
         raise ConfigError(problems)
-    return found
+    return [replace(b, seen=tuple(getattr(settings, name) for name in _sections(b.cls))) for b in found]
+
+
+def _sections(cls: type[Any]) -> tuple[str, ...]:
+    """The sections beside its own entry that a plugin's instance depends on; unless it says so, all."""
+    return tuple(getattr(cls, "reads_settings", SECTIONS))
 
 
 def read_entries(
@@ -182,7 +196,7 @@ def installed() -> dict[str, importlib.metadata.EntryPoint]:
 def load(use: str, folder: Path) -> tuple[type[Any], str]:
     """The plugin's class and version. Raises LookupError that says what to do."""
     if _is_file(use):
-        return _load_file(use, folder), "file"
+        return _load_file(use, folder)
     points = installed()
     point = points.get(use)
     if point is None:
@@ -200,28 +214,38 @@ def _is_file(use: str) -> bool:
     return ".py" in use or use.startswith((".", "/"))
 
 
-def _load_file(use: str, folder: Path) -> type[Any]:
+def file_of(use: str, folder: Path) -> Path | None:
+    """The file that holds the plugin; None for an installed one."""
+    return (folder / use.partition(":")[0]).resolve() if _is_file(use) else None
+
+
+def _load_file(use: str, folder: Path) -> tuple[type[Any], str]:
+    """By its content: a reload takes up what was changed, and what wasn't is the same class as before."""
     name, _, attribute = use.partition(":")
     path = (folder / name).resolve()
-    if not path.is_file():
-        raise LookupError(f"there is no file {path}.")
-    module_name = f"xenios_file_plugin_{abs(hash(str(path)))}_{path.stem}"
+    try:
+        code = path.read_bytes()
+    except OSError:
+        raise LookupError(f"there is no file {path}.") from None
+    digest = hashlib.sha256(str(path).encode() + b"\0" + code).hexdigest()[:8]
+    module_name = f"xenios_file_plugin_{digest}_{path.stem}"
     module = sys.modules.get(module_name)
     if module is None:
         spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
+        if spec is None:
             raise LookupError(f"{path} is not a Python file.")
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         try:
-            spec.loader.exec_module(module)
+            # not by the loader: it would take compiled code of a change within the same second for the newest
+            exec(compile(code, str(path), "exec", dont_inherit=True), module.__dict__)  # noqa: S102 - the operator's own plugin
         except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise LookupError(f"{path} can't be imported: {type(error).__name__}: {error}") from error
     cls = getattr(module, attribute or "Plugin", None)
     if cls is None:
         raise LookupError(f"{path} has no class {attribute or 'Plugin'}.")
-    return _class(cls, use)
+    return _class(cls, use), f"file {digest}"
 
 
 def _class(cls: Any, use: str) -> type[Any]:
@@ -363,6 +387,8 @@ def compile_hooks(instances: Sequence[Instance]) -> CompiledHooks:
             for found in reversed(getattr(manager.hook, hook).get_hookimpls())
         ]
         chains[hook] = tuple(reversed(impls) if hook == "request_finished" else impls)
+    for instance in instances:
+        manager.unregister(instance.plugin)  # it is a cycle of references, which would keep them long after a reload
     return CompiledHooks(**chains)
 
 
@@ -381,15 +407,25 @@ def _impl(hook: str, index: int, instance: Instance, function: Any) -> Impl:
     )
 
 
-async def open_all(instances: Sequence[Instance]) -> None:
-    """Open in order; if one fails, those that are open are closed in reverse. Raises PluginStartError."""
+async def open_all(instances: Sequence[Instance], seconds: float | None = None) -> None:
+    """Open in order; if one fails, or all take longer than `seconds`, those that are open are closed in reverse.
+
+    Raises PluginStartError.
+    """
     done: list[Instance] = []
+    deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
     for instance in instances:
+        limit = asyncio.timeout_at(deadline)
         try:
-            await instance.open()
-        except Exception as error:
+            async with limit:
+                await instance.open()
+        except BaseException as error:
             with contextlib.suppress(Exception):
                 await close_all(done)
+            if not isinstance(error, Exception):
+                raise
+            if limit.expired():
+                error = TimeoutError(f"it was not open after {seconds:g} s")
             raise PluginStartError(instance.id, "lifespan", error) from error
         done.append(instance)
 

@@ -78,9 +78,15 @@ class _Connection(RequestHandler):
     __slots__ = ("_head_timer", "_limits", "peer")
 
     def __init__(
-        self, manager: _Listener, *, loop: asyncio.AbstractEventLoop, limits: ServerSettings, **kwargs: Any
+        self,
+        manager: _Listener,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        limits: Callable[[], ServerSettings],
+        **kwargs: Any,
     ) -> None:
-        super().__init__(manager, loop=loop, **kwargs)
+        # those of aiohttp's own are for the connection's life, ours are asked for anew
+        super().__init__(manager, loop=loop, keepalive_timeout=limits().keepalive_timeout, **kwargs)
         self._limits = limits
         self._head_timer: asyncio.TimerHandle | None = None
         self.peer: tuple[Any, ...] | str | None = None
@@ -89,11 +95,11 @@ class _Connection(RequestHandler):
         super().connection_made(transport)
         self.peer = transport.get_extra_info("peername")
         manager = self._manager
-        if manager is not None and len(manager.connections) > self._limits.max_connections:
+        if manager is not None and len(manager.connections) > self._limits().max_connections:
             transport.write(_bare(HTTPStatus.SERVICE_UNAVAILABLE, "Retry-After: 1\r\n"))  # type: ignore[attr-defined]  # a stream transport
             self.force_close()
             return
-        self._head_timer = self._loop.call_later(self._limits.header_timeout, self._head_late)
+        self._head_timer = self._loop.call_later(self._limits().header_timeout, self._head_late)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -103,7 +109,7 @@ class _Connection(RequestHandler):
                 self._head_timer = None
         elif self._head_timer is None and self._waiter is not None:
             # a head has begun on an idle connection, and is not complete
-            self._head_timer = self._loop.call_later(self._limits.header_timeout, self._head_late)
+            self._head_timer = self._loop.call_later(self._limits().header_timeout, self._head_late)
 
     def _head_late(self) -> None:
         self._head_timer = None
@@ -171,12 +177,13 @@ class _Connection(RequestHandler):
 
 
 class _Listener(web.Server):
-    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[Any]], limits: ServerSettings) -> None:
+    def __init__(
+        self, handler: Callable[[web.BaseRequest], Awaitable[Any]], limits: Callable[[], ServerSettings]
+    ) -> None:
         super().__init__(
             handler,
             handler_cancellation=True,
             access_log=None,
-            keepalive_timeout=limits.keepalive_timeout,
             lingering_time=LINGER_SECONDS,
             max_line_size=16 * 1024,
             max_field_size=32 * 1024,
@@ -350,7 +357,7 @@ class Server:
 
     async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
         """Listen, on `sockets` if there are any, which listen already; returns the port. Raises OSError."""
-        self._listener = _Listener(self._handle, self._current().settings.server)
+        self._listener = _Listener(self._handle, lambda: self._current().settings.server)
         loop = asyncio.get_running_loop()
         if sockets:
             self._sockets = [await loop.create_server(self._listener, sock=sock, backlog=4096) for sock in sockets]
@@ -411,10 +418,12 @@ class Server:
             finisher=self._finisher,
             correct=self._correct,
         )
+        snapshot.users.enter()
         self._runs.add(run)
         try:
             await run.run()
         finally:
+            snapshot.users.leave()
             self._runs.discard(run)
             if not self._runs:
                 self._idle.set()

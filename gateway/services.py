@@ -43,7 +43,8 @@ class Services:
 
     def of(self, plugin_id: str) -> Services:
         """The same services, with a log that names the plugin."""
-        return replace(self, plugin_id=plugin_id, log=structlog.get_logger("gateway.plugin").bind(plugin=plugin_id))
+        # not bound now: the level that is set when it is used counts
+        return replace(self, plugin_id=plugin_id, log=structlog.get_logger("gateway.plugin", plugin=plugin_id))
 
     @property
     def database(self) -> Database:

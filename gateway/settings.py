@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -176,6 +176,11 @@ class ServerSettings(_Section):
     debug_headers: Flag = False
     """Say in `x-xenios-tries` which targets a request tried, and why each failed. Default false: only to
     administrators."""
+    watch_config: Flag = False
+    """Reload when this file, or one that it names (`${file:…}`, `ca_file`, a plugin's), is changed. Default false: on
+    SIGHUP and POST /admin/reload only."""
+    reload_timeout: Duration = Field(30.0, gt=0)
+    """Time for a reload to prepare, plugins to open among it. Default 30s; then nothing is changed."""
     bootstrap_key: Flag = True
     """Make an administrator's key in data_dir at the first start. Default true; with false the first key must come
     from elsewhere."""
@@ -551,9 +556,15 @@ def load(path: Path, env: Mapping[str, str] = os.environ) -> Loaded:
     return _loaded(examine(path, env))
 
 
-def load_text(text: str, file: str = "<text>", env: Mapping[str, str] = os.environ, base: Path | None = None) -> Loaded:
-    """As `load`, from text; `base` is the directory that relative file names start from."""
-    return _loaded(examine_text(text, file, env, base))
+def load_text(
+    text: str,
+    file: str = "<text>",
+    env: Mapping[str, str] = os.environ,
+    base: Path | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Loaded:
+    """As `load`, from text; `base`: the directory that relative file names start from; `files`: `Source.files`."""
+    return _loaded(_examine(read_text(text, file, base or Path.cwd(), env, files)))
 
 
 def examine(path: Path, env: Mapping[str, str] = os.environ) -> Examined:
@@ -615,9 +626,15 @@ _SECRET_NAME: Final = re.compile(
 _PASSWORD: Final = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
-def masked(settings: Settings, source: Source) -> dict[str, Any]:
-    """The settings for people to read: JSON types, `30s` and `20MiB`; secrets and what `${…}` gave as `**********`."""
-    return {key: _masked(value, (key,), source) for key, value in settings.model_dump(mode="json").items()}
+def masked(settings: Settings, source: Source, configs: Sequence[BaseModel] = ()) -> dict[str, Any]:
+    """The settings for people to read: JSON types, `30s` and `20MiB`; secrets and what `${…}` gave as `**********`.
+
+    `configs`: those of the plugins as they understood them, with their defaults, and their secrets known as such.
+    """
+    shown = settings.model_dump(mode="json")
+    for entry, config in zip(shown["plugins"], configs, strict=False):
+        entry["config"] = config.model_dump(mode="json", fallback=str)
+    return {key: _masked(value, (key,), source) for key, value in shown.items()}
 
 
 def _masked(value: Any, path: Steps, source: Source) -> Any:
@@ -625,12 +642,18 @@ def _masked(value: Any, path: Steps, source: Source) -> Any:
         return {key: _masked(item, (*path, key), source) for key, item in value.items()}
     if isinstance(value, list):
         return [_masked(item, (*path, index), source) for index, item in enumerate(value)]
-    if path in source.expanded and value is not None:
+    # a validator may have made a list or a section of the one text that stands in the file
+    if value is not None and any(path[:length] in source.expanded for length in range(1, len(path) + 1)):
         return MASK
     if not isinstance(value, str):
         return value
     named_secret = path[2:3] == ("config",) and any(_SECRET_NAME.search(str(step)) for step in path[3:])
-    return MASK if named_secret or path[2:3] == ("headers",) else _PASSWORD.sub(MASK, value)
+    return MASK if named_secret or path[2:3] == ("headers",) else without_passwords(value)
+
+
+def without_passwords(text: str) -> str:
+    """Without what stands between `://` and `@`."""
+    return _PASSWORD.sub(MASK, text)
 
 
 _EXPRESSION_SCHEMA: Final = {"type": "string", "pattern": r"^\$\{.+\}$"}

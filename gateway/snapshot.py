@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from gateway.plugins import Blueprint, Instance
     from gateway.routes import RouteTable
     from gateway.services import Services
-    from gateway.settings import Settings, Upstream
+    from gateway.settings import Loaded, Settings, Source, Upstream
     from gateway.upstream import UpstreamClient
 
 
@@ -51,11 +52,38 @@ class Derived:
         )
 
 
-@dataclass(frozen=True, slots=True)
+class Users:
+    """What goes on with a snapshot: requests, what runs after them, look-ups of costs. Each enters, and leaves once."""
+
+    __slots__ = ("_when_over", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._when_over: Callable[[], object] | None = None
+
+    def enter(self) -> None:
+        self.count += 1
+
+    def leave(self) -> None:
+        self.count -= 1
+        if self.count == 0 and self._when_over is not None:
+            call, self._when_over = self._when_over, None
+            call()
+
+    def call_when_over(self, call: Callable[[], object]) -> None:
+        """Nobody new comes: `call` once the last one has left, now if there is none."""
+        if self.count == 0:
+            call()
+        else:
+            self._when_over = call
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """Settings, plugin instances, compiled hooks, routes and upstreams that belong together."""
 
     settings: Settings
+    source: Source
     instances: tuple[Instance, ...]
     hooks: CompiledHooks
     routes: RouteTable
@@ -64,6 +92,8 @@ class Snapshot:
     hash: str
     loopback: bool
     derived: Derived
+    since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    users: Users = field(default_factory=Users)
 
     def attempt_for(self, exchange: Exchange, target: Target) -> Attempt:
         return outgoing.attempt_for(exchange, target)
@@ -98,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 
 def build(
-    settings: Settings,
+    loaded: Loaded,
     blueprints: Sequence[Blueprint],
     services: Services,
     make_upstream: Callable[[str, Upstream], UpstreamClient],
@@ -107,6 +137,7 @@ def build(
     carry: Sequence[Instance] = (),
 ) -> Snapshot:
     """Construct and compile; nothing is opened yet. Raises PluginStartError."""
+    settings = loaded.settings
     instances = construct(blueprints, services, carry)
     hooks = compile_hooks(instances)
     configured = dict(settings.upstreams)
@@ -119,6 +150,7 @@ def build(
         _start(impl, router)
     return Snapshot(
         settings=settings,
+        source=loaded.source,
         instances=tuple(instances),
         hooks=hooks,
         routes=router.table(),

@@ -1,6 +1,6 @@
 """What must exist before a worker starts: a locked data directory, the pepper and the bootstrap key.
 
-One worker for now; several, respawn and reload come with the services that they share.
+Several workers and their respawn are `processes.py`, reload is `reload.py`.
 """
 
 from __future__ import annotations

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import hashlib
 import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,12 +18,13 @@ import structlog
 from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy, istr
 
-from gateway import dispatch
+from gateway import dispatch, logs
+from gateway.admin import add_admin_routes
 from gateway.catalogue import Catalogue
 from gateway.core_routes import add_core_routes
 from gateway.corrections import Corrections
 from gateway.dialects import DIALECTS
-from gateway.errors import BadRequest, StartError
+from gateway.errors import BadRequest, StartError, StoreUnavailable
 from gateway.exchange import Exchange, Reply, RequestView, new_id
 from gateway.finisher import Finisher
 from gateway.health import Health
@@ -44,7 +47,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gateway.exchange import JsonObject, Principal
-    from gateway.plugins import Blueprint
+    from gateway.plugins import Blueprint, Instance
+    from gateway.reload import Reloading
+    from gateway.routes import Router
     from gateway.settings import Loaded, Settings
     from gateway.settings import Upstream as UpstreamSettings
     from gateway.snapshot import Snapshot
@@ -55,12 +60,13 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway.worker")
 
 STALL_SECONDS = 0.2
+CLOSE_SECONDS = 10.0  # for old configurations that are being closed when the process ends
 # Requests make few cycles: collecting after each 700 new objects costs more than it frees.
 GC_THRESHOLD = (20_000, 20, 50)
 
 
 class Worker:
-    """Holds the snapshot in force."""
+    """Holds the snapshot in force, and those before it while requests go on with them."""
 
     def __init__(
         self,
@@ -68,11 +74,14 @@ class Worker:
         identity: Identity,
         data_dir: Path | None,
         blueprints: list[Blueprint] | None = None,
+        *,
         sockets: Sequence[socket.socket] = (),
+        number: int = 1,
     ) -> None:
         """`blueprints`: plugins that are given as they are (a test's own classes), instead of the YAML's. `sockets`:
-        those of a parent of several workers, instead of the settings' host and port.
+        those of a parent of several workers, instead of the settings' host and port; `number`: of this one.
         """
+        self.number = number
         self._shared_sockets = sockets
         self._loaded = loaded
         self._blueprints = blueprints
@@ -81,7 +90,13 @@ class Worker:
         self._tasks = Tasks()
         self._finisher = Finisher(self._tasks)
         self._simulator: Simulator | None = None
+        self._transports: dict[Any, AiohttpTransport] = {}
         self._snapshot: Snapshot | None = None
+        self._open: list[Snapshot] = []  # those whose plugins are open
+        self._prepared: tuple[Snapshot, Callable[[], None]] | None = None
+        self._closing = Tasks()
+        self._health = Health(lambda: self.server.draining)
+        self.reloader: Reloading | None = None  # who reloads, where there is a file to read again
         self.corrections = Corrections(lambda: self.snapshot)
         self.server = Server(lambda: self.snapshot, self._tasks, self._finisher, self.corrections)
         self.port = 0
@@ -104,62 +119,180 @@ class Worker:
         if blueprints is None:
             blueprints = read_plugins(settings, self._loaded.source)
         async with contextlib.AsyncExitStack() as stack:
-            if any(_simulates(u) for u in settings.upstreams.values()):
-                self._simulator = await stack.enter_async_context(Simulator())
+            stack.push_async_callback(self._close_simulator)
+            await self._simulate(settings)
             redis = await stack.enter_async_context(open_redis(settings, self._data_dir))
             database = await stack.enter_async_context(
                 open_database(settings, self._data_dir, schemas(blueprints), needed=needs_database(blueprints))
             )
             services = self._services(settings, redis, database)
-            health = Health(lambda: self.server.draining)
-            snapshot = build(
-                settings, blueprints, services, self._upstream, lambda router: add_core_routes(router, health)
-            )
-            self._snapshot = snapshot
-            stack.push_async_callback(self._close_transports, snapshot)
-            _refuse_open_door(snapshot)
+            stack.push_async_callback(self._close_transports, everything=True)
+            self._snapshot = self._build(self._loaded, blueprints, services)
+            _refuse_open_door(self._snapshot)
             await stack.enter_async_context(services.catalogue.lifespan())
             await stack.enter_async_context(services.ledger.lifespan())
-            await open_all(snapshot.instances)
-            stack.push_async_callback(self._close_plugins, snapshot)
+            await open_all(self._snapshot.instances)
+            self._open.append(self._snapshot)
+            stack.push_async_callback(self._close_all_plugins)
             await stack.enter_async_context(self.corrections.lifespan())
             stack.push_async_callback(self._finish_all)
             self.port = await self.server.start(settings.server.host, settings.server.port, self._shared_sockets)
-            stack.push_async_callback(self._drain, settings)
+            stack.push_async_callback(self._drain)
+            # Not after a reload: it would stop all streams for a while, and what is frozen is never collected.
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLD)
             stack.enter_context(watchdog(asyncio.get_running_loop()))
             yield self
 
+    # --- another configuration, while this one serves ----------------------------------------------------------------
+
+    async def prepare(self, loaded: Loaded, blueprints: list[Blueprint] | None = None) -> Snapshot:
+        """Open all that another configuration needs, beside the one in force, for `commit` or `abort`.
+
+        Raises ConfigError, StartError, PluginStartError; then nothing is left open, and nothing has changed.
+        """
+        await self.abort()
+        now, settings = self.snapshot, loaded.settings
+        seconds = now.settings.server.reload_timeout
+        try:
+            if blueprints is None:
+                blueprints = await asyncio.to_thread(read_plugins, settings, loaded.source)
+            await self._simulate(settings)
+            await self._admit_tables(now.services.database, blueprints, seconds)
+            put_in_force = await asyncio.to_thread(self._follow, settings)
+            await asyncio.to_thread(self._make_transports, settings)  # a certificate store takes a tenth of a second
+            services = replace(now.services, settings=settings)
+            snapshot = self._build(loaded, blueprints, services, now.instances)
+            _refuse_open_door(snapshot)
+            self._open.append(snapshot)
+            try:
+                await open_all(snapshot.instances, seconds)
+            except BaseException:
+                self._open.remove(snapshot)
+                raise
+        except BaseException:
+            await self._close_transports()
+            raise
+        self._prepared = snapshot, put_in_force
+        return snapshot
+
+    def commit(self) -> Snapshot:
+        """Requests that come from now on begin with what was prepared; the old closes after its last one."""
+        if self._prepared is None:
+            raise RuntimeError("Nothing is prepared.")
+        (snapshot, put_in_force), self._prepared = self._prepared, None
+        old, self._snapshot = self.snapshot, snapshot
+        put_in_force()
+        snapshot.services.database.schemas = schemas([instance.blueprint for instance in snapshot.instances])
+        if snapshot.settings.log != old.settings.log:
+            logs.setup(snapshot.settings.log)
+        old.users.call_when_over(lambda: self._closing.spawn(self._close(old), "an old configuration"))
+        return snapshot
+
+    async def abort(self) -> None:
+        """Close what was prepared, if anything was."""
+        if self._prepared is not None:
+            (snapshot, _), self._prepared = self._prepared, None
+            await self._close(snapshot)
+
+    async def put_in_force(self, loaded: Loaded) -> None:
+        """Both, where there is no other worker. Raises as `prepare`."""
+        await self.prepare(loaded)
+        self.commit()
+
+    async def _admit_tables(self, database: Database, blueprints: Sequence[Blueprint], seconds: float) -> None:
+        if not needs_database(blueprints):
+            return
+        wanted = schemas(blueprints)
+        try:
+            async with asyncio.timeout(seconds):
+                await database.admit(wanted)
+        except (StoreUnavailable, TimeoutError):
+            names = ", ".join(schema.name for schema in wanted)
+            raise StartError(
+                f"The database does not answer, so that nobody knows whether it has the tables of {names}."
+            ) from None
+
+    def _follow(self, settings: Settings) -> Callable[[], None]:
+        """What the catalogue makes of these settings, to be put in force."""
+        now = self.snapshot.settings
+        if (now.upstreams, now.catalogue, now.upstream.default) == (
+            settings.upstreams,
+            settings.catalogue,
+            settings.upstream.default,
+        ):
+            return lambda: None
+        return self.snapshot.services.catalogue.follow(
+            _kinds(settings), settings.catalogue, default=settings.upstream.default
+        )
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    def _build(
+        self, loaded: Loaded, blueprints: Sequence[Blueprint], services: Services, carry: Sequence[Instance] = ()
+    ) -> Snapshot:
+        def make_upstream(name: str, upstream: UpstreamSettings) -> UpstreamClient:
+            return self._upstream(loaded.settings, name, upstream)
+
+        def add_routes(router: Router) -> None:
+            add_core_routes(router, self._health)
+            add_admin_routes(router, lambda: self.reloader, self.number)
+
+        return build(loaded, blueprints, services, make_upstream, add_routes, carry=carry)
+
+    async def _simulate(self, settings: Settings) -> None:
+        if self._simulator is None and any(_simulates(u) for u in settings.upstreams.values()):
+            simulator = Simulator()
+            await simulator.start()
+            self._simulator = simulator
+
+    async def _close_simulator(self) -> None:
+        if self._simulator is not None:
+            await self._simulator.close()
+
     async def _finish_all(self) -> None:
         """Every `request_finished` that is due has run, or had its time."""
         self._finisher.drain()
         await self._tasks.drain(dispatch.FINISH_SECONDS + 1)
 
-    async def _drain(self, settings: Settings) -> None:
-        cut = await self.server.drain(settings.server.drain_delay, settings.server.drain_timeout)
+    async def _drain(self) -> None:
+        settings = self.snapshot.settings.server
+        cut = await self.server.drain(settings.drain_delay, settings.drain_timeout)
         if cut:
             log.warning("drain_cut_requests", requests=cut)
 
+    async def _close(self, snapshot: Snapshot) -> None:
+        await self._close_plugins(snapshot)
+        await self._close_transports()
+
     async def _close_plugins(self, snapshot: Snapshot) -> None:
+        if snapshot not in self._open:
+            return
+        self._open.remove(snapshot)
         for plugin, error in await close_all(snapshot.instances):
             log.error("plugin_close_failed", plugin=plugin, exc_info=error)
 
-    async def _close_transports(self, snapshot: Snapshot) -> None:
-        for upstream in snapshot.upstreams.values():
-            await upstream.transport.close()
+    async def _close_all_plugins(self) -> None:
+        await self.abort()
+        await self._closing.drain(CLOSE_SECONDS)
+        for snapshot in self._open[::-1]:
+            await self._close_plugins(snapshot)
+
+    async def _close_transports(self, *, everything: bool = False) -> None:
+        """Those that no configuration uses any more."""
+        used = {id(client.transport) for snapshot in self._open for client in snapshot.upstreams.values()}
+        for key, transport in list(self._transports.items()):
+            if everything or id(transport) not in used:
+                del self._transports[key]
+                await transport.close()
 
     def _services(self, settings: Settings, redis: RedisStore | None, database: Database) -> Services:
         cache = self._data_dir / "catalogue" if self._data_dir else None
         return Services(
             settings=settings,
             catalogue=Catalogue(
-                {name: u.kind for name, u in settings.upstreams.items()},
-                settings.catalogue,
-                cache,
-                self._fetch_models,
-                default=settings.upstream.default,
+                _kinds(settings), settings.catalogue, cache, self._fetch_models, default=settings.upstream.default
             ),
             tasks=self._tasks,
             data_dir=self._data_dir,
@@ -171,14 +304,36 @@ class Worker:
             submitter=self._submit,
         )
 
-    def _upstream(self, name: str, settings: UpstreamSettings) -> UpstreamClient:
-        policy = self._loaded.settings.upstream
-        simulated = _simulates(settings)
-        secret = settings.api_key.get_secret_value() if settings.api_key else ""
+    def _make_transports(self, settings: Settings) -> None:
+        for name, upstream in settings.upstreams.items():
+            self._transport(settings, name, upstream)
+
+    def _transport(self, settings: Settings, name: str, upstream: UpstreamSettings) -> AiohttpTransport:
+        """The one that is there already, with its connections, if it would be the same. Raises StartError."""
+        policy = settings.upstream
+        base = self._simulator.url if _simulates(upstream) and self._simulator else upstream.base_url
+        try:
+            authorities = hashlib.sha256(upstream.ca_file.read_bytes()).digest() if upstream.ca_file else None
+            key = (name, base, policy.connect_timeout, policy.max_connections, policy.max_reply, authorities)
+            transport = self._transports.get(key)
+            if transport is None:
+                transport = self._transports[key] = AiohttpTransport(
+                    base,
+                    connect_timeout=policy.connect_timeout,
+                    max_connections=policy.max_connections,
+                    max_reply=policy.max_reply,
+                    ca_file=upstream.ca_file,
+                )
+        except OSError as error:
+            raise StartError(f"upstreams.{name}.ca_file: {upstream.ca_file} can't be used: {error}.") from error
+        return transport
+
+    def _upstream(self, settings: Settings, name: str, upstream: UpstreamSettings) -> UpstreamClient:
+        simulated = _simulates(upstream)
+        secret = upstream.api_key.get_secret_value() if upstream.api_key else ""
         hide((secret, self._identity.pepper))
-        base = self._simulator.url if simulated and self._simulator else settings.base_url
         headers: dict[str, str] = {
-            **{istr(name): value for name, value in settings.headers.items()},
+            **{istr(name): value for name, value in upstream.headers.items()},
             hdrs.CONTENT_TYPE: "application/json",
             hdrs.ACCEPT: "*/*",
             hdrs.ACCEPT_ENCODING: "identity",
@@ -186,21 +341,16 @@ class Worker:
         }
         if secret or simulated:
             headers[hdrs.AUTHORIZATION] = f"Bearer {secret or 'simulated'}"
-        try:
-            transport = AiohttpTransport(
-                base,
-                connect_timeout=policy.connect_timeout,
-                max_connections=policy.max_connections,
-                max_reply=policy.max_reply,
-                ca_file=settings.ca_file,
-            )
-        except OSError as error:
-            raise StartError(f"upstreams.{name}.ca_file: {settings.ca_file} can't be used: {error}.") from error
-        return UpstreamClient(name, settings, transport, simulated, headers, secret)
+        return UpstreamClient(name, upstream, self._transport(settings, name, upstream), simulated, headers, secret)
 
     async def _fetch_models(self, name: str) -> bytes:
         """For the catalogue."""
-        return await fetch_models(self.snapshot.upstreams[name], self._loaded.settings.upstream.max_reply)
+        snapshot = self.snapshot
+        snapshot.users.enter()
+        try:
+            return await fetch_models(snapshot.upstreams[name], snapshot.settings.upstream.max_reply)
+        finally:
+            snapshot.users.leave()
 
     async def _submit(self, parent: Exchange, endpoint: str, body: JsonObject, principal: Principal | None) -> Reply:
         """A plugin's own model call, through the pipeline as a client's would be."""
@@ -219,7 +369,11 @@ class Worker:
         run = Run(
             exchange, client, _Submitted(raw), tasks=self._tasks, finisher=self._finisher, correct=self.corrections
         )
-        await run.run()
+        parent.snapshot.users.enter()  # the parent's own task may outlive its request
+        try:
+            await run.run()
+        finally:
+            parent.snapshot.users.leave()
         return client.reply()
 
 
@@ -259,6 +413,10 @@ class _Collected:
 
     def reply(self) -> Reply:
         return Reply(self._status, b"".join(self._parts), self._headers)
+
+
+def _kinds(settings: Settings) -> dict[str, str]:
+    return {name: upstream.kind for name, upstream in settings.upstreams.items()}
 
 
 def _simulates(upstream: UpstreamSettings) -> bool:

@@ -39,6 +39,8 @@ class Source:
     positions: dict[Steps, Position] = field(default_factory=dict)
     expanded: dict[Steps, tuple[str, ...]] = field(default_factory=dict)
     """For each value that `${…}` gave: the texts that must not be printed."""
+    files: dict[str, str] = field(default_factory=dict, repr=False)
+    """What the files named by `${file:…}` held, by path: who has text and files can read the same once more."""
     problems: list[Problem] = field(default_factory=list)
     text: str = field(default="", repr=False)
 
@@ -124,9 +126,11 @@ def read_file(path: Path, env: Mapping[str, str]) -> Source:
     return read_text(text, str(path), path.absolute().parent, env)
 
 
-def read_text(text: str, file: str, base: Path, env: Mapping[str, str]) -> Source:
-    """Raises ConfigError when the text is no YAML at all."""
-    return _Reader(Source(file, base, text=text), env).read(text.removeprefix("\ufeff"))
+def read_text(
+    text: str, file: str, base: Path, env: Mapping[str, str], files: Mapping[str, str] | None = None
+) -> Source:
+    """Raises ConfigError when the text is no YAML at all. `files`: as they were when another process read them."""
+    return _Reader(Source(file, base, text=text), env, files or {}).read(text.removeprefix("\ufeff"))
 
 
 def typed(text: str) -> Any:
@@ -151,9 +155,10 @@ class _ExpressionError(Exception):
 
 
 class _Reader:
-    def __init__(self, source: Source, env: Mapping[str, str]) -> None:
+    def __init__(self, source: Source, env: Mapping[str, str], files: Mapping[str, str]) -> None:
         self._source = source
         self._env = env
+        self._given = files
         self._values = 0
 
     def read(self, text: str) -> Source:
@@ -283,9 +288,12 @@ class _Reader:
         return value or ""
 
     def _file(self, path: Path) -> str:
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise _ExpressionError(f"the file {path} can't be read: {reason}") from None
+        text = self._given.get(str(path))
+        if text is None:
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or "not UTF-8"
+                raise _ExpressionError(f"the file {path} can't be read: {reason}") from None
+        self._source.files[str(path)] = text
         return text.removesuffix("\n").removesuffix("\r")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -27,9 +28,11 @@ from gateway.supervisor import Identity
 from gateway.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from gateway.exchange import Exchange
+    from gateway.plugins import Blueprint
+    from gateway.settings import Loaded
     from gateway.snapshot import Snapshot
 
 PEPPER = "a pepper for tests only"
@@ -59,6 +62,8 @@ class TestReply:
 class _Recorder:
     """Stands first, so that its `request_finished` runs last."""
 
+    reads_settings = ()
+
     def __init__(self, config: Any, services: Any) -> None:
         del config, services
         self.exchanges: list[Exchange] = []
@@ -80,6 +85,7 @@ class Gateway:
     key: str
     session: aiohttp.ClientSession
     _recorder: _Recorder
+    _read: Callable[..., tuple[Loaded, list[Blueprint]]]
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -114,17 +120,26 @@ class Gateway:
                 upstream = ScriptedUpstream()
             if not upstream.running:
                 await stack.enter_async_context(upstream)
-            entries, classes = _entries([_Recorder, *plugins])
-            text = json.dumps({**_settings(folder, upstream, settings or {}), "plugins": entries})
-            loaded = load_text(text, file="<test>", env={}, base=Path.cwd())
-            blueprints = read_plugins(loaded.settings, loaded.source, classes)
+            read = functools.partial(_read, folder, upstream)
+            loaded, blueprints = read(plugins, settings)
             key = new_key()
             worker = Worker(loaded, Identity(PEPPER, key), folder, blueprints)
             await stack.enter_async_context(worker.running())
             recorder = next(i.plugin for i in worker.snapshot.instances if i.id == _Recorder.__name__)
             headers = {"Authorization": f"Bearer {key}"}
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            yield cls(worker, upstream, key, session, recorder, headers)
+            yield cls(worker, upstream, key, session, recorder, read, headers)
+
+    async def reload(
+        self,
+        *,
+        plugins: Sequence[str | type | tuple[type, dict[str, Any]] | dict[str, Any]] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Serve with another configuration, given as in `test`. Raises what a mistake in it or a plugin raises."""
+        loaded, blueprints = self._read(plugins, settings)
+        await self.worker.prepare(loaded, blueprints)
+        self.worker.commit()
 
     async def post(
         self, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None, **kwargs: Any
@@ -161,6 +176,15 @@ class Gateway:
         async with asyncio.timeout(seconds), recorder.changed:
             await recorder.changed.wait_for(lambda: len(recorder.exchanges) >= count)
         return recorder.exchanges[:count]
+
+
+def _read(
+    folder: Path, upstream: ScriptedUpstream, plugins: Sequence[Any], settings: Mapping[str, Any] | None
+) -> tuple[Loaded, list[Blueprint]]:
+    entries, classes = _entries([_Recorder, *plugins])
+    text = json.dumps({**_settings(folder, upstream, settings or {}), "plugins": entries})
+    loaded = load_text(text, file="<test>", env={}, base=Path.cwd())
+    return loaded, read_plugins(loaded.settings, loaded.source, classes)
 
 
 def _settings(folder: Path, upstream: ScriptedUpstream, given: Mapping[str, Any]) -> dict[str, Any]:

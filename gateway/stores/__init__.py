@@ -79,10 +79,10 @@ async def open_database(
 
         return Postgres(address, settings.services.database.max_connections)
 
-    async def migrate() -> None:
+    async def migrate(wanted: Sequence[Schema]) -> None:
         from gateway import migrations  # noqa: PLC0415 - Alembic takes half a second
 
-        await asyncio.to_thread(migrations.upgrade, settings, data_dir, schemas)
+        await asyncio.to_thread(migrations.upgrade, settings, data_dir, wanted)
 
     database = Database(dialect, make, schemas, migrate if settings.services.database.migrate_on_start else None)
     try:

@@ -98,12 +98,12 @@ class Database:
         dialect: Dialect,
         make: Callable[[], Driver],
         schemas: Sequence[Schema] = (),
-        migrate: Callable[[], Awaitable[None]] | None = None,
+        migrate: Callable[[Sequence[Schema]], Awaitable[None]] | None = None,
     ) -> None:
         """`schemas`: what the tables must be. `migrate` brings older ones up to date; without, they are refused."""
         self.dialect = dialect
         self._make = make
-        self._schemas = schemas
+        self.schemas = schemas
         self._migrate = migrate
         self._driver: Driver | None = None
         self._opening = asyncio.Lock()
@@ -122,6 +122,14 @@ class Database:
         """Connect now. One that is away is looked for from now on. Raises OldSchema."""
         with contextlib.suppress(StoreUnavailable):
             await self._opened()
+
+    async def admit(self, schemas: Sequence[Schema]) -> None:
+        """The tables of plugins that are to come are there and new enough. Raises OldSchema, StoreUnavailable."""
+        known = {(schema, schema.head) for schema in self.schemas}
+        new = [schema for schema in schemas if (schema, schema.head) not in known]
+        if new:
+            driver = self._driver or await self._opened()
+            await self.mapped(driver, self._verify(driver, new))
 
     async def close(self) -> None:
         self._closed = True
@@ -242,18 +250,18 @@ class Database:
 
     async def _connect(self, driver: Driver) -> None:
         await driver.open()
-        await self._verify(driver)
+        await self._verify(driver, self.schemas)
         self._driver = driver
 
-    async def _verify(self, driver: Driver) -> None:
-        versions = [(s, await driver.version(s.version_table)) for s in self._schemas]
+    async def _verify(self, driver: Driver, schemas: Sequence[Schema]) -> None:
+        versions = [(s, await driver.version(s.version_table)) for s in schemas]
         old = [s for s, version in versions if s.is_older(version)]
         if old and self._migrate is not None:
-            await self._migrate()
+            await self._migrate(schemas)
             changed = [s.name for s, version in versions if s in old and version is not None]
             if changed:  # a new installation's first tables are no news
                 log.warning("database_migrated", tables=changed)
-            old = [s for s in self._schemas if s.is_older(await driver.version(s.version_table))]
+            old = [s for s in schemas if s.is_older(await driver.version(s.version_table))]
         if old:
             raise OldSchema(
                 f"The database's tables of {', '.join(s.name for s in old)} are missing or older than this program: "

@@ -462,6 +462,7 @@ class Plugin:
     """Tells who is calling by a JSON Web Token."""
 
     Config: TypeAlias = Config
+    reads_settings = ()  # the issuers' keys stay known over a reload
 
     def __init__(self, config: Config, services: Services) -> None:
         self._sources = [_Source(entry, services.log) for entry in config.issuers]

@@ -164,6 +164,7 @@ class Plugin:
     """Refuses callers that have used up their requests, tokens or concurrent requests."""
 
     Config: TypeAlias = Config
+    reads_settings = ()
 
     def __init__(self, config: Config, services: Services) -> None:
         self._config = config

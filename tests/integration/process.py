@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -64,12 +64,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Running:
-    """`banner`: what it greeted with, on standard error; `key`: the bootstrap key, if there is one."""
+    """`banner`: what it greeted with, on standard error; `key`: the bootstrap key, if there is one.
+
+    `said`: the lines on standard error after the banner, so far.
+    """
 
     url: str
     key: str | None
     banner: str
     folder: Path
+    pid: int = 0
+    said: list[str] = field(default_factory=list)
 
     def request(
         self,
@@ -130,7 +135,7 @@ def serving(
         url = re.search(r"http://\S+", banner)
         assert url is not None, banner
         kept = next((p for p in folder.rglob("bootstrap_key")), None)
-        yield Running(url[0], kept.read_text().strip() if kept else None, banner, folder)
+        yield Running(url[0], kept.read_text().strip() if kept else None, banner, folder, process.pid, rest)
         process.send_signal(signal.SIGTERM)
         code = process.wait(20)
         reader.join()

@@ -593,6 +593,56 @@ async def test_two_workers_share_a_directory(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["models-openrouter.json"]
 
 
+# --- other settings while it runs -----------------------------------------------------------------
+
+
+async def test_other_settings_are_followed():
+    """What was fetched stays, under the new overrides; new upstreams come, those that are gone are still priced."""
+    served = Served(body(raw("a/b"), raw("a/c")), local=body({"id": "mine"}))
+    found = catalogue(
+        served, kinds={"openrouter": "openrouter", "old": "openai"}, overrides={"x/y": {"input": 1, "upstream": "old"}}
+    )
+    found.load()
+    await found.refresh("openrouter")
+    kinds = {"openrouter": "openrouter", "local": "openai"}
+    put_in_force = found.follow(kinds, settings(0, **{"a/b": {"input": 7}}))
+    assert found.model("openrouter", "a/b").price.input == 3 * 10**6
+    put_in_force()
+    assert found.model("openrouter", "a/b").price.input == 7 * 10**6
+    assert found.model("openrouter", "a/c").origin == "upstream"
+    assert list(found.status()) == ["openrouter", "local"]
+    assert found.model("old", "x/y").price.input == 10**6
+    assert found.item("x/y") is None
+    assert "x/y" not in [item["id"] for item in found.listing(everything)["data"]]
+    assert served.calls == 1
+
+
+async def test_what_is_fetched_while_settings_change_is_kept():
+    """A list that came between the preparation and the change is newer than what was prepared."""
+    served = Served(body(raw("a/b")))
+    found = catalogue(served)
+    await found.refresh("openrouter")
+    put_in_force = found.follow({"openrouter": "openrouter"}, settings(0, **{"c/d": {"input": 7}}))
+    served.bodies["openrouter"] = body(raw("a/b"), raw("c/d"))
+    await found.refresh("openrouter")
+    put_in_force()
+    assert found.status()["openrouter"]["models"] == 2
+    assert found.model("openrouter", "c/d").price.input == 7 * 10**6
+
+
+async def test_another_upstream_is_fetched_at_once():
+    """With a reload the lists are fetched anew: the address behind a name may be another."""
+    served = Served(body(raw("a/b")), local=body({"id": "mine"}))
+    found = catalogue(served, refresh=0.01)
+    async with found.lifespan():
+        await served.until(1)
+        found.follow({"local": "openai"}, settings(0.01))()
+        await served.until(served.calls + 2)
+        assert found.model("local", "mine").origin == "upstream"
+        assert list(found.status()) == ["local"]
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("catalogue")]
+
+
 # --- GET /v1/models -------------------------------------------------------------------------------
 
 KINDS = {"openrouter": "openrouter", "local": "openai"}

@@ -23,6 +23,7 @@ import typer
 import yaml
 
 from gateway import Outcome, When
+from gateway.admin import add_admin_routes
 from gateway.cli import app
 from gateway.core_routes import add_core_routes
 from gateway.dialects import DIALECTS, PLAIN_DIALECT
@@ -347,6 +348,7 @@ def test_the_endpoint_table_is_the_route_table():
     """Each route that the gateway has by itself is in README, and nothing else is."""
     router = Router(DIALECTS, PLAIN_DIALECT)
     add_core_routes(router, Health(lambda: False))
+    add_admin_routes(router, lambda: None, 1)
     real = {r.path.replace("{id:.+}", "{id}") for r in router.table().routes if not r.path.startswith("/api/")}
     text = README.read_text().partition("## Endpoints")[2].partition("\n## ")[0]
     told = set(re.findall(r"`(/[^`]+)`", text)) - {"/v1", "/api/v1"}

@@ -2,12 +2,12 @@ import json
 import os
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jsonschema
 import pytest
 import yaml
-from pydantic import AnyUrl, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import AnyUrl, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from gateway import yaml_source
 from gateway.problems import MASK, Problem, spell
@@ -852,6 +852,34 @@ def test_masked():
     expected = {"dsn": f"redis://{MASK}@h/0", "token": MASK, "x": [MASK, 5], "none": None, "limit": 3}
     assert expected == dump["plugins"][0]["config"]
     assert "x-key" not in repr(loaded.settings)
+
+
+def test_masked_as_plugins_understand_it():
+    """A plugin's settings are shown with their defaults; its secrets are masked whatever they are called."""
+
+    class Config(BaseModel):
+        place: SecretStr
+        names: Annotated[list[str], BeforeValidator(lambda text: text.split())]
+        limit: int = 3
+
+    loaded = load_text(
+        KEY + "plugins: [{use: a, config: {place: canary, names: '${NAMES}'}}]", env={"NAMES": "canary canary"}
+    )
+    config, _ = loaded.source.validate(Config, ("plugins", 0, "config"))
+    shown = masked(loaded.settings, loaded.source, [config])
+    assert shown["plugins"][0]["config"] == {"place": MASK, "names": [MASK, MASK], "limit": 3}
+
+
+def test_the_same_once_more(tmp_path):
+    """Who has the text and what its `${file:…}` held reads the same settings, whatever became of the files."""
+    (tmp_path / "key").write_text("first\n")
+    text = "upstreams: {openrouter: {api_key: '${file:key}'}}"
+    loaded = load_text(text, base=tmp_path)
+    assert loaded.source.files == {str(tmp_path / "key"): "first\n"}
+    (tmp_path / "key").write_text("second")
+    again = load_text(text, base=tmp_path, files=loaded.source.files)
+    assert again.settings == loaded.settings
+    assert load_text(text, base=tmp_path).settings != loaded.settings
 
 
 # --- the schema -------------------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ class Plugin:
     """Tells who is calling by the API key."""
 
     Config: TypeAlias = Config
+    reads_settings = ()  # keys that are known stay known over a reload
     schema = Schema("api_keys", Path(__file__).parent)
     commands = "`xenios keys create`, `list`, `show`, `rotate` and `revoke` come with api_keys and `database: true`."
 

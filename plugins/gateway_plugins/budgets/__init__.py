@@ -150,6 +150,7 @@ class Plugin:
     """Refuses requests that could spend more than a budget has left."""
 
     Config: TypeAlias = Config
+    reads_settings = ("upstreams",)
 
     def __init__(self, config: Config, services: Services) -> None:
         self._config = config

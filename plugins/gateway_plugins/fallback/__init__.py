@@ -146,6 +146,7 @@ class Plugin:
     """Tries another target when one fails."""
 
     Config: TypeAlias = Config
+    reads_settings = ()  # what is known of circuits stays known over a reload
 
     def __init__(
         self,

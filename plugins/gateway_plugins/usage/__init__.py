@@ -52,6 +52,7 @@ class Plugin:
     """Keeps a row of each request."""
 
     Config: TypeAlias = Config
+    reads_settings = ()
     schema = Schema("usage", Path(__file__).parent)
     commands = "`xenios usage` comes with the plugin usage."
     # Requests go on while rows can't be stored: they wait.
