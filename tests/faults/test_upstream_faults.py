@@ -76,7 +76,7 @@ class Cell:
     def patience(self):
         if self.outcome != "timeout":
             return {}
-        return {"stall_timeout" if self.begun else "first_event_timeout": PATIENCE}
+        return {"stall_timeout": PATIENCE, "first_event_timeout": PATIENCE}
 
 
 def unreachable(answer) -> Cell:

@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from gateway.admin import add_admin_routes
 from gateway.core_routes import add_core_routes
 from gateway.dialects import DIALECTS, PLAIN_DIALECT
 from gateway.health import Health
@@ -50,6 +51,7 @@ def _labels() -> list[str]:
     """Operations as the core and the default's plugins have them; a test sees that the served document has the same."""
     router = Router(DIALECTS, PLAIN_DIALECT)
     add_core_routes(router, Health(lambda: False))
+    add_admin_routes(router, lambda: None, 1)
     nothing: Any = SimpleNamespace(database=None)
     Admin(nothing, frozenset()).register(router)
     Routes(nothing.database).register(router)
