@@ -159,7 +159,7 @@ class Load:
 
 
 @SWAP
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.full), 2])
 async def test_a_thousand_requests_while_the_configuration_changes_fifty_times(tmp_path, count):
     """1,000 requests, whole and streamed, during 50 reloads, 5 of them broken: none fails, no stream is dropped."""
     write(tmp_path, workers=count)

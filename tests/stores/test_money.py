@@ -111,6 +111,7 @@ async def test_what_was_not_spent_is_there_for_others(tmp_path, server, postgres
         assert await sums() == (served * RESERVED // 5, 0)
 
 
+@pytest.mark.full
 @pytest.mark.promise("P4.killed")
 async def test_killed_workers_leave_no_money_behind(tmp_path, server, postgres):
     """Workers killed by SIGKILL under load: at rest nothing is reserved, and what was spent is the sum of the rows."""

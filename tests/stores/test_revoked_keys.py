@@ -67,6 +67,7 @@ async def stays_refused(gw, headers):
         assert (await chat(gw, headers)).status == 401
 
 
+@pytest.mark.parametrize("url", [pytest.param("sqlite", marks=pytest.mark.full), "postgresql"], indirect=True)
 @pytest.mark.promise("P15.refused")
 def test_a_revoked_key_is_refused_by_every_worker(tmp_path, url):
     """In use at three workers and revoked at one, or from the command line: each refuses it within two seconds."""
@@ -85,6 +86,7 @@ def test_a_revoked_key_is_refused_by_every_worker(tmp_path, url):
             refused_in_time(running, key, revoked)
 
 
+@pytest.mark.parametrize("url", [pytest.param("sqlite", marks=pytest.mark.full), "postgresql"], indirect=True)
 @pytest.mark.promise("P15.pubsub_cut")
 def test_a_revoked_key_is_refused_with_redis_gone(tmp_path, url):
     """Workers tell each other nothing of a revocation, so nothing can be cut: with Redis killed the bound is the same."""
