@@ -238,6 +238,25 @@ def test_a_request_is_explained_as_said(followed):
         assert "long_prompts" in said
 
 
+def test_a_changed_file_is_taken_up_as_said(followed):
+    """The line answers with another hash once the file is changed."""
+    gateway, _, folder, _ = followed
+    [line] = commands("Another configuration while it runs", "curl ")
+    _, method, verb, url, option, header = shlex.split(line)
+    assert (method, verb, option) == ("-X", "POST", "-H")
+    headers = dict([header.replace("$XENIOS_KEY", gateway.key).split(": ", 1)])
+    url = url.replace("http://127.0.0.1:8080", gateway.url)
+    mine = folder / "my.yaml"
+    before, text = post(url, b"", headers)[2]["config"], mine.read_text()
+    try:
+        mine.write_text(text.replace("careful:", "carefree:"))
+        status, _, changed = post(url, b"", headers)
+        assert (status, changed["config"] != before) == (200, True)
+    finally:
+        mine.write_text(text)
+    assert post(url, b"", headers)[2]["config"] == before
+
+
 def test_the_colleagues_key_may_do_what_is_said(followed):
     """The task and the listed models: 200. Another model: 404. Another endpoint: 403. Then rotated, and revoked."""
     gateway, colleague, folder, others = followed
