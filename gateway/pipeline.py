@@ -631,7 +631,9 @@ class Run:
         stream = self._stream
         if reason in _OURS and stream is not None and stream.answered:
             # the client has it all: an error after the answer would belie that
-            await self.client.write(stream.finish())
+            self.watch.wait(watch.WRITE, self.exchange.snapshot.settings.server.write_timeout)
+            if last := stream.finish():
+                await self.client.write(last)
             await self._end_relay()
             self.exchange.outcome = Outcome.OK
             return
