@@ -48,6 +48,12 @@ def closed_fields(client_may: Sequence[str]) -> frozenset[str]:
     return frozenset(NEVER) | chosen
 
 
+# What is said to a model, beside parameters.
+_SAID = (
+    "messages", "prompt", "suffix", "input", "instructions", "system", "query", "documents", "tools", "deferred_tools",
+)  # fmt: skip
+LONGEST_MODEL = 500  # characters of a model's name
+MOST_MODELS = 32  # that one request may name
 # Form fields that are one plain value: read here and upstream alike.
 _PLAIN = frozenset({"model", *NEVER, *_CHOOSING})
 _AUTO = re.compile(r"(openrouter/(auto|bodybuilder|pareto)\b|.*/auto$)")
@@ -180,7 +186,12 @@ def admit_body(exchange: Exchange) -> None:
             body["models"] = others
         else:
             del body["models"]
-    for asked in asked_models(body):
+    every = asked_models(body)
+    if len(every) > MOST_MODELS:
+        raise BadRequest(f"A request may name {MOST_MODELS} models at most.", param="models")
+    for asked in every:
+        if len(asked) > LONGEST_MODEL:
+            raise BadRequest(f"A model's name has {LONGEST_MODEL} characters at most.", param="model")
         _check_special(asked, may)
 
 
@@ -193,7 +204,8 @@ def _check_fallbacks(fallbacks: Any) -> None:
             continue
         if not isinstance(fallback, dict) or not isinstance(fallback.get("model"), str):
             raise BadRequest("`fallbacks` must be a list of objects with a `model`.", param="fallbacks")
-        wrong = sorted(fallback.keys() & {*_CHOOSING, *NEVER, "tools", "deferred_tools"})
+        # parameters alone: what is said to a model is judged by its size, and by plugins, where it stands
+        wrong = sorted(fallback.keys() & {*_CHOOSING, *NEVER, *_SAID})
         if wrong:
             raise BadRequest(f"A fallback can't have `{wrong[0]}`.", param="fallbacks")
 

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
+from gateway.incoming import asked_models
 from gateway.kit.subjects import brings, input_estimate
 from gateway.kit.text import clean
 
@@ -79,8 +80,17 @@ def compile_when(when: When | None) -> Callable[[Exchange], bool] | None:
     return tests[0] if len(tests) == 1 else lambda ex: all(test(ex) for test in tests)
 
 
-def _asked_model(exchange: Exchange) -> str:
-    return str(exchange.body.get("model") or "")
+def _of_models(globs: Sequence[str]) -> Condition:
+    """Any of those that the request names: each of them may answer it."""
+    matches, wanted = matcher(globs), ", ".join(globs)
+
+    def read(exchange: Exchange) -> tuple[str, ...]:
+        return tuple(asked_models(exchange.body)) or ("",)
+
+    def found(exchange: Exchange) -> str:
+        return f"the model is {' or '.join(map(clean, read(exchange))) or 'none'} ({wanted})"
+
+    return Condition("models", lambda ex: any(map(matches, read(ex))), found, read)
 
 
 def _decided_task(exchange: Exchange) -> str | None:
@@ -90,10 +100,12 @@ def _decided_task(exchange: Exchange) -> str | None:
 def conditions(
     when: When | None,
     *,
-    model: Callable[[Exchange], str] = _asked_model,
+    model: Callable[[Exchange], str] | None = None,
     task: Callable[[Exchange], str | None] = _decided_task,
 ) -> tuple[Condition, ...]:
-    """All of them must hold. Those that cost least come first. `model`, `task`: where those two are read."""
+    """All of them must hold. Those that cost least come first. `model`, `task`: where those two are read; else `models`
+    holds if it does for any model that the request names.
+    """
     if when is None:
         return ()
     made: list[Condition] = []
@@ -116,7 +128,10 @@ def conditions(
     text("endpoint", "the endpoint", when.endpoint, lambda ex: ex.endpoint)
     text("phase", "the phase", when.phase, lambda ex: ex.phase)
     flag("stream", when.stream, lambda ex: ex.stream, "it is a stream", "it is no stream")
-    text("models", "the model", when.models, model)
+    if model is not None:
+        text("models", "the model", when.models, model)
+    elif when.models:
+        made.append(_of_models(when.models))
     text("tasks", "the task", when.tasks, task)
     if when.keys:
         made.append(_of_caller("keys", "the caller", when.keys, lambda p: (p.id,)))

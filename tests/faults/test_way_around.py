@@ -470,6 +470,8 @@ async def test_a_limit_that_is_none_does_not_stand_beside_the_one_that_is_set(wr
     ({"model": MODEL, "strip": ["max_tokens"]}, 50_000),
     ({"model": MODEL, "set": {"max_tokens": 4000}}, 40_000),
     ({"model": MODEL, "set": {"n": 3, "max_tokens": 1000}}, 30_000),
+    ({"model": MODEL, "set": {"max_tokens": None}}, 50_000),
+    ({"model": MODEL, "set": {"max_completion_tokens": 1}}, 50_000),
 ])  # fmt: skip
 async def test_what_the_operator_sets_and_strips_is_reserved_for(target, least):
     """A target's own fields count, for what the body lists besides too."""
@@ -520,6 +522,51 @@ async def test_a_limit_that_a_target_strips_is_no_limit():
         plugins = ["api_keys", {"use": "budgets", "config": budget}, {"use": "routing", "config": {"aliases": aliases}}]
         async with Gateway.test(plugins=plugins, settings={"catalogue": {"overrides": PRICES}}) as gw:
             assert (await gw.chat(model="alias")).status == status
+
+
+@SCOPE
+@pytest.mark.parametrize("wrong", [None, -1, 0, "9", 9.5])
+async def test_a_further_models_own_limit_is_no_way_around_a_budget(wrong):
+    """A limit that is none, beside a further model, would stand where ours is set: there is room for all of it, or none."""
+    for cap, usd, status in ((wrong, "0.02", 429), (wrong, "100", 200), (1, "0.02", 200)):
+        async with budgeted("xenios", usd=usd) as gw:
+            fields = {"fallbacks": [{"model": MODEL, "max_tokens": cap}], "max_tokens": 1}
+            reply = await gw.post("/v1/chat/completions", body_of("chat/completions", model=MODEL, **fields))
+            assert reply.status == status
+
+
+@SCOPE
+@pytest.mark.parametrize("models", [{"models": ["test/dear"]}, {"fallbacks": [{"model": "test/dear"}]}])
+async def test_a_budget_for_a_model_holds_for_whoever_names_it_further_on(models):
+    """A budget `when: {models: …}` is held whichever place of a request names the model."""
+    budget = {"name": "all", "by": [], "usd": "0.000001", "per": "total", "when": {"models": ["test/dear"]}}
+    plugins = ["api_keys", {"use": "budgets", "config": {"budgets": [budget]}}, "routing", "fallback"]
+    settings = {"catalogue": {"overrides": PRICES}, "upstream": {"client_may": MAY["xenios"]}}
+    async with Gateway.test(plugins=plugins, settings=settings) as gw:
+        assert (await gw.chat(model=MODEL, max_tokens=1)).status == 200
+        assert (await gw.chat(model=MODEL, max_tokens=1, **models)).status == 429
+
+
+@SCOPE
+@pytest.mark.parametrize("field", ["messages", "prompt", "input", "system", "instructions", "tools"])
+async def test_a_fallback_says_nothing_of_its_own(field):
+    """What is said to a model stands where limits, rules and plugins look at it; a fallback has parameters alone."""
+    async with budgeted("xenios") as gw:
+        fields = {"fallbacks": [{"model": MODEL, field: "x" * 1000}], "max_tokens": 1}
+        reply = await gw.post("/v1/chat/completions", body_of("chat/completions", model=MODEL, **fields))
+        assert (reply.status, reply.data["error"]["param"], gw.upstream.seen) == (400, "fallbacks", [])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"model": "m" * 501}, {"models": ["m" * 501]}, {"models": ["a/b"] * 32}, {"fallbacks": [{"model": "m" * 501}]}],
+)
+async def test_names_of_models_are_few_and_short(fields):
+    """What a client may make us remember, price and look up is bounded."""
+    async with budgeted("xenios") as gw:
+        reply = await gw.post("/v1/chat/completions", body_of("chat/completions", **{"model": MODEL, **fields}))
+        assert (reply.status, gw.upstream.seen) == (400, [])
+        assert " at most." in reply.data["error"]["message"]
 
 
 def test_every_field_that_clients_may_be_allowed_is_tried():

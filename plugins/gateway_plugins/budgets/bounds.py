@@ -160,11 +160,14 @@ class Pricing:
                 body = {n: v for n, v in {**body, **target.overrides}.items() if n not in target.strip}
             openrouter = self._services.settings.upstreams[target.upstream].kind == "openrouter"
             added = len(msgspec.json.encode(target.overrides)) if target.overrides else 0
-            yield _Asked(target.upstream, target.model, body, target.strip, openrouter, added)
+            caps = exchange.dialect.output_caps
+            own = tuple(name for name in caps if name in target.overrides)
+            yield _Asked(target.upstream, target.model, body, target.strip, openrouter, added, own)
             for named in (*(body.get("models") or ()), *(body.get("fallbacks") or ())) if openrouter else ():
-                further = {**body, **named} if isinstance(named, dict) else body
-                model = str(named.get("model") if isinstance(named, dict) else named)
-                yield _Asked(target.upstream, model, further, target.strip, openrouter, added)
+                fields = named if isinstance(named, dict) else {"model": named}
+                theirs = (*own, *(name for name in caps if name in fields))
+                model = str(fields["model"])
+                yield _Asked(target.upstream, model, {**body, **fields}, target.strip, openrouter, added, theirs)
 
     def _target_bound(self, exchange: Exchange, asked: _Asked, found: Media) -> Bound:
         """Raises _Unbounded."""
@@ -192,6 +195,9 @@ class Pricing:
         if prediction is not None:  # what it got wrong is billed as output, beside the limit
             entry += len(msgspec.json.encode(prediction)) * each
         cap, thought = output_cap(body, exchange.dialect.output_caps), _thinking(body)
+        field = self.cap_field(exchange)
+        if asked.caps and (field not in asked.caps or output_cap(body, (field,)) is None):
+            cap = None  # no limit of its own holds, nor would one that we set for another model
         if cap is not None:
             # a thinking budget is part of the limit, but for upstreams that raise the limit to fit it
             most = entry + (cap if thought < cap else cap + thought) * each
@@ -202,7 +208,7 @@ class Pricing:
         longest = model.max_output or model.context_length
         if longest is None:
             raise _Unbounded("a model has no known limit of output; set one in the request")
-        if thought or self.cap_field(exchange) in asked.strip:  # a limit that we set would not hold
+        if thought or asked.caps or field in asked.strip:  # a limit that we set would not hold
             most = entry + (longest + thought) * each
             return Bound(most, most, ceiling=ceiling)
         least = min(self._config.least_tokens, longest)
@@ -280,6 +286,7 @@ class _Asked(msgspec.Struct, frozen=True):
     strip: Sequence[str]
     openrouter: bool
     added: int  # bytes that the target's own fields add to the body
+    caps: Sequence[str] = ()  # fields of the output's limit that are its own, whatever the request says
 
 
 # Fields that make a request cost more than its tokens: searches, tools and models that run at the upstream.
