@@ -359,6 +359,7 @@ def settings_schema(*, others: bool = False) -> dict[str, Any]:
 
 def _serve(loaded: Loaded, read: Callable[[], Loaded], *, show_key: bool, new_key: bool) -> int:
     from gateway.errors import StartError
+    from gateway.logs import scrub
     from gateway.plugins import PluginStartError
     from gateway.settings import ConfigError
     from gateway.supervisor import DataDirError, data_dir, identity
@@ -378,7 +379,7 @@ def _serve(loaded: Loaded, read: Callable[[], Loaded], *, show_key: bool, new_ke
     except ConfigError as error:
         _stop_on(list(error.problems))
     except (StartError, PluginStartError, DataDirError) as error:
-        typer.echo(f"xenios: {error}", err=True)
+        typer.echo(f"xenios: {scrub(str(error))}", err=True)  # a plugin may have quoted what it was given
         return 2 if isinstance(error, StartError) else 1
     except OSError as error:
         typer.echo(f"xenios: can't listen on {settings.server.host}:{settings.server.port}: {error.strerror}", err=True)
@@ -564,7 +565,9 @@ def _stop_on(problems: list[Problem]) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"xenios: {message}", err=True)
+    from gateway.logs import scrub
+
+    typer.echo(f"xenios: {scrub(message)}", err=True)  # a plugin's error may quote what it was given
     sys.exit(code)
 
 

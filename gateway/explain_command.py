@@ -16,8 +16,10 @@ from gateway.errors import GatewayError
 from gateway.exchange import Principal
 from gateway.health import Health
 from gateway.kit.ledger import MemoryLedger, RedisLedger
+from gateway.logs import hide
 from gateway.plugins import schemas
 from gateway.services import Services
+from gateway.settings import secrets_of
 from gateway.snapshot import build
 from gateway.stores import open_database, open_redis
 from gateway.tasks import Tasks
@@ -83,6 +85,8 @@ def _is_private(settings: Settings) -> bool:
 @contextlib.asynccontextmanager
 async def _snapshot(loaded: Loaded, blueprints: Sequence[Blueprint]) -> AsyncIterator[Snapshot]:
     settings = loaded.settings
+    hide(loaded.secrets())
+    hide(secret for blueprint in blueprints for secret in secrets_of(blueprint.config))
     folder = settings.server.data_dir
     # What only looks must not bring the tables up to date.
     given = settings.services.database.model_copy(update={"migrate_on_start": False})

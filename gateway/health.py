@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from gateway.exchange import Reply
+from gateway.logs import scrub
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _warnings(instances: Sequence[Instance]) -> dict[str, list[str]]:
         told = getattr(instance.plugin, "warnings", None)
         if told is not None:
             try:
-                texts = [str(text) for text in told()][:MOST_WARNINGS]
+                texts = [scrub(str(text)) for text in told()][:MOST_WARNINGS]
             except Exception as error:  # noqa: BLE001 - a plugin's own code
                 texts = [f"warnings failed: {type(error).__name__}"]
             if texts:

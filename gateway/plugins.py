@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 GROUP = "xenios.plugins"
 GIVE_UP_SECONDS = 2.0  # for a lifespan that hangs to end once it is cancelled
+CLOSE_SECONDS = 5.0  # for a plugin to close
 SECTIONS = ("server", "log", "upstream", "upstreams", "catalogue", "services")
 HOOKS = {f.name: getattr(Hooks, f.name) for f in fields(CompiledHooks)}
 
@@ -95,13 +96,25 @@ class Instance:
             await asyncio.wait([task], timeout=GIVE_UP_SECONDS)
             raise
 
-    async def release(self) -> None:
-        """Nobody uses it any more: leave the lifespan. Raises what the plugin raises."""
+    def release(self) -> bool:
+        """One user less. Was it the last? Then `close` is due."""
         self.users -= 1
-        if self.users == 0 and self._task is not None and self._close is not None:
-            self._close.set()
-            task, self._task = self._task, None
-            await task
+        return self.users == 0
+
+    async def close(self) -> None:
+        """Leave the lifespan, within `CLOSE_SECONDS`. Raises what the plugin raises, or TimeoutError."""
+        if self._task is None or self._close is None:
+            return
+        self._close.set()
+        task, self._task = self._task, None
+        done, _ = await asyncio.wait([task], timeout=CLOSE_SECONDS)
+        if not done:
+            task.cancel()
+            await asyncio.wait([task], timeout=GIVE_UP_SECONDS)
+            raise TimeoutError(f"it was not closed after {CLOSE_SECONDS:g} s")
+        if task.cancelled():  # of something that it waited for: it has come to its end
+            raise RuntimeError("its lifespan ended with a CancelledError")
+        task.result()
 
     async def _live(self, opened: asyncio.Future[None], close: asyncio.Event) -> None:
         try:
@@ -113,7 +126,9 @@ class Instance:
             if opened.cancelled():
                 return  # given up: what else it says is nobody's business
             if opened.done():
-                raise
+                if isinstance(error, Exception | asyncio.CancelledError):
+                    raise
+                raise RuntimeError(repr(error)) from error  # sys.exit() must not end the gateway
             opened.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
 
@@ -431,11 +446,11 @@ async def open_all(instances: Sequence[Instance], seconds: float | None = None) 
 
 
 async def close_all(instances: Sequence[Instance]) -> list[tuple[str, Exception]]:
-    """Close in reverse order, all of them; returns what failed."""
+    """Close in reverse order those that nobody else uses, all of them; returns what failed."""
     failed: list[tuple[str, Exception]] = []
-    for instance in reversed(instances):
+    for instance in [i for i in reversed(instances) if i.release()]:
         try:
-            await instance.release()
+            await instance.close()
         except Exception as error:  # noqa: BLE001 - the others must close too
             failed.append((instance.id, error))
     return failed

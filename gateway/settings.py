@@ -535,6 +535,27 @@ class Loaded:
     settings: Settings
     source: Source
 
+    def secrets(self) -> Iterator[str]:
+        """What must be printed nowhere: all that `${…}` gave, and secrets that stand there plainly."""
+        for texts in self.source.expanded.values():
+            yield from texts
+        yield from secrets_of(self.settings)
+
+
+def secrets_of(value: Any) -> Iterator[str]:
+    """The texts of all `SecretStr` below a model, list or mapping."""
+    if isinstance(value, SecretStr):
+        yield value.get_secret_value()
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from secrets_of(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from secrets_of(item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from secrets_of(item)
+
 
 @dataclass(frozen=True)
 class Examined:

@@ -34,6 +34,7 @@ from gateway.pipeline import Run
 from gateway.plugins import close_all, needs_database, open_all, read_plugins, schemas
 from gateway.server import Server
 from gateway.services import Services
+from gateway.settings import secrets_of
 from gateway.simulator import Simulator
 from gateway.snapshot import build, is_loopback
 from gateway.stores import open_database, open_redis
@@ -94,6 +95,7 @@ class Worker:
         self._snapshot: Snapshot | None = None
         self._open: list[Snapshot] = []  # those whose plugins are open
         self._prepared: tuple[Snapshot, Callable[[], None]] | None = None
+        self._preparing = False
         self._closing = Tasks()
         self._health = Health(lambda: self.server.draining)
         self.reloader: Reloading | None = None  # who reloads, where there is a file to read again
@@ -116,8 +118,10 @@ class Worker:
         """Serve while the context lasts, then drain. Raises ConfigError, StartError, PluginStartError, OSError."""
         settings = self._loaded.settings
         blueprints = self._blueprints
+        logs.hide(self._loaded.secrets())
         if blueprints is None:
             blueprints = read_plugins(settings, self._loaded.source)
+        logs.hide(secret for blueprint in blueprints for secret in secrets_of(blueprint.config))
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._close_simulator)
             await self._simulate(settings)
@@ -155,9 +159,12 @@ class Worker:
         await self.abort()
         now, settings = self.snapshot, loaded.settings
         seconds = now.settings.server.reload_timeout
+        logs.hide(loaded.secrets())
+        self._preparing = True
         try:
             if blueprints is None:
                 blueprints = await asyncio.to_thread(read_plugins, settings, loaded.source)
+            logs.hide(secret for blueprint in blueprints for secret in secrets_of(blueprint.config))
             await self._simulate(settings)
             await self._admit_tables(now.services.database, blueprints, seconds)
             put_in_force = await asyncio.to_thread(self._follow, settings)
@@ -172,8 +179,10 @@ class Worker:
                 self._open.remove(snapshot)
                 raise
         except BaseException:
+            self._preparing = False
             await self._close_transports()
             raise
+        self._preparing = False
         self._prepared = snapshot, put_in_force
         return snapshot
 
@@ -280,12 +289,13 @@ class Worker:
             await self._close_plugins(snapshot)
 
     async def _close_transports(self, *, everything: bool = False) -> None:
-        """Those that no configuration uses any more."""
+        """Those that no configuration uses any more, nor one that is being prepared."""
+        if self._preparing and not everything:
+            return  # it closes them when it is done, or is closed itself
         used = {id(client.transport) for snapshot in self._open for client in snapshot.upstreams.values()}
-        for key, transport in list(self._transports.items()):
-            if everything or id(transport) not in used:
-                del self._transports[key]
-                await transport.close()
+        gone = [key for key, transport in self._transports.items() if everything or id(transport) not in used]
+        for transport in [self._transports.pop(key) for key in gone]:
+            await transport.close()
 
     def _services(self, settings: Settings, redis: RedisStore | None, database: Database) -> Services:
         cache = self._data_dir / "catalogue" if self._data_dir else None

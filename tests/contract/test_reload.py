@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import structlog
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
-from gateway import Cost, Decision, Reply, Source, Target, hookimpl
+from gateway import Cost, Decision, Reply, Source, Target, hookimpl, logs
 from gateway.errors import StartError
 from gateway.exchange import Outcome
 from gateway.kit.testing import Gateway
@@ -536,3 +536,101 @@ async def test_a_gateway_without_a_file_says_so():
         assert (reply.status, reply.data["error"]["code"]) == (409, "conflict")
         about = (await gw.get("/admin/config")).data
         assert (about["config"], about["last_reload"]) == (gw.snapshot.hash, None)
+
+
+# --- plugins that close badly ------------------------------------------------------------------------------------------
+
+
+class Cancels(Counter):
+    """Ends its own task as people write it, and lets the cancellation out."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self):
+        own = asyncio.get_running_loop().create_task(asyncio.sleep(3600))
+        try:
+            yield
+        finally:
+            own.cancel()
+            await own
+
+
+class Exits(Counter):
+    """Wants to end the process."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self):
+        yield
+        raise SystemExit(3)
+
+
+class Stays(Counter):
+    """Never closes."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self):
+        yield
+        await asyncio.sleep(3600)
+
+
+BADLY = [(Cancels, "RuntimeError"), (Exits, "RuntimeError"), (Stays, "TimeoutError")]
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("gateway.plugins.CLOSE_SECONDS", 0.2)
+
+
+@SWAP
+@pytest.mark.parametrize(("badly", "error"), BADLY)
+async def test_a_plugin_that_closes_badly_keeps_no_other_open(badly, error, impatient):
+    """However one ends, it is named, in time, and the others close: at a reload, and when the gateway stops."""
+    Counter.log.clear()
+    with structlog.testing.capture_logs() as lines:
+        async with Gateway.test(plugins=[(Counter, {"name": "first"}), badly]) as gw:
+            await gw.reload(plugins=[(Counter, {"name": "first"})])
+            async with asyncio.timeout(5):
+                while not [line for line in lines if line["event"] == "plugin_close_failed"]:
+                    await asyncio.sleep(0.01)
+            assert "first closed" not in Counter.log
+            await gw.reload(plugins=[(Counter, {"name": "first"}), badly])
+    said = [
+        (line["plugin"], type(line["exc_info"]).__name__) for line in logs if line["event"] == "plugin_close_failed"
+    ]
+    assert said == [(badly.__name__, error)] * 2
+    assert Counter.log.count("first closed") == 1
+
+
+@BAD
+async def test_a_reload_that_fails_beside_a_plugin_that_does_not_close_is_over_soon(impatient):
+    """What was opened for it is given up; the next reload is served."""
+    async with Gateway.test(plugins=[Counter]) as gw:
+        async with asyncio.timeout(5):
+            with pytest.raises(PluginStartError, match="Failing"):
+                await gw.reload(plugins=[Counter, Stays, Failing])
+            await gw.reload(plugins=[(Counter, {"name": "two"})])
+        assert (await gw.chat()).headers["x-counter"] == "two 1"
+
+
+async def test_what_a_configuration_hides_is_in_no_error():
+    """A plugin that quotes its secrets in an error or a warning tells them nobody: not the log, not who asks for health."""
+
+    class Secret(BaseModel):
+        token: SecretStr
+
+    class Leaks(Counter):
+        Config = Secret
+
+        def __init__(self, config, services):
+            self.token = config.token.get_secret_value()
+
+        @contextlib.asynccontextmanager
+        async def lifespan(self):
+            yield
+
+        def warnings(self):
+            return [f"{self.token} ends soon"]
+
+    async with Gateway.test(plugins=[(Leaks, {"token": "hunter2-hunter2"})]) as gw:
+        ready = await gw.get("/health/ready")
+        assert ready.data["warnings"] == {"Leaks": ["*** ends soon"]}
+        assert logs.scrub("refused: hunter2-hunter2") == "refused: ***"  # as each traceback is
