@@ -594,7 +594,7 @@ async def test_a_plugin_that_closes_badly_keeps_no_other_open(badly, error, impa
             assert "first closed" not in Counter.log
             await gw.reload(plugins=[(Counter, {"name": "first"}), badly])
     said = [
-        (line["plugin"], type(line["exc_info"]).__name__) for line in logs if line["event"] == "plugin_close_failed"
+        (line["plugin"], type(line["exc_info"]).__name__) for line in lines if line["event"] == "plugin_close_failed"
     ]
     assert said == [(badly.__name__, error)] * 2
     assert Counter.log.count("first closed") == 1
