@@ -77,6 +77,15 @@ async def test_each_condition_counts_however_often_a_name_is_asked_for():
         assert await models(routes, "other") is None
 
 
+@pytest.mark.parametrize("listed", [{"models": ["a/one", "dear/two"]}, {"fallbacks": [{"model": "dear/two"}]}])
+async def test_a_refused_model_is_refused_further_on_too(listed):
+    """A rule that refuses a model can't be passed by naming it as the next one."""
+    routes = plugin(rules=[{"name": "no", "match": "dear/*", "refuse": "Ask finance first."}])
+    with pytest.raises(Forbidden) as caught:
+        await models(routes, "gone/x", **listed)
+    assert caught.value.error_code == "refused_by_rule"
+
+
 async def test_a_rule_may_refuse():
     """Where a rule says so its message is the answer, and no model is asked."""
     routes = plugin(rules=[{"name": "no", "match": "dear/*", "refuse": "Ask finance first."}])

@@ -198,6 +198,7 @@ class Table:
             name: Route(f"alias {name}", [(1, tuple(self._entry(e) for e in use))])
             for name, use in config.aliases.items()
         }
+        self._refuses = any(rule.refuse is not None for rule in self.rules)
         self._reads = _reads(config, self.rules)
         self._kept: dict[tuple[Hashable, ...], Way] = {}
 
@@ -391,6 +392,7 @@ class Table:
         seen = {(e.target.model, e.target.upstream) for e in entries}
         most = next((e.most for e in entries if e.most is not None), None)
         for name, fields in native.listed(exchange):
+            self._refuse_listed(exchange, name)
             alias = self.aliases.get(name)
             found = alias.orders[0] if alias else (Entry(Target(name, self._place(name))),)
             for entry in found:
@@ -398,6 +400,17 @@ class Table:
                 if (target.model, target.upstream) not in seen:
                     seen.add((target.model, target.upstream))
                     yield Entry(target, most)
+
+    def _refuse_listed(self, exchange: Exchange, name: str) -> None:
+        """A rule that refuses a model refuses it further on in a request too."""
+        if not self._refuses:
+            return
+        asked = _asked(exchange)
+        exchange.set(_ASKED, Asked(name, "", name))
+        rule = self._met(exchange)
+        exchange.set(_ASKED, asked)
+        if rule is not None and rule.refuse is not None:
+            raise Forbidden(rule.refuse, code="refused_by_rule", should_retry=False)
 
     def _too_dear(self, exchange: Exchange, target: Target, most: int) -> str | None:
         cost = worst_case(exchange, target, self._services)
