@@ -65,6 +65,8 @@ _BLAMED = frozenset(
         Cause.PAYMENT,
     }
 )
+# By these a client chooses who answers behind a target: how that goes says nothing of the target as others ask for it.
+_NARROWING = ("provider", "preset")
 _PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.INVALID_OUTPUT})
 
 
@@ -294,7 +296,6 @@ class Plugin:
 
     @hookimpl
     def attempt_finished(self, exchange: Exchange, attempt: AttemptRecord) -> None:
-        del exchange
         if self.breakers is None:
             return
         now, cause = self._clock(), attempt.cause
@@ -303,6 +304,9 @@ class Plugin:
             return
         if cause is None or cause is Cause.INVALID_OUTPUT:
             breaker.succeeded(now, attempt.started)
+        elif any(exchange.body.get(name) for name in _NARROWING):
+            breaker.told_nothing(now, attempt.started)
+            return
         elif cause in _BLAMED or (cause is Cause.RATE_LIMIT and breaker.opened_at is not None):
             breaker.failed(now, attempt.started, cause)
         else:
