@@ -219,7 +219,7 @@ class Plugin:
                 else:
                     if Cause.INVALID_OUTPUT not in on or answer.stream is not None:
                         return answer
-                    if not is_invalid(exchange, answer.body):
+                    if not is_invalid(exchange, answer.record.target, answer.body):
                         return answer
                     cause = answer.record.cause = Cause.INVALID_OUTPUT
                 plan = plan or self._plan(exchange, first)
