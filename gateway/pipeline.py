@@ -615,7 +615,8 @@ class Run:
             out["x-xenios-rule"] = _header_text(exchange.decision.rule)
         if exchange.attempts:
             # The model that answered, or on an error the one that was tried last.
-            last = exchange.attempts[-1].served
+            answered = exchange.served if exchange.error is None else None
+            last = answered or exchange.attempts[-1].served
             out[_MODEL] = _header_text(last.model)
             if exchange.snapshot.upstreams[last.upstream].simulated:
                 out["x-xenios-simulated"] = "1"

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from gateway import Cause, Decision, Limits, Target, hookimpl
+from gateway import Cause, Decision, Limits, RateLimited, Target, hookimpl
 from gateway.kit.keys import hash_key, new_key
 from gateway.kit.testing import PEPPER, Gateway
 from gateway.kit.upstream import (
@@ -215,6 +215,42 @@ async def test_where_nobody_does_better_the_answer_is_passed_as_it_is():
     assert (reply.status, reply.data["choices"][0]["message"]["content"]) == (200, "Sure!")
     assert [attempt.cause for attempt in exchange.attempts] == [Cause.INVALID_OUTPUT] * 2
     assert exchange.outcome == "ok"
+
+
+@pytest.mark.parametrize("status", [401, 503])
+async def test_what_is_paid_for_is_passed_though_a_later_attempt_fails(status):
+    """Neither a failure that is acted on nor one that isn't takes an answer away, whose model the reply names."""
+    plugin = (Fallback, {"on": ["invalid_output", "server_error"], "retries": {}})
+    async with gateway("api_keys", plugin, first=Json(chat_completion("Sure!"))) as gw:
+        gw.upstream.on("b/two", Error(status))
+        reply = await gw.chat(**JSON_ASKED)
+        [exchange] = await gw.finished()
+    assert (reply.status, reply.data["choices"][0]["message"]["content"]) == (200, "Sure!")
+    assert (reply.headers["x-xenios-model"], reply.headers["x-xenios-attempts"]) == ("a/one", "2")
+    assert (exchange.outcome, exchange.error, exchange.served) == ("ok", None, A)
+    assert "invalid_output" in reply.headers["x-xenios-tries"].split(", ")[0]
+
+
+class RefusesTheSecond:
+    """As a budget does that holds one attempt, not two."""
+
+    def __init__(self, config, services): ...
+
+    @hookimpl
+    async def around_upstream(self, exchange, attempt, call_next):
+        if exchange.attempts:
+            raise RateLimited
+        return await call_next(attempt)
+
+
+async def test_what_is_paid_for_is_passed_though_a_budget_holds_no_other_attempt():
+    """A limit that refuses the further attempt refuses that alone: no error is told or logged."""
+    first, plugin = Json(chat_completion("Sure!")), (Fallback, {"on": ["invalid_output"]})
+    async with gateway(plugin, RefusesTheSecond, first=first) as gw:
+        reply = await gw.chat(**JSON_ASKED)
+        [exchange] = await gw.finished()
+    assert (reply.status, reply.headers["x-xenios-model"]) == (200, "a/one")
+    assert (exchange.outcome, exchange.error_by, len(exchange.attempts)) == ("ok", None, 1)
 
 
 @pytest.mark.parametrize(("on", "stream"), [(["timeout"], False), (["invalid_output"], True)])
