@@ -569,7 +569,7 @@ class Run:
 
     async def _commit(self) -> None:
         """Headers and a comment go out before an upstream answered. Fallbacks stay possible, only silently."""
-        out = self._head(200, {"Content-Type": EVENT_STREAM})
+        out = self._head(200, {"Content-Type": EVENT_STREAM}, answered=False)
         self.exchange.client_started = self.exchange.streamed = True
         try:
             await self.client.start(200, out)
@@ -587,7 +587,7 @@ class Run:
         finally:
             self._beating = False
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> CIMultiDict[str]:
+    def _head(self, status: int, headers: Mapping[str, str], *, answered: bool = True) -> CIMultiDict[str]:
         """The reply's headers; `response_started` has seen them. Runs once."""
         exchange = self.exchange
         exchange.status = status
@@ -600,23 +600,23 @@ class Run:
         if exchange.dialect.anthropic:
             out["request-id"] = exchange.request_id
         if exchange.route.proxied:
-            self._say(out)
+            self._say(out, answered=answered)
         dispatch.run_sync(exchange, self.hooks.response_started)
         out = exchange.reply_headers
         if not _sound(out):
             _drop_unsound(exchange, out)
         return out
 
-    def _say(self, out: CIMultiDict[str]) -> None:
-        """Which model served and how many attempts it took."""
+    def _say(self, out: CIMultiDict[str], *, answered: bool) -> None:
+        """Which model served, once that is known, and how many attempts it took."""
         exchange = self.exchange
         out[_ATTEMPTS] = str(len(exchange.attempts))
         if exchange.decision is not None and exchange.decision.rule:
             out["x-xenios-rule"] = _header_text(exchange.decision.rule)
-        if exchange.attempts:
+        if exchange.attempts and answered:
             # The model that answered, or on an error the one that was tried last.
-            answered = exchange.served if exchange.error is None else None
-            last = answered or exchange.attempts[-1].served
+            served = exchange.served if exchange.error is None else None
+            last = served or exchange.attempts[-1].served
             out[_MODEL] = _header_text(last.model)
             if exchange.snapshot.upstreams[last.upstream].simulated:
                 out["x-xenios-simulated"] = "1"
@@ -838,7 +838,8 @@ def _tries(exchange: Exchange) -> str:
     said = [f"{_header_text(target.name)};{Cause.CIRCUIT_OPEN}" for target in exchange.skipped]
     for record in exchange.attempts:
         seconds = (record.finished or now) - record.started
-        said.append(f"{_header_text(record.target.name)};{record.cause or 'ok'};{seconds * 1000:.0f}ms")
+        became = record.cause or ("pending" if record.first_content is None else "ok")
+        said.append(f"{_header_text(record.target.name)};{became};{seconds * 1000:.0f}ms")
     return ", ".join(said[:_MOST_TRIES]) + (", ..." if len(said) > _MOST_TRIES else "")
 
 

@@ -313,6 +313,17 @@ async def test_an_administrator_is_told_of_each_attempt(stream):
         assert ("x-xenios-tries" in plain.headers) is debug
 
 
+async def test_a_stream_that_begins_early_says_only_what_is_known():
+    """Headers that go out before an upstream answered name no model as the one that did: another may."""
+    settings = {"server": {"debug_headers": True, "stream_commit_after": "50ms"}}
+    async with gateway("fallback", first=Error(503, delay=SOON), settings=settings) as gw:
+        reply = await gw.chat(stream=True)
+        [exchange] = await gw.finished()
+    assert (reply.status, exchange.outcome, exchange.served) == (200, "ok", B)
+    assert "x-xenios-model" not in reply.headers
+    assert reply.headers["x-xenios-tries"].startswith("openrouter/a/one;pending;")
+
+
 async def test_the_header_is_bounded_and_printable():
     """A long list of strange names makes no long or broken header."""
     targets = tuple(Target("bad\r\nmodel-" + "x" * 1000, "openrouter") for _ in range(20))
