@@ -640,8 +640,10 @@ class Run:
             return
         match reason:
             case watch.DEADLINE:
-                if self.exchange.running is None and self._record is not None and self._record.first_content is None:
-                    self._give_up_attempt(Cause.TIMEOUT)  # it had all the time there was, and didn't begin
+                record = self._record
+                if self.exchange.running is None and record is not None and record.first_content is None:
+                    # The first had all the time there was, and didn't begin; a later one only what others had left.
+                    self._give_up_attempt(Cause.TIMEOUT if record.number == 1 else Cause.ABANDONED)
                 await self._fail(self._deadline_error())
             case watch.FIRST_EVENT | watch.STALL | watch.TOTAL as reason:
                 await self._fail(UpstreamError(Cause.TIMEOUT, _LATE[reason]))

@@ -142,6 +142,21 @@ async def test_a_decision_may_bring_the_deadline_nearer(stream):
     assert [attempt.cause for attempt in exchange.attempts] == [Cause.TIMEOUT]
 
 
+async def test_who_got_only_the_rest_of_the_time_is_not_to_blame():
+    """A later target that the deadline ends had what the first one left over: its circuit stays closed."""
+    plugin = (Fallback, {"breaker": {"requests": 1}})
+    upstream = ScriptedUpstream()
+    upstream.on("a/one", Error(503, delay=SOON))
+    upstream.on("b/two", Hang())
+    async with Gateway.test(plugins=[of(A, B, timeout=2 * SOON), plugin], upstream=upstream) as gw:
+        reply = await gw.chat()
+        [exchange] = await gw.finished()
+        states = [gw.plugin("Plugin").breakers.find(target.name).opened for target in (A, B)]
+    assert reply.status == 504
+    assert [attempt.cause for attempt in exchange.attempts] == [Cause.SERVER_ERROR, Cause.ABANDONED]
+    assert states == [1, 0]
+
+
 async def test_a_decision_can_not_put_the_deadline_off():
     """`server.request_timeout` is the upper end."""
     upstream = ScriptedUpstream(default=Hang())
