@@ -211,7 +211,11 @@ async def test_an_upstream_that_asks_for_ever_is_not_asked_again(header):
     assert reply.headers["retry-after"] == str(365 * 86400)
 
 
-@pytest.mark.parametrize(("wait", "told"), [(10**400, str(365 * 86400)), (-(10**400), None), ([], None), ("x", None)])
+@pytest.mark.parametrize(
+    ("wait", "told"),
+    [(10**400, str(365 * 86400)), (-(10**400), None), ([], None), ("x", None)],
+    ids=["huge", "negative", "list", "word"],
+)
 async def test_a_wait_in_the_body_may_be_anything(wait, told):
     """A number beyond all numbers is a long wait; what is none is as if it weren't there. The failure stays a 429."""
     upstream = ScriptedUpstream(default=Error(429, metadata={"retry_after": wait}))
