@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway.pipeline")
 
 _REQUEST_ID, _ATTEMPTS, _MODEL = istr("x-request-id"), istr("x-xenios-attempts"), istr("x-xenios-model")
+_RULE = istr("x-xenios-rule")
 _CONTENT_TYPE, _GENERATION_ID, _CONNECTION = istr("Content-Type"), istr("X-Generation-Id"), istr("Connection")
 
 EVENT_STREAM = "text/event-stream"
@@ -611,8 +612,10 @@ class Run:
         """Which model served, once that is known, and how many attempts it took."""
         exchange = self.exchange
         out[_ATTEMPTS] = str(len(exchange.attempts))
-        if exchange.decision is not None and exchange.decision.rule:
-            out["x-xenios-rule"] = _header_text(exchange.decision.rule)
+        # A rule that refuses makes no decision: its error's headers name it.
+        rule = out.get(_RULE) if exchange.decision is None else exchange.decision.rule
+        if rule:
+            out[_RULE] = _header_text(rule)
         if exchange.attempts and answered:
             # The model that answered, or on an error the one that was tried last.
             served = exchange.served if exchange.error is None else None

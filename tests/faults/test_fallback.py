@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from gateway import Cause, Decision, Limits, RateLimited, Target, hookimpl
+from gateway import Cause, Decision, Forbidden, Limits, RateLimited, Target, hookimpl
 from gateway.kit.keys import hash_key, new_key
 from gateway.kit.testing import PEPPER, Gateway
 from gateway.kit.upstream import (
@@ -349,6 +349,23 @@ async def test_an_administrator_is_told_of_each_attempt(stream):
         assert second.split(";")[:2] == ["openrouter/b/two", "ok"]
         assert second.endswith("ms")
         assert ("x-xenios-tries" in plain.headers) is debug
+
+
+class RefusingRule:
+    """As a rule does that refuses."""
+
+    def __init__(self, config, services): ...
+
+    @hookimpl
+    async def choose_targets(self, exchange):
+        raise Forbidden("No.", headers={"x-xenios-rule": "r\u00e4tsel"})
+
+
+async def test_an_error_names_the_rule_that_refused():
+    """In the same header, and as plain ASCII, as where a rule decided."""
+    async with Gateway.test(plugins=[RefusingRule]) as gw:
+        reply = await gw.chat()
+    assert (reply.status, reply.headers["x-xenios-rule"]) == (403, "r%C3%A4tsel")
 
 
 async def test_a_stream_that_begins_early_says_only_what_is_known():
