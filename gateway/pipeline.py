@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway.pipeline")
 
 _REQUEST_ID, _ATTEMPTS, _MODEL = istr("x-request-id"), istr("x-xenios-attempts"), istr("x-xenios-model")
+_RULE = istr("x-xenios-rule")
 _CONTENT_TYPE, _GENERATION_ID, _CONNECTION = istr("Content-Type"), istr("X-Generation-Id"), istr("Connection")
 
 EVENT_STREAM = "text/event-stream"
@@ -569,7 +570,7 @@ class Run:
 
     async def _commit(self) -> None:
         """Headers and a comment go out before an upstream answered. Fallbacks stay possible, only silently."""
-        out = self._head(200, {"Content-Type": EVENT_STREAM})
+        out = self._head(200, {"Content-Type": EVENT_STREAM}, answered=False)
         self.exchange.client_started = self.exchange.streamed = True
         try:
             await self.client.start(200, out)
@@ -587,7 +588,7 @@ class Run:
         finally:
             self._beating = False
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> CIMultiDict[str]:
+    def _head(self, status: int, headers: Mapping[str, str], *, answered: bool = True) -> CIMultiDict[str]:
         """The reply's headers; `response_started` has seen them. Runs once."""
         exchange = self.exchange
         exchange.status = status
@@ -600,22 +601,25 @@ class Run:
         if exchange.dialect.anthropic:
             out["request-id"] = exchange.request_id
         if exchange.route.proxied:
-            self._say(out)
+            self._say(out, answered=answered)
         dispatch.run_sync(exchange, self.hooks.response_started)
         out = exchange.reply_headers
         if not _sound(out):
             _drop_unsound(exchange, out)
         return out
 
-    def _say(self, out: CIMultiDict[str]) -> None:
-        """Which model served and how many attempts it took."""
+    def _say(self, out: CIMultiDict[str], *, answered: bool) -> None:
+        """Which model served, once that is known, and how many attempts it took."""
         exchange = self.exchange
         out[_ATTEMPTS] = str(len(exchange.attempts))
-        if exchange.decision is not None and exchange.decision.rule:
-            out["x-xenios-rule"] = _header_text(exchange.decision.rule)
-        if exchange.attempts:
+        # A rule that refuses makes no decision: its error's headers name it.
+        rule = out.get(_RULE) if exchange.decision is None else exchange.decision.rule
+        if rule:
+            out[_RULE] = _header_text(rule)
+        if exchange.attempts and answered:
             # The model that answered, or on an error the one that was tried last.
-            last = exchange.attempts[-1].served
+            served = exchange.served if exchange.error is None else None
+            last = served or exchange.attempts[-1].served
             out[_MODEL] = _header_text(last.model)
             if exchange.snapshot.upstreams[last.upstream].simulated:
                 out["x-xenios-simulated"] = "1"
@@ -639,8 +643,10 @@ class Run:
             return
         match reason:
             case watch.DEADLINE:
-                if self.exchange.running is None and self._record is not None and self._record.first_content is None:
-                    self._give_up_attempt(Cause.TIMEOUT)  # it had all the time there was, and didn't begin
+                record = self._record
+                if self.exchange.running is None and record is not None and record.first_content is None:
+                    # The first had all the time there was, and didn't begin; a later one only what others had left.
+                    self._give_up_attempt(Cause.TIMEOUT if record.number == 1 else Cause.ABANDONED)
                 await self._fail(self._deadline_error())
             case watch.FIRST_EVENT | watch.STALL | watch.TOTAL as reason:
                 await self._fail(UpstreamError(Cause.TIMEOUT, _LATE[reason]))
@@ -837,7 +843,8 @@ def _tries(exchange: Exchange) -> str:
     said = [f"{_header_text(target.name)};{Cause.CIRCUIT_OPEN}" for target in exchange.skipped]
     for record in exchange.attempts:
         seconds = (record.finished or now) - record.started
-        said.append(f"{_header_text(record.target.name)};{record.cause or 'ok'};{seconds * 1000:.0f}ms")
+        became = record.cause or ("pending" if record.first_content is None else "ok")
+        said.append(f"{_header_text(record.target.name)};{became};{seconds * 1000:.0f}ms")
     return ", ".join(said[:_MOST_TRIES]) + (", ..." if len(said) > _MOST_TRIES else "")
 
 

@@ -144,6 +144,7 @@ _BY_STATUS = {
     408: Cause.SERVER_ERROR,
     429: Cause.RATE_LIMIT,
 }
+_YEAR = 365 * 86400.0  # longer, nobody need be told
 _CONTEXT = re.compile(r"context.{0,20}(length|window)|maximum context|prompt is too long", re.IGNORECASE)
 _NO_SUCH_MODEL = re.compile(r"not a valid model id", re.IGNORECASE)
 _DEFAULT_STATUS = {
@@ -225,17 +226,22 @@ def error_from_body(status: int, body: bytes, headers: Mapping[str, str], secret
 
 
 def retry_after(value: Any, *, now: float | None = None, per_second: int = 1) -> float | None:
-    """Seconds to wait, from a number of them (or parts) or an HTTP date; None if absent, negative or not readable."""
+    """Seconds to wait, a year at most, from a number of them (or parts) or an HTTP date.
+
+    None if absent, negative or not readable.
+    """
     if value is None:
         return None
     try:
         seconds = float(value) / per_second
+    except OverflowError:
+        seconds = _YEAR if value > 0 else -1.0
     except (TypeError, ValueError):
         try:
             seconds = email.utils.parsedate_to_datetime(str(value)).timestamp() - (now or time.time())
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
-    return seconds if 0 <= seconds < 1e9 else None
+    return min(seconds, _YEAR) if seconds >= 0 else None
 
 
 def _as_status(code: Any) -> int | None:

@@ -41,6 +41,7 @@ class Breaker:
         "_policy",
         "_slice",
         "cause",
+        "first_probe_at",
         "name",
         "next_probe",
         "opened",
@@ -61,6 +62,8 @@ class Breaker:
         self.opened_at: float | None = None  # None: closed
         self.next_probe = 0.0
         self.probed_at: float | None = None  # when the probe that is under way was let through
+        # Since it opened. Every attempt that began later is a probe too, however long its answer takes.
+        self.first_probe_at: float | None = None
         self.resting_until = 0.0
         self.cause: str | None = None  # of the last failure
 
@@ -81,6 +84,8 @@ class Breaker:
         if self.wait(now) > 0:
             return False
         self.probed_at = now
+        if self.first_probe_at is None:
+            self.first_probe_at = now
         self.next_probe = now + self._policy.open_for
         self._changed(self, "probed")
         return True
@@ -124,11 +129,12 @@ class Breaker:
             self._changed(self, "rests")
 
     def open(self, at: float, next_probe: float) -> None:
-        self.opened_at, self.next_probe, self.probed_at = at, next_probe, None
+        self.opened_at, self.next_probe = at, next_probe
+        self.probed_at = self.first_probe_at = None
 
     def close(self) -> None:
         """What was counted before it opened is forgotten."""
-        self.opened_at = self.probed_at = None
+        self.opened_at = self.probed_at = self.first_probe_at = None
         self._passed, self._failed = [0] * _SLICES, [0] * _SLICES
 
     def counts(self, now: float) -> tuple[int, int]:
@@ -137,7 +143,7 @@ class Breaker:
         return sum(self._passed), sum(self._failed)
 
     def _was_probe(self, began: float) -> bool:
-        return self.probed_at is not None and began >= self.probed_at
+        return self.first_probe_at is not None and began >= self.first_probe_at
 
     def _roll(self, now: float) -> None:
         """Empty the slices that have passed since the last look."""

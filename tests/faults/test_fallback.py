@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from gateway import Cause, Decision, Limits, Target, hookimpl
+from gateway import Cause, Decision, Forbidden, Limits, RateLimited, Target, hookimpl
 from gateway.kit.keys import hash_key, new_key
 from gateway.kit.testing import PEPPER, Gateway
 from gateway.kit.upstream import (
@@ -142,6 +142,21 @@ async def test_a_decision_may_bring_the_deadline_nearer(stream):
     assert [attempt.cause for attempt in exchange.attempts] == [Cause.TIMEOUT]
 
 
+async def test_who_got_only_the_rest_of_the_time_is_not_to_blame():
+    """A later target that the deadline ends had what the first one left over: its circuit stays closed."""
+    plugin = (Fallback, {"breaker": {"requests": 1}})
+    upstream = ScriptedUpstream()
+    upstream.on("a/one", Error(503, delay=SOON))
+    upstream.on("b/two", Hang())
+    async with Gateway.test(plugins=[of(A, B, timeout=2 * SOON), plugin], upstream=upstream) as gw:
+        reply = await gw.chat()
+        [exchange] = await gw.finished()
+        states = [gw.plugin("Plugin").breakers.find(target.name).opened for target in (A, B)]
+    assert reply.status == 504
+    assert [attempt.cause for attempt in exchange.attempts] == [Cause.SERVER_ERROR, Cause.ABANDONED]
+    assert states == [1, 0]
+
+
 async def test_a_decision_can_not_put_the_deadline_off():
     """`server.request_timeout` is the upper end."""
     upstream = ScriptedUpstream(default=Hang())
@@ -164,7 +179,7 @@ async def test_no_wait_passes_the_deadline():
     ("headers", "slept"),
     [
         ({"Retry-After": "2"}, 2), ({"retry-after-ms": "1500", "Retry-After": "60"}, 1.5), ({"Retry-After": "-1"}, 0.5),
-        ({"Retry-After": "soon"}, 0.5), ({"Retry-After": "nan"}, 0.5), ({"Retry-After": "1e12"}, 0.5),
+        ({"Retry-After": "soon"}, 0.5), ({"Retry-After": "nan"}, 0.5),
         ({"retry-after-ms": "x", "Retry-After": "3"}, 3),
     ],
 )  # fmt: skip
@@ -184,6 +199,29 @@ async def test_a_busy_upstream_is_asked_again_when_it_says(headers, slept):
         reply = await gw.chat()
     assert (reply.status, reply.headers["x-xenios-attempts"]) == (200, "2")
     assert waits == [pytest.approx(slept if slept == 0.5 else slept * 1.1)]
+
+
+@pytest.mark.parametrize("header", ["1e12", "99999999999", "1" + "0" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+async def test_an_upstream_that_asks_for_ever_is_not_asked_again(header):
+    """Too long a wait is not waited for, however long it is; the client hears of a year at most."""
+    upstream = ScriptedUpstream(default=Error(429, headers={"Retry-After": header}))
+    async with Gateway.test(plugins=[of(A), (Fallback, {"breaker": False})], upstream=upstream) as gw:
+        reply = await gw.chat()
+    assert (reply.status, reply.headers["x-xenios-attempts"]) == (429, "1")
+    assert reply.headers["retry-after"] == str(365 * 86400)
+
+
+@pytest.mark.parametrize(
+    ("wait", "told"),
+    [(10**400, str(365 * 86400)), (-(10**400), None), ([], None), ("x", None)],
+    ids=["huge", "negative", "list", "word"],
+)
+async def test_a_wait_in_the_body_may_be_anything(wait, told):
+    """A number beyond all numbers is a long wait; what is none is as if it weren't there. The failure stays a 429."""
+    upstream = ScriptedUpstream(default=Error(429, metadata={"retry_after": wait}))
+    async with Gateway.test(plugins=[of(A), (Fallback, {"breaker": False, "retries": {}})], upstream=upstream) as gw:
+        reply = await gw.chat()
+    assert (reply.status, reply.headers.get("retry-after")) == (429, told)
 
 
 # --- answers that are not what was asked for ---------------------------------------------------------------------------
@@ -215,6 +253,42 @@ async def test_where_nobody_does_better_the_answer_is_passed_as_it_is():
     assert (reply.status, reply.data["choices"][0]["message"]["content"]) == (200, "Sure!")
     assert [attempt.cause for attempt in exchange.attempts] == [Cause.INVALID_OUTPUT] * 2
     assert exchange.outcome == "ok"
+
+
+@pytest.mark.parametrize("status", [401, 503])
+async def test_what_is_paid_for_is_passed_though_a_later_attempt_fails(status):
+    """Neither a failure that is acted on nor one that isn't takes an answer away, whose model the reply names."""
+    plugin = (Fallback, {"on": ["invalid_output", "server_error"], "retries": {}})
+    async with gateway("api_keys", plugin, first=Json(chat_completion("Sure!"))) as gw:
+        gw.upstream.on("b/two", Error(status))
+        reply = await gw.chat(**JSON_ASKED)
+        [exchange] = await gw.finished()
+    assert (reply.status, reply.data["choices"][0]["message"]["content"]) == (200, "Sure!")
+    assert (reply.headers["x-xenios-model"], reply.headers["x-xenios-attempts"]) == ("a/one", "2")
+    assert (exchange.outcome, exchange.error, exchange.served) == ("ok", None, A)
+    assert "invalid_output" in reply.headers["x-xenios-tries"].split(", ")[0]
+
+
+class RefusesTheSecond:
+    """As a budget does that holds one attempt, not two."""
+
+    def __init__(self, config, services): ...
+
+    @hookimpl
+    async def around_upstream(self, exchange, attempt, call_next):
+        if exchange.attempts:
+            raise RateLimited
+        return await call_next(attempt)
+
+
+async def test_what_is_paid_for_is_passed_though_a_budget_holds_no_other_attempt():
+    """A limit that refuses the further attempt refuses that alone: no error is told or logged."""
+    first, plugin = Json(chat_completion("Sure!")), (Fallback, {"on": ["invalid_output"]})
+    async with gateway(plugin, RefusesTheSecond, first=first) as gw:
+        reply = await gw.chat(**JSON_ASKED)
+        [exchange] = await gw.finished()
+    assert (reply.status, reply.headers["x-xenios-model"]) == (200, "a/one")
+    assert (exchange.outcome, exchange.error_by, len(exchange.attempts)) == ("ok", None, 1)
 
 
 @pytest.mark.parametrize(("on", "stream"), [(["timeout"], False), (["invalid_output"], True)])
@@ -275,6 +349,34 @@ async def test_an_administrator_is_told_of_each_attempt(stream):
         assert second.split(";")[:2] == ["openrouter/b/two", "ok"]
         assert second.endswith("ms")
         assert ("x-xenios-tries" in plain.headers) is debug
+
+
+class RefusingRule:
+    """As a rule does that refuses."""
+
+    def __init__(self, config, services): ...
+
+    @hookimpl
+    async def choose_targets(self, exchange):
+        raise Forbidden("No.", headers={"x-xenios-rule": "r\u00e4tsel"})
+
+
+async def test_an_error_names_the_rule_that_refused():
+    """In the same header, and as plain ASCII, as where a rule decided."""
+    async with Gateway.test(plugins=[RefusingRule]) as gw:
+        reply = await gw.chat()
+    assert (reply.status, reply.headers["x-xenios-rule"]) == (403, "r%C3%A4tsel")
+
+
+async def test_a_stream_that_begins_early_says_only_what_is_known():
+    """Headers that go out before an upstream answered name no model as the one that did: another may."""
+    settings = {"server": {"debug_headers": True, "stream_commit_after": "50ms"}}
+    async with gateway("fallback", first=Error(503, delay=SOON), settings=settings) as gw:
+        reply = await gw.chat(stream=True)
+        [exchange] = await gw.finished()
+    assert (reply.status, exchange.outcome, exchange.served) == (200, "ok", B)
+    assert "x-xenios-model" not in reply.headers
+    assert reply.headers["x-xenios-tries"].startswith("openrouter/a/one;pending;")
 
 
 async def test_the_header_is_bounded_and_printable():

@@ -95,6 +95,34 @@ def test_a_probe_that_tells_nothing_is_made_again_at_once(circuit):
     assert circuit.allow(T + 6)
 
 
+@pytest.mark.parametrize("meanwhile", [None, "bad", "nothing"])
+def test_a_probe_closes_it_however_long_its_answer_takes(circuit, meanwhile):
+    """Probes that were let through while it was under way, and what became of them, take nothing from its word."""
+    fail(circuit, 4)
+    assert circuit.allow(T + 5)
+    assert circuit.allow(T + 10)
+    if meanwhile == "bad":
+        circuit.failed(T + 11, T + 10, "timeout")
+    elif meanwhile == "nothing":
+        circuit.told_nothing(T + 11, T + 10)
+    circuit.succeeded(T + 12, T + 5)
+    assert circuit.state(T + 12) == "closed"
+
+
+def test_a_probe_of_an_earlier_opening_says_nothing_of_this_one(circuit):
+    """It was closed and opened again since: only what is let through from now on counts."""
+    fail(circuit, 4)
+    assert circuit.allow(T + 5)
+    assert circuit.allow(T + 10)
+    circuit.succeeded(T + 11, T + 10)
+    fail(circuit, 4, T + 12)
+    circuit.succeeded(T + 13, T + 5)
+    assert circuit.state(T + 13) == "open"
+    assert circuit.allow(T + 17)
+    circuit.succeeded(T + 18, T + 5)
+    assert circuit.state(T + 18) == "half_open"
+
+
 def test_attempts_from_before_it_opened_are_no_probes(circuit):
     """What was under way when it opened neither closes it nor puts the probe off."""
     fail(circuit, 4)
@@ -143,7 +171,7 @@ def test_whatever_happens_probes_are_bounded_and_it_recovers(events):
             assert not circuit.allow(now)
         elif running:
             began = running.pop(which % len(running))
-            is_probe = circuit.probed_at is not None and began >= circuit.probed_at
+            is_probe = circuit.first_probe_at is not None and began >= circuit.first_probe_at
             if what == "good":
                 circuit.succeeded(now, began)
             elif what == "bad":

@@ -425,6 +425,28 @@ def test_what_a_target_is_blamed_for(cause, counts):
     assert plugin.breakers.find(A.name).counts(T) == counts
 
 
+@pytest.mark.parametrize("body", [{"provider": {"only": ["busy"]}}, {"preset": "mine"}])
+async def test_who_narrows_the_choice_closes_a_model_for_nobody(body):
+    """What fails or is busy at the provider that one client insists on says nothing of the model: nobody else waits."""
+    plugin, narrow = made(breaker=QUICK), asking(A, B)
+    narrow.body.update(body)
+    busy = UpstreamError(Cause.RATE_LIMIT, retry_after=60)
+    for failure in (busy, *[Cause.SERVER_ERROR] * 8):
+        upstream = Upstream(a=failure)
+        assert await ask(upstream, first=A, plugin=plugin, asked=narrow) == "answer of b"
+        assert upstream.asked == ["a", "b"]
+    assert await ask(Upstream(), A, B, plugin=plugin) == "answer of a"
+
+
+async def test_a_narrowed_probe_neither_fails_nor_holds_up_the_next():
+    """A probe that a client sent to a provider of its own tells nothing: the next request may probe at once."""
+    plugin, narrow = await opened(), asking(A, B)
+    narrow.body["provider"] = {"only": ["busy"]}
+    plugin.clock.now += 5
+    assert await ask(Upstream(a=Cause.RATE_LIMIT), first=A, plugin=plugin, asked=narrow) == "answer of b"
+    assert await ask(Upstream(), A, B, plugin=plugin) == "answer of a"
+
+
 async def test_without_a_breaker_nothing_is_remembered():
     """`breaker: false`: each request begins with the first target."""
     plugin, upstream = made(breaker=False), Upstream(a=Cause.TIMEOUT)

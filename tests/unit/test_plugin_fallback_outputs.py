@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from plugin_objects import exchange
 
+from gateway import Target
 from gateway.kit.upstream import chat_completion, response_object, tool_call
-from gateway_plugins.fallback.outputs import fits, is_invalid
+from gateway_plugins.fallback import outputs
+from gateway_plugins.fallback.outputs import fits
 
 SCHEMA = {
     "type": "object",
@@ -21,6 +23,10 @@ IN_RESPONSES = {"text": {"format": {"type": "json_schema", "name": "person", "sc
 OBJECT = {"response_format": {"type": "json_object"}}
 TOOLS = {"tools": [{"type": "function", "function": {"name": "get_weather"}}]}
 GOOD = '{"name": "Ann", "age": 3, "tags": ["a"]}'
+
+
+def is_invalid(asked, body, **target):
+    return outputs.is_invalid(asked, Target("m", "openrouter", **target), body)
 
 
 def chat(text, **asked):
@@ -56,7 +62,8 @@ def test_plain_text_may_be_anything():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "invalid"), [('{"city": "Rome"}', False), ("", False), ('{"city": ', True), ("Rome", True)]
+    ("arguments", "invalid"),
+    [('{"city": "Rome"}', False), ("", False), ('{"city": ', True), ("Rome", True), ("5", True), ("[]", True)],
 )
 def test_arguments_of_tool_calls_must_be_json(arguments, invalid):
     """A tool call that no client can parse is no good answer; one without arguments is."""
@@ -69,6 +76,37 @@ def test_arguments_of_tool_calls_must_be_json(arguments, invalid):
     reply = response_object("x")
     reply["output"].append({"type": "function_call", "name": "get_weather", "arguments": arguments, "call_id": "c"})
     assert is_invalid(asked, json.dumps(reply).encode()) is invalid
+
+
+@pytest.mark.parametrize(
+    ("arguments", "invalid"),
+    [(GOOD, False), ('{"name": "Ann"}', True), ("", True), ('{"name": 1, "age": 3}', True), ("5", True)],
+)
+def test_arguments_of_tool_calls_must_keep_to_the_tools_schema(arguments, invalid):
+    """A call without what its tool requires is no good answer, in chat completions and in responses alike."""
+    function = {"name": "greet", "parameters": SCHEMA}
+    reply = chat_completion(None)
+    call = {"id": "c", "type": "function", "function": {"name": "greet", "arguments": arguments}}
+    reply["choices"][0]["message"] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    asked = exchange({"model": "m", "tools": [{"type": "function", "function": function}]})
+    assert is_invalid(asked, json.dumps(reply).encode()) is invalid
+    asked = exchange({"model": "m", "input": "x", "tools": [{"type": "function", **function}]}, endpoint="responses")
+    reply = response_object("x")
+    reply["output"].append({"type": "function_call", "name": "greet", "arguments": arguments, "call_id": "c"})
+    assert is_invalid(asked, json.dumps(reply).encode()) is invalid
+
+
+@pytest.mark.parametrize("tools", [1, [1], [{"function": 1}], [{"name": [1]}], [{"name": "x", "parameters": 1}]])
+def test_tools_of_no_known_shape_break_nothing(tools):
+    """What a client calls tools never breaks the check."""
+    assert not is_invalid(exchange({"model": "m", "tools": tools}), json.dumps(chat_completion("Hi")).encode())
+
+
+def test_what_a_target_adds_or_takes_out_counts():
+    """A task's own format holds as a client's does; a format that was not sent upstream is not asked of the answer."""
+    reply = json.dumps(chat_completion("Sure!")).encode()
+    assert is_invalid(exchange({"model": "m"}), reply, overrides=IN_CHAT)
+    assert not is_invalid(exchange({"model": "m", **IN_CHAT}), reply, strip=("response_format",))
 
 
 def test_a_refusal_is_an_answer():

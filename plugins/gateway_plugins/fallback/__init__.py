@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from gateway import Cause, Duration, Finding, Reply, Source, Tasks, UpstreamError, Usage, hookimpl
+from gateway import Cause, Duration, Finding, GatewayError, Reply, Source, Tasks, UpstreamError, Usage, hookimpl
 from gateway.kit import BreakerPolicy, Breakers, clean, input_estimate
 from gateway_plugins.fallback.outputs import is_invalid
 from gateway_plugins.fallback.plan import Entry, Plan, Policy
@@ -65,6 +65,8 @@ _BLAMED = frozenset(
         Cause.PAYMENT,
     }
 )
+# By these a client chooses who answers behind a target: how that goes says nothing of the target as others ask for it.
+_NARROWING = ("provider", "preset")
 _PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.INVALID_OUTPUT})
 
 
@@ -203,31 +205,35 @@ class Plugin:
         first = Entry(attempt.target, attempt)
         entry = first if self._may_begin(first.target) else None
         plan: Plan | None = None
-        answer: UpstreamReply | None = None
+        flawed: UpstreamReply | None = None  # the last that was not what was asked for
         error: UpstreamError | None = None
         while True:
             if entry is not None:
-                answer = error = None
+                error = None
                 try:
                     answer = await call_next(entry.attempt or exchange.attempt(entry.target))
-                except UpstreamError as failure:
-                    if failure.cause not in on:
-                        raise
+                except GatewayError as failure:
+                    if not isinstance(failure, UpstreamError) or failure.cause not in on:
+                        if flawed is None:
+                            raise
+                        exchange.error_by = None  # whoever refused a further attempt did not refuse the request
+                        return flawed
                     error, cause = failure, failure.cause
                 else:
                     if Cause.INVALID_OUTPUT not in on or answer.stream is not None:
                         return answer
-                    if not is_invalid(exchange, answer.body):
+                    if not is_invalid(exchange, answer.record.target, answer.body):
                         return answer
-                    cause = answer.record.cause = Cause.INVALID_OUTPUT
+                    flawed, cause = answer, Cause.INVALID_OUTPUT
+                    answer.record.cause = cause
                 plan = plan or self._plan(exchange, first)
                 plan.failed(entry, error, cause, self._clock())
             plan = plan or self._plan(exchange, first)
             entry = await self._next(exchange, plan)
             if entry is None:
                 break
-        if answer is not None:
-            return answer  # not what was asked for, but nobody has a better one
+        if flawed is not None:
+            return flawed  # it is paid for, and nobody has a better one
         raise error or self._all_open([e.target for e in plan.entries])
 
     def _causes(self, exchange: Exchange) -> frozenset[Cause]:
@@ -294,7 +300,6 @@ class Plugin:
 
     @hookimpl
     def attempt_finished(self, exchange: Exchange, attempt: AttemptRecord) -> None:
-        del exchange
         if self.breakers is None:
             return
         now, cause = self._clock(), attempt.cause
@@ -303,6 +308,9 @@ class Plugin:
             return
         if cause is None or cause is Cause.INVALID_OUTPUT:
             breaker.succeeded(now, attempt.started)
+        elif any(exchange.body.get(name) for name in _NARROWING):
+            breaker.told_nothing(now, attempt.started)
+            return
         elif cause in _BLAMED or (cause is Cause.RATE_LIMIT and breaker.opened_at is not None):
             breaker.failed(now, attempt.started, cause)
         else:

@@ -14,7 +14,9 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from gateway import Exchange
+    from gateway import Exchange, Target
+
+    Schema = Mapping[str, Any]
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -28,17 +30,21 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 _DEEPEST = 50
 
 
-def is_invalid(exchange: Exchange, body: bytes) -> bool:
-    """`body`: the upstream's whole reply."""
+_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+def is_invalid(exchange: Exchange, target: Target, body: bytes) -> bool:
+    """`body`: the upstream's whole reply to what was sent for this target."""
     pieces = _PIECES.get(exchange.endpoint)
     if pieces is None:
         return False
-    wanted = _format(exchange.body)
-    if wanted is None and not exchange.body.get("tools"):
+    asked = {name: v for name, v in {**exchange.body, **target.overrides}.items() if name not in target.strip}
+    wanted, tools = _format(asked), asked.get("tools")
+    if wanted is None and not tools:
         return False
     try:
         reply = msgspec.json.decode(body)
-        return any(_is_wrong(text, schema) for text, schema in pieces(reply, wanted))
+        return any(_is_wrong(text, schema) for text, schema in pieces(reply, wanted, _arguments(tools)))
     except (msgspec.DecodeError, UnicodeError, RecursionError, LookupError, TypeError, AttributeError):
         return True
 
@@ -50,28 +56,41 @@ def _format(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if not isinstance(asked, dict) or asked.get("type") not in {"json_object", "json_schema"}:
         return None
     if asked["type"] == "json_object":
-        return {"type": "object"}
+        return _OBJECT
     # chat completions hold it one level deeper
     inner = asked.get("json_schema")
     schema = (inner if isinstance(inner, dict) else asked).get("schema")
     return schema if isinstance(schema, dict) else {}
 
 
-def _of_chat(reply: Any, wanted: Mapping[str, Any] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _arguments(tools: Any) -> dict[str, Schema]:
+    """The schema of each function's arguments, as far as one can be read; they are always an object."""
+    found: dict[str, Schema] = {}
+    for tool in tools if isinstance(tools, list) else ():
+        # chat completions hold it one level deeper
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if isinstance(function, dict) and isinstance(name := function.get("name"), str):
+            schema = function.get("parameters")
+            found[name] = {**schema, **_OBJECT} if isinstance(schema, dict) else _OBJECT
+    return found
+
+
+def _of_chat(reply: Any, wanted: Schema | None, tools: Mapping[str, Schema]) -> Iterator[tuple[str, Schema]]:
     for choice in reply["choices"]:
         message = choice["message"]
         calls = message.get("tool_calls") or ()
         for call in calls:
             if "function" in call:
-                yield call["function"]["arguments"] or "{}", {}
+                function = call["function"]
+                yield function["arguments"] or "{}", tools.get(function.get("name"), _OBJECT)
         if wanted is not None and not calls and not message.get("refusal"):
             yield message.get("content") or "", wanted
 
 
-def _of_responses(reply: Any, wanted: Mapping[str, Any] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _of_responses(reply: Any, wanted: Schema | None, tools: Mapping[str, Schema]) -> Iterator[tuple[str, Schema]]:
     for item in reply["output"]:
         if item["type"] == "function_call":
-            yield item["arguments"] or "{}", {}
+            yield item["arguments"] or "{}", tools.get(item.get("name"), _OBJECT)
         elif item["type"] == "message" and wanted is not None:
             yield from ((part["text"], wanted) for part in item["content"] if part["type"] == "output_text")
 
