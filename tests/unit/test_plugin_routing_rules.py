@@ -13,6 +13,7 @@ from gateway import BadRequest, Cause, Forbidden, GatewayError, Limits, Principa
 from gateway.catalogue import Catalogue
 from gateway.settings import load_text
 from gateway_plugins import routing
+from gateway_plugins.routing import native
 
 SETTINGS = settings(
     upstreams={
@@ -446,6 +447,16 @@ async def test_openrouter_may_own_the_fallback():
     assert (target.model, target.overrides) == ("a", {"models": ["b", "c"]})
     assert "models" not in target.strip
     assert "fallbacks" in target.strip
+
+
+async def test_a_list_of_models_becomes_one_attempt_in_one_step(monkeypatch):
+    """However many models a client lists, each is looked at once: a long list holds nobody else up."""
+    made = []
+    monkeypatch.setattr(native, "replace", lambda *args, **kwargs: made.append(args) or replace(*args, **kwargs))
+    targets = [Target(f"a/{n}", "openrouter") for n in range(100)]
+    [target] = native.grouped(targets, lambda name: name == "openrouter")
+    assert [target.model, *target.overrides["models"]] == [t.model for t in targets]
+    assert len(made) == 1
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
