@@ -449,6 +449,25 @@ async def test_openrouter_may_own_the_fallback():
     assert "fallbacks" in target.strip
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rules": [{"name": "r", "match": "m", "use": ["a", "b"], "fallback_on": []}]},
+        {"rules": [{"name": "r", "match": "m", "use": ["a", "b"], "fallback_on": ["timeout"]}]},
+        {"rules": [{"name": "r", "match": "task/t", "use": ["a", "b"]}], "tasks": {"t": {"fallback_on": []}}},
+        {"rules": [{"name": "r", "use": {"set": {"seed": 1}}}], "tasks": {"t": {"use": ["a", "b"], "fallback_on": []}}},
+    ],
+)
+async def test_openrouter_owns_no_fallback_whose_causes_are_said(config):
+    """Where a rule or task says after which causes another model may answer, none is sent along that may answer anyway."""
+    routes = plugin(native_fallback="openrouter", **config)
+    for listed in ({}, {"models": ["c"]}):
+        decision = await routes.choose_targets(ask("task/t" if "tasks" in config else "m", **listed))
+        assert [t.model for t in decision.targets] == ["a", "b", *listed.get("models", ())]
+        assert not any("models" in t.overrides for t in decision.targets)
+        assert not listed or all("models" in t.strip for t in decision.targets)
+
+
 async def test_a_list_of_models_becomes_one_attempt_in_one_step(monkeypatch):
     """However many models a client lists, each is looked at once: a long list holds nobody else up."""
     made = []

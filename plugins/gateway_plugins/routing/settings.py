@@ -297,8 +297,8 @@ class Config(_Section):
     native_fallback: Literal["off", "openrouter"] = Field(
         "off",
         description="Who tries the next model. off: this gateway, one by one; a client's `models` become its targets. "
-        "openrouter: targets in a row at one OpenRouter with equal parameters are sent as `models` in one attempt. "
-        "Default off.",
+        "openrouter: targets in a row at one OpenRouter with equal parameters are sent as `models` in one attempt, "
+        "unless `fallback_on` is said for them. OpenRouter's own fallback also acts on moderation. Default off.",
     )
     rules: tuple[Rule, ...] = Field(
         (), description="Asked in order, before tasks and aliases; the first that matches decides. Default none."

@@ -359,12 +359,13 @@ class Table:
                 code="cost_ceiling",
                 should_retry=False,
             )
-        if self._native:
+        # the nearest that says something: the rule, what it only changes, the task
+        said = [w for w in (route, way.base if route and route.keeps_name else None, task) if w is not None]
+        causes = next((w.fallback_on for w in said if w.fallback_on is not None), None)
+        if self._native and causes is None:  # OpenRouter goes by causes of its own
             targets = native.grouped(targets, lambda name: self._kinds.get(name) == "openrouter")
             if lists:
                 targets = [_lists_none(t) for t in targets]
-        # the nearest that says something: the rule, what it only changes, the task
-        said = [w for w in (route, way.base if route and route.keeps_name else None, task) if w is not None]
         return Decision(
             way.asked,
             tuple(targets),
@@ -372,7 +373,7 @@ class Table:
             alias=way.alias,
             rule=way.rule_name,
             reasons=tuple(reasons),
-            fallback_on=next((w.fallback_on for w in said if w.fallback_on is not None), None),
+            fallback_on=causes,
             timeout=next((w.timeout for w in said if w.timeout is not None), None),
         )
 
