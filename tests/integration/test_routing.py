@@ -45,6 +45,22 @@ async def test_a_rule_is_named_and_its_models_are_asked_in_order() -> None:
         assert "temperature" not in sent
 
 
+async def test_a_model_is_served_where_the_settings_place_it() -> None:
+    """`catalogue.overrides.X.upstream` holds for X by its own name, with the plugin and without it; a key stays there."""
+    async with ScriptedUpstream() as own:
+        settings = {
+            "upstreams": {"own": {"kind": "openai", "base_url": own.url, "api_key": "own"}},
+            "catalogue": {"overrides": {"my/llm": {"upstream": "own", "input": 1, "output": 1}}},
+        }
+        for plugins in ([], [routing(aliases={"short": "my/llm"})]):
+            async with Gateway.test(plugins=plugins, settings=settings) as gw:
+                for model in ("my/llm", "other/llm"):
+                    assert (await gw.chat(model=model)).status == 200
+                assert [s.json["model"] for s in own.seen if s.method == "POST"] == ["my/llm"]
+                assert [s.json["model"] for s in gw.upstream.seen if s.method == "POST"] == ["other/llm"]
+                own.seen.clear()
+
+
 class Callers:
     """Whoever says who it is, is it."""
 

@@ -244,7 +244,7 @@ class Table:
     # --- each request ---
 
     def decide(self, exchange: Exchange, draw: Callable[[Exchange], float]) -> Decision | None:
-        """None: the asked model at the default upstream. Raises BadRequest or Forbidden."""
+        """None: the asked model where the settings place it. Raises BadRequest or Forbidden."""
         model, task, _ = ask(exchange)
         key = (model, task, exchange.endpoint, *[read(exchange) for read in self._reads])
         way = self._kept.get(key)
