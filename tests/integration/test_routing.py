@@ -88,11 +88,13 @@ async def test_callers_are_told_apart() -> None:
 
 
 async def test_a_refusal_of_a_rule_reaches_the_client_and_no_upstream() -> None:
+    """It says the rule's words and names the rule."""
     rules = [{"name": "closed", "match": "dear/*", "refuse": "Not before the first of the month."}]
     async with Gateway.test(plugins=[routing(rules=rules)]) as gw:
         reply = await gw.chat(model="dear/one")
         assert (reply.status, reply.data["error"]["code"]) == (403, "refused_by_rule")
         assert reply.data["error"]["message"] == "Not before the first of the month."
+        assert reply.headers["x-xenios-rule"] == "closed"
         assert gw.upstream.seen == []
 
 
@@ -103,6 +105,7 @@ async def test_too_dear_a_request_is_refused() -> None:
         reply = await gw.chat(model="m", max_tokens=1000)
         assert (reply.status, reply.data["error"]["code"]) == (400, "cost_ceiling")
         assert "up to $0.0251, allowed are $0.001" in reply.data["error"]["message"]
+        assert reply.headers["x-xenios-rule"] == "small"
         assert gw.upstream.seen == []
         assert (await gw.chat(model="m", max_tokens=10)).status == 200
 
