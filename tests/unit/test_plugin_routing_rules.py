@@ -494,7 +494,18 @@ async def test_a_list_of_models_becomes_one_attempt_in_one_step(monkeypatch):
             {"rules": [{"name": "r", "use": "a", "fallback_on": ["invalid_request"]}]},
             "nothing that another model could mend",
         ),
+        (
+            {"rules": [{"name": "r", "use": "a", "fallback_on": "circuit_open"}]},
+            "nothing that another model could mend",
+        ),
         ({"rules": [{"name": "r", "use": "a", "fallback_on": ["overload"]}]}, "fallback_on"),
+        ({"rules": [{"name": "r", "use": {"strip": ["top_p", "messages"]}}]}, "can't strip messages"),
+        ({"aliases": {"a": {"model": "a", "strip": ["stream"]}}}, "can't strip stream"),
+        ({"aliases": {"a": {"model": "a", "strip": ["model"]}}}, "can't strip model"),
+        (
+            {"rules": [{"name": "r", "split": [{"weight": 1e308, "use": "a"}, {"weight": 1e308, "use": "b"}]}]},
+            "less than or equal to 1000000",
+        ),
         ({"rules": [{"name": "r", "use": "a", "max_usd": 0}]}, "greater than 0"),
         (
             {"rules": [{"name": "r", "use": {"model": "a", "set": {"provider": {}}}}]},
@@ -552,6 +563,14 @@ def test_mistakes_stand_at_their_line():
         (11, f"{rule}[2].split[1].use.provider.zdr"), (12, f"{rule}[3].use.upstream"), (12, f"{rule}[3].timeout"),
         (14, "plugins[0].config.tasks.t.response_format.schema"),
     ]  # fmt: skip
+
+
+def test_a_mistake_in_a_target_that_stands_alone_is_told_with_the_keys_there_are():
+    """One target in place of a list is read like an entry of the list."""
+    text = "upstreams: {openrouter: {api_key: x}}\nplugins:\n- use: routing\n  config: {rules: [{name: r, use: {strp: [x]}}, {name: s, use: {a: b}}]}\n"
+    _, [near, far] = load_text(text, env={}).source.validate(routing.Config, ("plugins", 0, "config"))
+    assert near.hint == "did you mean 'strip'?"
+    assert far.hint == "known: model, upstream, set, strip, provider, timeouts, max_usd"
 
 
 def test_provider_preferences_need_an_openrouter():
