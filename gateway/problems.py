@@ -117,6 +117,8 @@ class Finding:
     def is_consequence(self) -> bool:
         """Whether this only repeats that another field, or an entry of this list, is wrong."""
         kind, given = self.detail["type"], self.detail["input"]
+        if kind == "literal_error" and isinstance(given, dict):  # `false` or a mapping: what is wrong is within that
+            return str(self.detail["loc"][-1]).startswith("literal[")
         return kind == "default_factory_not_called" or (
             kind == "too_short" and len(given) >= self.detail["ctx"]["min_length"]
         )
@@ -128,7 +130,7 @@ class Finding:
         if kind == "missing":
             return "is required", None
         if kind == "extra_forbidden":
-            return "unknown key", did_you_mean(self.path[-1], self.siblings) or f"known: {', '.join(self.siblings)}"
+            return "unknown key", did_you_mean(self.path[-1], self.siblings) or _known(self.siblings)
         if kind in {"too_short", "too_long"}:
             return _length(context, given), None
         if kind == "unit":
@@ -148,6 +150,10 @@ class Finding:
         if kind in {"literal_error", "enum"}:
             hint = did_you_mean(given, re.findall(r"'([^']*)'", context["expected"]))
         return re.sub(r"^\w+ should ", "must ", message), hint
+
+
+def _known(names: Sequence[str]) -> str | None:
+    return f"known: {', '.join(names)}" if names else None
 
 
 def _length(context: dict[str, Any], given: object) -> str:
@@ -179,6 +185,8 @@ def locate(detail: ErrorDetails, model: type[BaseModel], prefix: Steps, in_file:
             path, siblings = (*path, step), tuple(fields)
             kinds = [below for kind in kinds for below in _below(kind, step)]
             secret = secret or any(_is_a(kind, (SecretStr, SecretBytes, Secret)) for kind in kinds)
+        elif isinstance(step, int):  # an entry that stands alone in place of its list
+            kinds = [below for kind in kinds for below in _below(kind, step)]
     return Finding(detail, path, siblings, secret)
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from gateway.dialects import DIALECTS
 from gateway.problems import MASK, ConfigError, Problem, Steps, did_you_mean, in_line_order, refusal
 from gateway.units import Duration, Size, format_duration, format_size
 from gateway.yaml_source import Source, read_file, read_text
@@ -71,6 +73,15 @@ def _unframed(name: str) -> str:
     return name
 
 
+def _unprefixed(globs: tuple[str, ...]) -> tuple[str, ...]:
+    """Plugins' routes are called by their whole path; those of the gateway would never be met by it."""
+    for glob in globs:
+        start, v1, name = glob.partition("/v1/")
+        if v1 and start in {"", "/api"} and any(fnmatchcase(endpoint, name) for endpoint in DIALECTS):
+            raise refusal(f"{glob!r} meets no endpoint: they are called without {start}/v1/", f"write {name!r}")
+    return globs
+
+
 def _forwardable(name: str) -> str:
     if name in _PRIVATE or name.startswith(("x-forwarded-", "x-openrouter-cache")):
         raise refusal(f"{name!r} never goes upstream: it carries credentials, the client's address or a cache's scope")
@@ -110,6 +121,7 @@ Phase = Literal["live", "accept", "run"]
 Globs = Annotated[
     tuple[Text, ...], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=Text | list[Text])
 ]
+Endpoints = Annotated[Globs, AfterValidator(_unprefixed)]
 Phases = Annotated[
     tuple[Phase, ...], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=Phase | list[Phase])
 ]
@@ -434,7 +446,7 @@ _Claim = Annotated[
 class When(_Section):
     """Some of the requests. A field left out matches all; each given one must match, and of a list one entry."""
 
-    endpoint: Globs | None = None
+    endpoint: Endpoints | None = None
     """Endpoints, as globs without /v1/: `chat/completions`, `images/*`. Default all."""
     roles: Globs | None = None
     """Roles, one of which the caller has. Default all."""

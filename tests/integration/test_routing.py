@@ -45,6 +45,22 @@ async def test_a_rule_is_named_and_its_models_are_asked_in_order() -> None:
         assert "temperature" not in sent
 
 
+async def test_a_model_is_served_where_the_settings_place_it() -> None:
+    """`catalogue.overrides.X.upstream` holds for X by its own name, with the plugin and without it; a key stays there."""
+    async with ScriptedUpstream() as own:
+        settings = {
+            "upstreams": {"own": {"kind": "openai", "base_url": own.url, "api_key": "own"}},
+            "catalogue": {"overrides": {"my/llm": {"upstream": "own", "input": 1, "output": 1}}},
+        }
+        for plugins in ([], [routing(aliases={"short": "my/llm"})]):
+            async with Gateway.test(plugins=plugins, settings=settings) as gw:
+                for model in ("my/llm", "other/llm"):
+                    assert (await gw.chat(model=model)).status == 200
+                assert [s.json["model"] for s in own.seen if s.method == "POST"] == ["my/llm"]
+                assert [s.json["model"] for s in gw.upstream.seen if s.method == "POST"] == ["other/llm"]
+                own.seen.clear()
+
+
 class Callers:
     """Whoever says who it is, is it."""
 
@@ -72,11 +88,13 @@ async def test_callers_are_told_apart() -> None:
 
 
 async def test_a_refusal_of_a_rule_reaches_the_client_and_no_upstream() -> None:
+    """It says the rule's words and names the rule."""
     rules = [{"name": "closed", "match": "dear/*", "refuse": "Not before the first of the month."}]
     async with Gateway.test(plugins=[routing(rules=rules)]) as gw:
         reply = await gw.chat(model="dear/one")
         assert (reply.status, reply.data["error"]["code"]) == (403, "refused_by_rule")
         assert reply.data["error"]["message"] == "Not before the first of the month."
+        assert reply.headers["x-xenios-rule"] == "closed"
         assert gw.upstream.seen == []
 
 
@@ -87,6 +105,7 @@ async def test_too_dear_a_request_is_refused() -> None:
         reply = await gw.chat(model="m", max_tokens=1000)
         assert (reply.status, reply.data["error"]["code"]) == (400, "cost_ceiling")
         assert "up to $0.0251, allowed are $0.001" in reply.data["error"]["message"]
+        assert reply.headers["x-xenios-rule"] == "small"
         assert gw.upstream.seen == []
         assert (await gw.chat(model="m", max_tokens=10)).status == 200
 

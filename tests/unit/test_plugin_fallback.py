@@ -9,6 +9,7 @@ from plugin_objects import exchange, services
 from pydantic import ValidationError
 
 from gateway import Attempt, AttemptRecord, Cause, Cost, Decision, Limits, RateLimited, Source, Target, UpstreamError
+from gateway.settings import load_text
 from gateway_plugins import fallback
 from gateway_plugins.fallback.plan import Entry, Plan, Policy
 
@@ -489,3 +490,12 @@ async def test_explain_names_the_order():
     plugin.clock.now += 5
     assert (await plugin.explain(asking(A)))[0].text == "attempt 1, circuit half_open"
     assert await ask(Upstream(), A, plugin=plugin) == "answer of a"  # explaining took no probe
+
+
+def test_a_mistake_within_a_circuit_breaker_is_one():
+    """`breaker` may be false or a mapping: a mapping with a mistake is not also told that it is not false."""
+    text = "upstreams: {openrouter: {api_key: x}}\nplugins: [{use: fallback, config: {breaker: {window: 0}}}]\n"
+    _, found = load_text(text, env={}).source.validate(fallback.Config, ("plugins", 0, "config"))
+    assert [(p.path, p.message) for p in found] == [
+        ("plugins[0].config.breaker.window", "must be greater than 0, not 0")
+    ]

@@ -183,7 +183,7 @@ async def test_explain_says_what_would_be_asked():
     ]  # fmt: skip
     assert await routes.explain(ask("gpt-9")) == ["rule r: matches", "rule r", "1. llama at local"]
     assert await routes.explain(ask("other")) == [
-        "rule r: no, the model is other (gpt-*)", "nothing matches: the asked model at the default upstream",
+        "rule r: no, the model is other (gpt-*)", "nothing matches: the asked model, where the settings place it",
     ]  # fmt: skip
     assert (await routes.explain(ask("task/x")))[0].startswith("refuses: There is no task 'x'")
 

@@ -13,6 +13,7 @@ from gateway import BadRequest, Cause, Forbidden, GatewayError, Limits, Principa
 from gateway.catalogue import Catalogue
 from gateway.settings import load_text
 from gateway_plugins import routing
+from gateway_plugins.routing import native
 
 SETTINGS = settings(
     upstreams={
@@ -457,6 +458,35 @@ async def test_openrouter_may_own_the_fallback():
     assert "fallbacks" in target.strip
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rules": [{"name": "r", "match": "m", "use": ["a", "b"], "fallback_on": []}]},
+        {"rules": [{"name": "r", "match": "m", "use": ["a", "b"], "fallback_on": ["timeout"]}]},
+        {"rules": [{"name": "r", "match": "task/t", "use": ["a", "b"]}], "tasks": {"t": {"fallback_on": []}}},
+        {"rules": [{"name": "r", "use": {"set": {"seed": 1}}}], "tasks": {"t": {"use": ["a", "b"], "fallback_on": []}}},
+    ],
+)
+async def test_openrouter_owns_no_fallback_whose_causes_are_said(config):
+    """Where a rule or task says after which causes another model may answer, none is sent along that may answer anyway."""
+    routes = plugin(native_fallback="openrouter", **config)
+    for listed in ({}, {"models": ["c"]}):
+        decision = await routes.choose_targets(ask("task/t" if "tasks" in config else "m", **listed))
+        assert [t.model for t in decision.targets] == ["a", "b", *listed.get("models", ())]
+        assert not any("models" in t.overrides for t in decision.targets)
+        assert not listed or all("models" in t.strip for t in decision.targets)
+
+
+async def test_a_list_of_models_becomes_one_attempt_in_one_step(monkeypatch):
+    """However many models a client lists, each is looked at once: a long list holds nobody else up."""
+    made = []
+    monkeypatch.setattr(native, "replace", lambda *args, **kwargs: made.append(args) or replace(*args, **kwargs))
+    targets = [Target(f"a/{n}", "openrouter") for n in range(100)]
+    [target] = native.grouped(targets, lambda name: name == "openrouter")
+    assert [target.model, *target.overrides["models"]] == [t.model for t in targets]
+    assert len(made) == 1
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -473,7 +503,18 @@ async def test_openrouter_may_own_the_fallback():
             {"rules": [{"name": "r", "use": "a", "fallback_on": ["invalid_request"]}]},
             "nothing that another model could mend",
         ),
+        (
+            {"rules": [{"name": "r", "use": "a", "fallback_on": "circuit_open"}]},
+            "nothing that another model could mend",
+        ),
         ({"rules": [{"name": "r", "use": "a", "fallback_on": ["overload"]}]}, "fallback_on"),
+        ({"rules": [{"name": "r", "use": {"strip": ["top_p", "messages"]}}]}, "can't strip messages"),
+        ({"aliases": {"a": {"model": "a", "strip": ["stream"]}}}, "can't strip stream"),
+        ({"aliases": {"a": {"model": "a", "strip": ["model"]}}}, "can't strip model"),
+        (
+            {"rules": [{"name": "r", "split": [{"weight": 1e308, "use": "a"}, {"weight": 1e308, "use": "b"}]}]},
+            "less than or equal to 1000000",
+        ),
         ({"rules": [{"name": "r", "use": "a", "max_usd": 0}]}, "greater than 0"),
         (
             {"rules": [{"name": "r", "use": {"model": "a", "set": {"provider": {}}}}]},
@@ -531,6 +572,14 @@ def test_mistakes_stand_at_their_line():
         (11, f"{rule}[2].split[1].use.provider.zdr"), (12, f"{rule}[3].use.upstream"), (12, f"{rule}[3].timeout"),
         (14, "plugins[0].config.tasks.t.response_format.schema"),
     ]  # fmt: skip
+
+
+def test_a_mistake_in_a_target_that_stands_alone_is_told_with_the_keys_there_are():
+    """One target in place of a list is read like an entry of the list."""
+    text = "upstreams: {openrouter: {api_key: x}}\nplugins:\n- use: routing\n  config: {rules: [{name: r, use: {strp: [x]}}, {name: s, use: {a: b}}]}\n"
+    _, [near, far] = load_text(text, env={}).source.validate(routing.Config, ("plugins", 0, "config"))
+    assert near.hint == "did you mean 'strip'?"
+    assert far.hint == "known: model, upstream, set, strip, provider, timeouts, max_usd"
 
 
 def test_provider_preferences_need_an_openrouter():

@@ -6,8 +6,9 @@
    `when: {tasks: chat}` or as `task/chat`; what it says of parameters and limits holds whichever rule is met.
 3. No rule: the task's own models, or those of the **alias** that has exactly this name.
 
-Nothing matches: the model that was asked for, at the default upstream. `use` names one model or several in fallback
-order (the `fallback` plugin walks through them), `split` shares requests out among several such lists:
+Nothing matches: the model that was asked for, at the upstream that `catalogue.overrides` names for it, else at the
+default one. `use` names one model or several in fallback order (the `fallback` plugin walks through them), `split`
+shares requests out among several such lists:
 
     smart: anthropic/claude-opus-4.6
     fast: [anthropic/claude-haiku-4.5, {model: openai/gpt-5-mini, strip: [temperature]}]
@@ -78,7 +79,7 @@ class Plugin:
         except GatewayError as error:
             return [*lines, f"refuses: {error.message}"]
         if decision is None:
-            return [*lines, "nothing matches: the asked model at the default upstream"]
+            return [*lines, "nothing matches: the asked model, where the settings place it"]
         lines += decision.reasons
         for number, target in enumerate(decision.targets, 1):
             others = f", else there {', '.join(target.overrides['models'])}" if "models" in target.overrides else ""

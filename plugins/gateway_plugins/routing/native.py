@@ -7,6 +7,7 @@ stands in a target's `models`, where budgets price it.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from gateway_plugins.routing.settings import FIXED
@@ -44,16 +45,10 @@ def consumed(target: Target) -> Target:
 def grouped(targets: Sequence[Target], is_openrouter: Callable[[str], bool]) -> list[Target]:
     """Targets in a row at one OpenRouter with equal parameters as one, which lists the others in `models`."""
     out: list[Target] = []
-    for target in targets:
-        last = out[-1] if out else None
-        if last is None or not is_openrouter(target.upstream) or _but_models(last) != _but_models(target):
-            out.append(target)
-            continue
-        others = [*last.overrides.get("models", ()), target.model]
-        out[-1] = replace(last, overrides={**last.overrides, "models": others})
+    for (upstream, *_), alike in groupby(targets, key=lambda t: (t.upstream, t.overrides, t.strip, t.limits)):
+        first, *others = alike
+        if others and is_openrouter(upstream):
+            out.append(replace(first, overrides={**first.overrides, "models": [other.model for other in others]}))
+        else:
+            out += [first, *others]
     return out
-
-
-def _but_models(target: Target) -> tuple[Any, ...]:
-    overrides = {name: value for name, value in target.overrides.items() if name != "models"}
-    return (target.upstream, overrides, target.strip, target.limits)

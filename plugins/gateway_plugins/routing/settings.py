@@ -27,8 +27,10 @@ HEADER = "X-Xenios-Task"
 PREFIX = "task/"
 # What a target may not set: it would be asked for something else than the client, who waits in another dialect.
 FIXED = frozenset({"model", "models", "fallbacks", "stream"})
-# Ends of an attempt that are nobody's failure, or the client's own mistake.
-_NO_FALLBACK = frozenset({Cause.CLIENT_DISCONNECT, Cause.ABANDONED, Cause.INVALID_REQUEST})
+# What a target may not take out: without it there is no request.
+_NEEDED = FIXED | {"messages", "input", "prompt", "query", "documents", "file"}
+# Ends of an attempt that are nobody's failure, or the client's own mistake; and what is no end of one.
+_NO_FALLBACK = frozenset({Cause.CLIENT_DISCONNECT, Cause.ABANDONED, Cause.INVALID_REQUEST, Cause.CIRCUIT_OPEN})
 
 
 def _parameters(value: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +40,12 @@ def _parameters(value: dict[str, Any]) -> dict[str, Any]:
     if "provider" in value:
         raise ValueError("write it as a target's own `provider`: there it is checked, and merged")
     return value
+
+
+def _spared(name: str) -> str:
+    if name in _NEEDED:
+        raise ValueError(f"can't strip {name}")
+    return name
 
 
 Parameters = Annotated[dict[str, Any], BeforeValidator(lambda v: _parameters(v) if isinstance(v, dict) else v)]
@@ -122,7 +130,7 @@ class TargetEntry(_Section):
         None, description="Name in `upstreams`. Default: catalogue.overrides' for this model, else upstream.default."
     )
     set: Parameters = Field({}, description="Body fields that are set, whatever the client sent. Default none.")
-    strip: tuple[str, ...] = Field(
+    strip: tuple[Annotated[str, AfterValidator(_spared)], ...] = Field(
         (), description="Body fields that are removed since this model refuses them. Default none."
     )
     provider: Provider | None = Field(
@@ -180,7 +188,9 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^\S+$")]
 class Side(_Section):
     """A share of the requests."""
 
-    weight: PositiveFloat = Field(description="Its share, in proportion to the other sides'. Required.")
+    weight: Annotated[float, Field(gt=0, le=1_000_000)] = Field(
+        description="Its share, in proportion to the other sides'. Required."
+    )
     use: Use = Field(description="Target, or targets in fallback order. Required.")
 
 
@@ -297,8 +307,8 @@ class Config(_Section):
     native_fallback: Literal["off", "openrouter"] = Field(
         "off",
         description="Who tries the next model. off: this gateway, one by one; a client's `models` become its targets. "
-        "openrouter: targets in a row at one OpenRouter with equal parameters are sent as `models` in one attempt. "
-        "Default off.",
+        "openrouter: targets in a row at one OpenRouter with equal parameters are sent as `models` in one attempt, "
+        "unless `fallback_on` is said for them. OpenRouter's own fallback also acts on moderation. Default off.",
     )
     rules: tuple[Rule, ...] = Field(
         (), description="Asked in order, before tasks and aliases; the first that matches decides. Default none."

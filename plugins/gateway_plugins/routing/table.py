@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 from gateway import BadRequest, ContextKey, Decision, Forbidden, Limits, Target, conditions
 from gateway.kit import clean, end_user, input_estimate
@@ -245,7 +246,7 @@ class Table:
     # --- each request ---
 
     def decide(self, exchange: Exchange, draw: Callable[[Exchange], float]) -> Decision | None:
-        """None: the asked model at the default upstream. Raises BadRequest or Forbidden."""
+        """None: the asked model where the settings place it. Raises BadRequest or Forbidden."""
         model, task, _ = ask(exchange)
         key = (model, task, exchange.endpoint, *[read(exchange) for read in self._reads])
         way = self._kept.get(key)
@@ -297,7 +298,7 @@ class Table:
 
     def _decided(self, way: Way, exchange: Exchange, draw: Callable[[Exchange], float]) -> Decision | None:
         if way.rule is not None and way.rule.refuse is not None:
-            raise Forbidden(way.rule.refuse, code="refused_by_rule", should_retry=False)
+            raise Forbidden(way.rule.refuse, code="refused_by_rule", should_retry=False, headers=_named(way.rule.name))
         is_plain = way.touchy.isdisjoint(exchange.body)
         if way.route is None:
             if way.task is not None:
@@ -359,13 +360,15 @@ class Table:
                 "Send less, or set a smaller output limit.",
                 code="cost_ceiling",
                 should_retry=False,
+                headers=_named(way.rule_name),
             )
-        if self._native:
+        # the nearest that says something: the rule, what it only changes, the task
+        said = [w for w in (route, way.base if route and route.keeps_name else None, task) if w is not None]
+        causes = next((w.fallback_on for w in said if w.fallback_on is not None), None)
+        if self._native and causes is None:  # OpenRouter goes by causes of its own
             targets = native.grouped(targets, lambda name: self._kinds.get(name) == "openrouter")
             if lists:
                 targets = [_lists_none(t) for t in targets]
-        # the nearest that says something: the rule, what it only changes, the task
-        said = [w for w in (route, way.base if route and route.keeps_name else None, task) if w is not None]
         return Decision(
             way.asked,
             tuple(targets),
@@ -373,7 +376,7 @@ class Table:
             alias=way.alias,
             rule=way.rule_name,
             reasons=tuple(reasons),
-            fallback_on=next((w.fallback_on for w in said if w.fallback_on is not None), None),
+            fallback_on=causes,
             timeout=next((w.timeout for w in said if w.timeout is not None), None),
         )
 
@@ -447,6 +450,13 @@ def _why(way: Way) -> str:
     if way.rule_name:
         return f"rule {way.rule_name}{f' for {of_task}' if of_task else ''}"
     return of_task or (f"alias {clean(way.asked)}" if way.alias else "the models that the request names")
+
+
+def _named(rule: str | None) -> dict[str, str]:
+    """The header that names the rule where no decision does, written as the core writes it."""
+    if not rule:
+        return {}
+    return {"x-xenios-rule": rule if rule.isascii() and rule.isprintable() else quote(rule, safe="/:@ ")}
 
 
 def _no_models(task: Task | None) -> BadRequest:
