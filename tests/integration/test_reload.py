@@ -415,6 +415,38 @@ def test_only_administrators_may(tmp_path):
 # --- how it can be asked for -----------------------------------------------------------------------------------------
 
 
+def test_a_worker_that_is_started_again_has_what_the_others_have(tmp_path):
+    """A plugin's file that was edited meanwhile, even badly, waits for a reload: all workers run one configuration."""
+    write(tmp_path, workers=2, more=plugin(tmp_path, "mine", "pass"))
+    with serving(tmp_path, "--config", tmp_path / "x.yaml") as running:
+        _, before = hashes(running)
+        for body in ("pass  # changed", "syntax error("):
+            plugin(tmp_path, "mine", body)
+            victim = workers(running.pid)[0]
+            os.kill(victim, signal.SIGKILL)
+            eventually(lambda pid=victim: not alive(pid))
+            eventually(lambda: len(about(running)) == 2)
+            each, ready = hashes(running)
+            assert set(each.values()) == ready == before
+        plugin(tmp_path, "mine", "pass  # changed")
+        assert reload(running).status == 200
+        assert hashes(running)[1].isdisjoint(before)
+
+
+def test_a_worker_that_can_not_start_again_says_why(tmp_path):
+    """A plugin that fails when its worker is started again is named in a line, not in a traceback."""
+    body = "if (FOLDER / 'no').exists(): raise RuntimeError('it said no')"
+    write(tmp_path, workers=2, more=plugin(tmp_path, "mine", body))
+    with serving(tmp_path, "--config", tmp_path / "x.yaml") as running:
+        (tmp_path / "no").touch()
+        os.kill(workers(running.pid)[0], signal.SIGKILL)
+        eventually(lambda: any("xenios: plugin mine: lifespan failed" in line for line in list(running.said)))
+        eventually(lambda: 2 in {line["code"] for line in lines(running, "worker_ended")})
+        (tmp_path / "no").unlink()
+        eventually(lambda: len(about(running)) == 2)
+        assert not [line for line in running.said if "Traceback" in line]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_changed_files_are_taken_up(tmp_path, count):
     """`server.watch_config`: the file, a file that it names, and a plugin's file; each change once."""
