@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from gateway import scoping
 from gateway.dispatch import CompiledHooks, Impl
 from gateway.hookspecs import PROJECT, Hooks
-from gateway.settings import ConfigError, Problem, Source
+from gateway.settings import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from gateway.kit.schema import Schema
     from gateway.services import Services
-    from gateway.settings import PluginEntry, ServicesSettings, Settings
+    from gateway.settings import PluginEntry, ServicesSettings, Settings, Source
 
 GROUP = "xenios.plugins"
 GIVE_UP_SECONDS = 2.0  # for a lifespan that hangs to end once it is cancelled
@@ -170,7 +170,7 @@ def read_entries(
     for index, entry in entries:
         where: tuple[str | int, ...] = ("plugins", index)
         try:
-            cls, version = (given[entry.use], "given") if entry.use in given else load(entry.use, source.base, source)
+            cls, version = (given[entry.use], "given") if entry.use in given else load(entry.use, source.base)
         except LookupError as error:
             problems.append(source.problem((*where, "use"), str(error.args[0])))
             continue
@@ -193,10 +193,10 @@ def installed() -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
 
 
-def load(use: str, folder: Path, source: Source | None = None) -> tuple[type[Any], str]:
-    """The plugin's class and version; a file's as `source` has read it. Raises LookupError that says what to do."""
+def load(use: str, folder: Path) -> tuple[type[Any], str]:
+    """The plugin's class and version. Raises LookupError that says what to do."""
     if _is_file(use):
-        return _load_file(use, source or Source("", folder))
+        return _load_file(use, folder)
     points = installed()
     point = points.get(use)
     if point is None:
@@ -219,17 +219,15 @@ def file_of(use: str, folder: Path) -> Path | None:
     return (folder / use.partition(":")[0]).resolve() if _is_file(use) else None
 
 
-def _load_file(use: str, source: Source) -> tuple[type[Any], str]:
+def _load_file(use: str, folder: Path) -> tuple[type[Any], str]:
     """By its content: a reload takes up what was changed, and what wasn't is the same class as before."""
     name, _, attribute = use.partition(":")
-    path = (source.base / name).resolve()
+    path = (folder / name).resolve()
     try:
-        code = source.read(path)
+        code = path.read_bytes()
     except OSError:
         raise LookupError(f"there is no file {path}.") from None
-    except ValueError:
-        raise LookupError(f"{path} is not UTF-8.") from None
-    digest = hashlib.sha256(f"{path}\0{code}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(str(path).encode() + b"\0" + code).hexdigest()[:8]
     module_name = f"xenios_file_plugin_{digest}_{path.stem}"
     module = sys.modules.get(module_name)
     if module is None:

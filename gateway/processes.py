@@ -42,8 +42,7 @@ from pydantic import SecretStr
 
 from gateway import logs
 from gateway.errors import StartError
-from gateway.plugins import PluginStartError
-from gateway.problems import ConfigError, Problem
+from gateway.problems import Problem
 from gateway.reload import Reload, Reloader, ReloadError, told
 from gateway.settings import load_text
 from gateway.tasks import Tasks
@@ -386,14 +385,14 @@ def main() -> int:
     """A worker: told on standard input what to do."""
     # not through a buffer: what comes after this line is read by the event loop
     order: dict[str, Any] = json.loads(io.FileIO(0, closefd=False).readline())
+    loaded = _as_told(order["config"], order)
+    logs.setup(loaded.settings.log)
+    structlog.contextvars.bind_contextvars(worker=order["number"])
     from gateway.cli import run_loop  # noqa: PLC0415 - only a worker needs it
 
     try:
-        loaded = _as_told(order["config"], order)
-        logs.setup(loaded.settings.log)
-        structlog.contextvars.bind_contextvars(worker=order["number"])
         run_loop(_work(loaded, order))
-    except (ConfigError, PluginStartError, StartError) as error:
+    except StartError as error:
         sys.stderr.write(f"xenios: {error}\n")
         return 2
     except OSError as error:

@@ -40,16 +40,9 @@ class Source:
     expanded: dict[Steps, tuple[str, ...]] = field(default_factory=dict)
     """For each value that `${…}` gave: the texts that must not be printed."""
     files: dict[str, str] = field(default_factory=dict, repr=False)
-    """What the files that it names held, by path: who has text and files can read the same once more."""
+    """What the files named by `${file:…}` held, by path: who has text and files can read the same once more."""
     problems: list[Problem] = field(default_factory=list)
     text: str = field(default="", repr=False)
-
-    def read(self, path: Path) -> str:
-        """What a file that it names holds; read once, whoever asks. Raises OSError, or ValueError if it's no UTF-8."""
-        name = str(path)
-        if name not in self.files:
-            self.files[name] = path.read_bytes().decode("utf-8-sig")
-        return self.files[name]
 
     def where(self, path: Sequence[str | int], *, value: bool = False) -> tuple[int, int]:
         """Line and column, from 1, of the key or list item at `path`, else of its nearest known ancestor."""
@@ -137,7 +130,7 @@ def read_text(
     text: str, file: str, base: Path, env: Mapping[str, str], files: Mapping[str, str] | None = None
 ) -> Source:
     """Raises ConfigError when the text is no YAML at all. `files`: as they were when another process read them."""
-    return _Reader(Source(file, base, files=dict(files or {}), text=text), env).read(text.removeprefix("\ufeff"))
+    return _Reader(Source(file, base, text=text), env, files or {}).read(text.removeprefix("\ufeff"))
 
 
 def typed(text: str) -> Any:
@@ -162,9 +155,10 @@ class _ExpressionError(Exception):
 
 
 class _Reader:
-    def __init__(self, source: Source, env: Mapping[str, str]) -> None:
+    def __init__(self, source: Source, env: Mapping[str, str], files: Mapping[str, str]) -> None:
         self._source = source
         self._env = env
+        self._given = files
         self._values = 0
 
     def read(self, text: str) -> Source:
@@ -294,9 +288,12 @@ class _Reader:
         return value or ""
 
     def _file(self, path: Path) -> str:
-        try:
-            text = self._source.read(path)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise _ExpressionError(f"the file {path} can't be read: {reason}") from None
+        text = self._given.get(str(path))
+        if text is None:
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or "not UTF-8"
+                raise _ExpressionError(f"the file {path} can't be read: {reason}") from None
+        self._source.files[str(path)] = text
         return text.removesuffix("\n").removesuffix("\r")
