@@ -39,7 +39,8 @@ async def decide(exchange: Exchange) -> None:
     snapshot = exchange.snapshot
     decision: Decision | None = await dispatch.run_first(exchange, snapshot.hooks.choose_targets, returns=Decision)
     if decision is None:
-        decision = _undecided(asked_models(exchange.body)[0], snapshot.settings.upstream.default)
+        asked = asked_models(exchange.body)[0]
+        decision = _undecided(asked, snapshot.derived.served_by.get(asked, snapshot.settings.upstream.default))
     for target in decision.targets:
         if target.upstream not in snapshot.upstreams:
             raise PluginError(f"The decision names the upstream {target.upstream!r}, which does not exist.")
@@ -49,5 +50,5 @@ async def decide(exchange: Exchange) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _undecided(asked: str, upstream: str) -> Decision:
-    """What nobody decided otherwise: the asked model at the default upstream."""
+    """What nobody decided otherwise: the asked model where it is served."""
     return Decision(asked, (Target(asked, upstream),))

@@ -111,7 +111,7 @@ class Hooks:
 
     @hookspec
     async def choose_targets(self, exchange: Exchange) -> Decision | None:
-        """Which models may answer, in order. First answer counts; nobody: the asked model at the default upstream.
+        """Which models may answer, in order. First answer counts; nobody: the asked model where the settings place it.
 
         No side effects: it runs in dry runs too. May refuse. A failure is answered with 503.
         """

@@ -37,6 +37,7 @@ class Derived:
     limits: Limits
     closed_fields: frozenset[str]  # body fields that are taken out
     forwarded: Mapping[str, tuple[istr, ...]]  # endpoint → request headers that may pass
+    served_by: Mapping[str, str]  # model → upstream, where that is not the default
 
     @classmethod
     def of(cls, settings: Settings) -> Derived:
@@ -49,6 +50,7 @@ class Derived:
                 d.endpoint: tuple(map(istr, (*COMMON_HEADERS, *d.headers, *policy.forward_headers)))
                 for d in DIALECTS.values()
             },
+            served_by={model: o.upstream for model, o in settings.catalogue.overrides.items() if o.upstream},
         )
 
 
