@@ -135,12 +135,13 @@ async def explanation(exchange: Exchange) -> JsonObject:
     if sound:
         found = await dispatch.run_explain(exchange, exchange.snapshot.hooks.explain)
     plugins = _plugins(exchange)
-    limits, full = await _limits(exchange, [(plugin, f.rule) for plugin, f in found if f.rule is not None])
+    limits, full, granted = await _limits(exchange, [(plugin, f.rule) for plugin, f in found if f.rule is not None])
     refusals = [(plugin, _error(f.refuses, plugin)) for plugin, f in found if f.refuses is not None]
     gates = plugins["plugins"].get("check_request", ())  # limits are admitted after them, before whoever comes later
     early = next((error for plugin, error in refusals if plugin in gates), None)
     late = next((error for plugin, error in refusals if plugin not in gates), None)
     most = [target["worst_case_usd"] for _, target in targets]
+    worst = max(most) if most and None not in most else None
     return {
         "endpoint": exchange.endpoint,
         "principal": _principal(exchange.principal),
@@ -152,29 +153,34 @@ async def explanation(exchange: Exchange) -> JsonObject:
         "reasons": decision.reasons if decision else (),
         "refused": refused or early or full or late,
         "targets": _in_order(targets, found, onion="around_upstream" in plugins["plugins"]),
-        "worst_case_usd": max(most) if most and None not in most else None,
+        "worst_case_usd": worst if worst is None or granted is None else min(worst, granted / 1e6),
         "limits": limits,
         "findings": [_finding(plugin, f) for plugin, f in found if f.target is None and f.rule is None],
         **plugins,
     }
 
 
-async def _limits(exchange: Exchange, held: Sequence[tuple[str, Rule]]) -> tuple[list[JsonObject], JsonObject | None]:
-    """(each limit with what would be left of it, what the request would be refused with if one has no room)."""
+async def _limits(
+    exchange: Exchange, held: Sequence[tuple[str, Rule]]
+) -> tuple[list[JsonObject], JsonObject | None, int | None]:
+    """(each limit with what would be left of it, what the request would be refused with if one has no room, the
+    micro-USD that budgets would grant it where that is less than it asks for).
+    """
     if not held:
-        return [], None
+        return [], None, None
     rules = [rule for _, rule in held]
     try:
         verdict = await exchange.snapshot.services.ledger.peek(rules)
     except StoreUnavailable as error:
         denying = next((plugin for plugin, rule in held if rule.on_store_error == "deny"), None)
-        return [_limit(*one) for one in held], _error(error, denying) if denying else None
+        return [_limit(*one) for one in held], _error(error, denying) if denying else None, None
     limits = [_limit(*one, state) for one, state in zip(held, verdict, strict=True)]
     if verdict.allowed:
-        return limits, None
+        less = [s.granted for r, s in zip(rules, verdict, strict=True) if r.least is not None and s.granted < r.amount]
+        return limits, None, min(less, default=None)
     rule, state = refusing(rules, verdict)
     plugin = next(plugin for plugin, own in held if own is rule)
-    return limits, _error(rule.refuse(rule, state), plugin)
+    return limits, _error(rule.refuse(rule, state), plugin), None
 
 
 # --- what the answer says --------------------------------------------------------------------------------------------
@@ -215,7 +221,8 @@ def _limit(plugin: str, rule: Rule, state: State | None = None) -> JsonObject:
     left = state.remaining if state is not None and rule.limit < ENDLESS else None
     if rule.kind == "budget":
         reserved = state.reserved if state is not None else None
-        out |= {"takes_usd": _usd(rule.amount), "left_usd": _usd(left), "reserved_usd": _usd(reserved)}
+        takes = min(rule.amount, state.granted or rule.amount) if state is not None else rule.amount
+        out |= {"takes_usd": _usd(takes), "left_usd": _usd(left), "reserved_usd": _usd(reserved)}
     else:
         out |= {"takes": rule.amount, "left": left}
     if rule.kind == "rate":

@@ -157,7 +157,7 @@ class Reloader:
                 self.last = Reload(_now(), self._config(), *told(error, loaded))
             else:
                 self.loaded = loaded
-                self._seen = {**_stamps(loaded), **self._seen}
+                self._seen = {file: self._seen.get(file, stamp) for file, stamp in _stamps(loaded).items()}
                 self.done += 1
                 self.last = Reload(_now(), self._config())
             self._wake.set()  # it may watch the files from now on, or other ones

@@ -654,8 +654,10 @@ def _repeated_ids(source: Source) -> Iterator[Problem]:
 # --- Dumps and the schema ---------------------------------------------------------------------------------
 
 _SECRET_NAME: Final = re.compile(
-    r"key|secret|token|password|passwd|pepper|credential|authorization|cookie", re.IGNORECASE
+    r"key|secret|token|password|passwd|passphrase|pepper|credential|auth|bearer|dsn|signature|cookie|^headers$",
+    re.IGNORECASE,
 )
+_QUERY: Final = re.compile(r"(?<=[?&])([^=&#\s]+)=([^&#\s]+)")
 _PASSWORD: Final = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
@@ -685,8 +687,8 @@ def _masked(value: Any, path: Steps, source: Source) -> Any:
 
 
 def without_passwords(text: str) -> str:
-    """Without what stands between `://` and `@`."""
-    return _PASSWORD.sub(MASK, text)
+    """Without what stands between `://` and `@`, and what a query calls by a secret's name."""
+    return _QUERY.sub(lambda m: f"{m[1]}={MASK}" if _SECRET_NAME.search(m[1]) else m[0], _PASSWORD.sub(MASK, text))
 
 
 _EXPRESSION_SCHEMA: Final = {"type": "string", "pattern": r"^\$\{.+\}$"}

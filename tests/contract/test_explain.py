@@ -394,6 +394,21 @@ async def test_what_limits_have_left():
         assert data["refused"] is None
 
 
+async def test_an_output_limit_that_a_budget_sets_is_told():
+    """Without one of its own a request gets what is left: the explanation names the limit that the real reply has."""
+    budget = {"budgets": [{"name": "all", "by": [], "usd": "0.004"}]}
+    async with gateway({"use": "budgets", "config": budget}) as gw:
+        data = await explained(gw, "b/two", who="bootstrap")
+        reply = await gw.chat(model="b/two")
+        name, _, tokens = reply.headers["x-xenios-clamped"].partition("=")
+        [money] = data["limits"]
+        assert (money["takes_usd"], money["left_usd"], data["worst_case_usd"]) == (0.004, 0, 0.004)
+        [found] = [f["text"] for f in data["findings"] if f["plugin"] == "budgets"]
+        said, _, why = found.removeprefix(f"clamps {name} to ").partition(": ")
+        assert int(said) == pytest.approx(int(tokens), abs=20)  # the client's blanks count as input
+        assert why == "the budgets have 0.004000 USD left for it"
+
+
 async def test_a_limit_without_room_is_what_refuses():
     """The explanation says 429, which limit, and when to come again; another caller has all of it left."""
     async with limited() as gw:

@@ -477,3 +477,14 @@ async def test_a_worker_asks_its_parent():
     parent._do({"reloads": state, "number": 1, "result": result.to_json()})
     assert await going == result
     assert (parent.done, parent.refused, parent.last) == (4, 2, result)
+
+
+async def test_a_file_that_is_named_no_more_is_no_change(tmp_path):
+    """A reload that drops a file is not followed by another one."""
+    (tmp_path / "limit").write_text("1MiB")
+    main = str(tmp_path / "x.yaml")
+    before = loaded("server: {max_body: '${file:limit}'}", file=main, base=tmp_path)
+    made, _, _ = reloader(lambda: loaded(file=main, base=tmp_path), before)
+    await made.reload()
+    made._changed()
+    assert not made._changed()

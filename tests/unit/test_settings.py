@@ -835,7 +835,7 @@ def test_masked():
     loaded = load_text(
         "server: {pepper: canary-canary-canary, host: '${HOST}'}\n"
         "upstreams: {openrouter: {api_key: canary, headers: {x-key: canary}, provider: {order: ['${HOST}']}}}\n"
-        "plugins:\n- use: a\n  config: {dsn: 'redis://u:canary@h/0', token: canary, x: ['${HOST}', 5], none: null, limit: 3}\n",
+        "plugins:\n- use: a\n  config: {url: 'redis://u:canary@h/0', token: canary, x: ['${HOST}', 5], none: null, limit: 3}\n",
         env={"HOST": "canary"},
     )
     dump = masked(loaded.settings, loaded.source)
@@ -853,9 +853,23 @@ def test_masked():
         upstream["headers"],
         upstream["provider"],
     ) == (MASK, {"x-key": MASK}, {"order": [MASK]})
-    expected = {"dsn": f"redis://{MASK}@h/0", "token": MASK, "x": [MASK, 5], "none": None, "limit": 3}
+    expected = {"url": f"redis://{MASK}@h/0", "token": MASK, "x": [MASK, 5], "none": None, "limit": 3}
     assert expected == dump["plugins"][0]["config"]
     assert "x-key" not in repr(loaded.settings)
+
+
+def test_masked_by_name():
+    """A plugin's setting that is called like a secret, all of its headers, and such parts of an address's query."""
+    names = ("auth", "passphrase", "bearer", "dsn", "signature")
+    config = {
+        **dict.fromkeys(names, "canary"),
+        "nested": {"headers": {"X-Other": "canary"}},
+        "url": "postgresql://u:canary@h/db?password=canary&sslmode=require",
+    }
+    loaded = load_text(f"{KEY}plugins: [{{use: a, config: {json.dumps(config)}}}]")
+    shown = masked(loaded.settings, loaded.source)["plugins"][0]["config"]
+    assert "canary" not in json.dumps(shown)
+    assert shown["url"] == f"postgresql://{MASK}@h/db?password={MASK}&sslmode=require"
 
 
 def test_masked_as_plugins_understand_it():

@@ -27,7 +27,7 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
-from gateway import Cause, ContextKey, Cost, Outcome, RateLimited, Source, compile_when, hookimpl
+from gateway import Cause, ContextKey, Cost, Outcome, RateLimited, Source, StoreUnavailable, compile_when, hookimpl
 from gateway.kit import ENDLESS, OF_CALLERS, OwnLimits, PerCaller, Period, Rule, State, output_cap, own_limits, subjects
 from gateway_plugins.budgets.bounds import Bound, Pricing, keep_to
 from gateway_plugins.budgets.settings import Budget, Config
@@ -177,6 +177,9 @@ class Plugin:
 
     @hookimpl
     async def check_request(self, exchange: Exchange) -> None:
+        self._hold(exchange)
+
+    def _hold(self, exchange: Exchange) -> list[Rule]:
         plan = self._plans.of(exchange)
         if time.time() >= plan.until:
             self._plans.clear()
@@ -186,21 +189,36 @@ class Plugin:
             if budget.applies is None or budget.applies(exchange):
                 rules += tuple(budget.rules(exchange))
         if not rules:
-            return
+            return []
         bound = self.pricing.bound(exchange)
         most, least = _micro(bound.most), _micro(bound.least) if bound.clamps else None
         if bound.ceiling is not None and any(rule.about.budget.hard for rule in rules):
             keep_to(bound.ceiling, exchange.body)
         exchange.set(self.reserved, _Reserved(bound, rules[0].key, []))
-        for template in rules:
-            rule = template.copy()
+        held = [template.copy() for template in rules]
+        for rule in held:
             rule.amount, rule.least = most, least
             exchange.hold(rule)
+        return held
 
     @hookimpl
-    async def explain(self, exchange: Exchange) -> None:
-        if exchange.decision is not None:
-            await self.check_request(exchange)  # it reserves nothing by itself, and edits only what is not sent
+    async def explain(self, exchange: Exchange) -> list[str]:
+        if exchange.decision is None:
+            return []
+        held = self._hold(exchange)  # it reserves nothing by itself, and edits only what is not sent
+        reserved = exchange.get(self.reserved)
+        if reserved is None or not reserved.bound.clamps:
+            return []
+        try:
+            granted = (await self._services.ledger.peek(held)).granted
+        except StoreUnavailable:  # the core says so
+            return []
+        if not 0 < granted < held[0].amount:
+            return []
+        tokens = reserved.bound.tokens(granted * 10**6)
+        return [
+            f"clamps {self.pricing.cap_field(exchange)} to {tokens}: the budgets have {_usd(granted)} USD left for it"
+        ]
 
     def _plan(self, exchange: Exchange) -> _Plan:
         budgets = list(self._budgets)
@@ -285,12 +303,9 @@ def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
     spent = rule.limit - state.remaining - state.granted - state.reserved
     if spent >= compiled.warn_from and len(reserved.granted) == 1:
         owner.warn(rule, spent, exchange)
-    clamps = reserved.bound.clamps
-    if state.granted >= rule.amount or not clamps:
+    if state.granted >= rule.amount or not reserved.bound.clamps:
         return
-    money = state.granted * 10**6
-    # no more than each of them takes: an upstream refuses a limit above its own
-    tokens = min(min(longest, (money - entry) // each if each else longest) for entry, each, longest in clamps)
+    tokens = reserved.bound.tokens(state.granted * 10**6)
     name = owner.pricing.cap_field(exchange)
     for other in exchange.dialect.output_caps:  # -1, "100" or whatever was no limit for us may be one for the upstream
         if output_cap(exchange.body, (other,)) is None:

@@ -44,6 +44,10 @@ class Bound(msgspec.Struct, frozen=True):
     clamps: tuple[tuple[int, int, int], ...] = ()
     ceiling: tuple[int, int] | None = None  # list prices of input and output that the client's `provider` must keep to
 
+    def tokens(self, money: int) -> int:
+        """The output that each target can give for so much, in pico-USD: an upstream refuses a limit above its own."""
+        return min(min(longest, (money - entry) // each if each else longest) for entry, each, longest in self.clamps)
+
 
 FREE = Bound(0, 0)
 
