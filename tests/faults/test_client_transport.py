@@ -246,11 +246,11 @@ async def test_nul_and_odd_characters_pass(gw):
 
 
 @pytest.mark.parametrize(
-    "model", ["a\nX-Evil: 1", "a\r\n\r\nHTTP/1.1 200 OK", "a\x00b", "\x1b[31m", "é模型", "m" * 10_000]
+    "model", ["a\nX-Evil: 1", "a\r\n\r\nHTTP/1.1 200 OK", "a\x00b", "\x1b[31m", "é模型", "m" * 500]
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_hostile_model_name_splits_no_reply(gw, model, stream):
-    """A model name with line ends, escapes or 10 KB is answered; the reply's header holds it encoded and cut."""
+    """A model name with line ends, escapes or 500 characters is answered; the reply's header holds it encoded and cut."""
     reply = await exchange(gw, request(gw, {**CHAT, "model": model, "stream": stream}))
     assert reply.status == 200
     assert gw.upstream.seen[0].model == model
