@@ -164,6 +164,14 @@ class Limits:
     stall: float | None = None
     total: float | None = None  # to the last byte
 
+    def over(self, others: Limits) -> Limits:
+        """These, and those of `others` where these say nothing."""
+        return Limits(
+            others.first_event if self.first_event is None else self.first_event,
+            others.stall if self.stall is None else self.stall,
+            others.total if self.total is None else self.total,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -182,6 +190,10 @@ class Target:
     def name(self) -> str:
         """As people and dashboards know it: `openrouter/anthropic/claude-opus-4.6`."""
         return f"{self.upstream}/{self.model}"
+
+    def applied_to(self, body: JsonObject) -> JsonObject:
+        """The body with what is set and without what is stripped for this target; the given one is left alone."""
+        return {name: value for name, value in {**body, **self.overrides}.items() if name not in self.strip}
 
 
 @dataclass(frozen=True, slots=True)

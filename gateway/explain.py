@@ -273,7 +273,7 @@ def _most(exchange: Exchange, target: Target, model: Model) -> int | None:
     """What one attempt can cost by list price, in pico-USD: all the input that the body can be, all the output that it
     allows. None if something in it may cost more than its tokens, or nothing bounds them.
     """
-    body = {name: value for name, value in {**exchange.body, **target.overrides}.items() if name not in target.strip}
+    body = target.applied_to(exchange.body)
     caps = exchange.dialect.output_caps
     if not caps or model.id != target.model or any(body.get(n) is not None for n in _CHOOSING) or _runs_tools(body):
         return None

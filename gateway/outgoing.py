@@ -50,17 +50,11 @@ def attempt_for(exchange: Exchange, target: Target) -> Attempt:
             raise bad_body(exchange, f"what is no JSON: {error}") from error
     limits = exchange.snapshot.derived.limits
     if target.limits is not None:
-        limits = _limits(target.limits, limits)
+        limits = _over(target.limits, limits)
     return Attempt(target, content, headers, limits)
 
 
-@functools.lru_cache(maxsize=1024)
-def _limits(own: Limits, of_all: Limits) -> Limits:
-    return Limits(
-        of_all.first_event if own.first_event is None else own.first_event,
-        of_all.stall if own.stall is None else own.stall,
-        of_all.total if own.total is None else own.total,
-    )
+_over = functools.lru_cache(maxsize=1024)(Limits.over)
 
 
 def bad_body(exchange: Exchange, what: str) -> PluginError:

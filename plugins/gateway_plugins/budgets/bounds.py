@@ -161,7 +161,7 @@ class Pricing:
         for target in exchange.decision.targets if exchange.decision else ():
             body = exchange.body
             if target.overrides or target.strip:
-                body = {n: v for n, v in {**body, **target.overrides}.items() if n not in target.strip}
+                body = target.applied_to(body)
             openrouter = self._services.settings.upstreams[target.upstream].kind == "openrouter"
             added = len(msgspec.json.encode(target.overrides)) if target.overrides else 0
             caps = exchange.dialect.output_caps

@@ -38,7 +38,7 @@ def is_invalid(exchange: Exchange, target: Target, body: bytes) -> bool:
     pieces = _PIECES.get(exchange.endpoint)
     if pieces is None:
         return False
-    asked = {name: v for name, v in {**exchange.body, **target.overrides}.items() if name not in target.strip}
+    asked = target.applied_to(exchange.body)
     wanted, tools = _format(asked), asked.get("tools")
     if wanted is None and not tools:
         return False

@@ -24,7 +24,7 @@ def worst_case(exchange: Exchange, target: Target, services: Services) -> int | 
             return 0
         if variants - _SAME_PRICE:
             return None
-    body = {name: value for name, value in {**exchange.body, **target.overrides}.items() if name not in target.strip}
+    body = target.applied_to(exchange.body)
     tokens = input_estimate(exchange)
     entry, each = model.price.dearest(tokens)
     if entry is None:

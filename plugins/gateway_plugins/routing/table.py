@@ -475,11 +475,7 @@ def filled(limits: Limits | None, others: Limits | None) -> Limits | None:
     """`limits`, and those of `others` where it says nothing."""
     if limits is None or others is None:
         return limits or others
-    return Limits(
-        others.first_event if limits.first_event is None else limits.first_event,
-        others.stall if limits.stall is None else limits.stall,
-        others.total if limits.total is None else limits.total,
-    )
+    return limits.over(others)
 
 
 def _limits(timeouts: settings.Timeouts | None) -> Limits | None:
