@@ -1,9 +1,10 @@
 """Mistakes in a configuration: what and where, in plain words. pydantic's findings are translated here."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -48,10 +49,14 @@ class Concern(NamedTuple):
 
 
 class ConfigError(Exception):
-    """The configuration can't be used; `problems` holds every mistake that was found, in line order."""
+    """The configuration can't be used; `problems` holds every mistake that was found, in line order.
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    `files`: what it names, readable or not, where that is known: a change of one of them may mend it.
+    """
+
+    def __init__(self, problems: Sequence[Problem], files: Iterable[Path] = ()) -> None:
         self.problems = tuple(problems)
+        self.files = frozenset(files)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

@@ -25,10 +25,11 @@ from gateway.settings import Loaded, examine, without_passwords
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 
     from gateway.plugins import Blueprint
-    from gateway.settings import Settings
+    from gateway.settings import Examined, Settings
+    from gateway.yaml_source import Source
 
 log = structlog.get_logger("gateway.reload")
 
@@ -102,7 +103,8 @@ class Reloader:
         self._wake = asyncio.Event()
         self._asked = False
         self._stopping = False
-        self._seen = _stamps(loaded)
+        self._files = files_of(loaded.source, loaded.settings)
+        self._seen = _stamps(self._files)
         self._glimpsed = self._seen
 
     @contextlib.asynccontextmanager
@@ -136,13 +138,13 @@ class Reloader:
 
     def _changed(self) -> bool:
         """Files differ from those that were read last, and nobody is writing them just now."""
-        now = _stamps(self.loaded)
+        now = _stamps(self._files)
         quiet, self._glimpsed = now == self._glimpsed, now
         return quiet and now != self._seen
 
     async def _reload(self) -> Reload:
         async with self._lock:
-            self._seen = _stamps(self.loaded)  # before reading: what is written meanwhile is newer
+            self._seen = _stamps(self._files)  # before reading: what is written meanwhile is newer
             loaded: Loaded | None = None
             try:
                 if self._stopping:
@@ -155,11 +157,15 @@ class Reloader:
             except Exception as error:  # noqa: BLE001 - whatever it is, the old configuration serves on
                 self.refused += 1
                 self.last = Reload(_now(), self._config(), *told(error, loaded))
+                # What it was refused for may be mended in a file that only it names.
+                refused = files_of(loaded.source, loaded.settings) if loaded else getattr(error, "files", frozenset())
+                self._files = files_of(self.loaded.source, self.loaded.settings) | refused
             else:
                 self.loaded = loaded
-                self._seen = {file: self._seen.get(file, stamp) for file, stamp in _stamps(loaded).items()}
+                self._files = files_of(loaded.source, loaded.settings)
                 self.done += 1
                 self.last = Reload(_now(), self._config())
+            self._seen = {file: self._seen.get(file, stamp) for file, stamp in _stamps(self._files).items()}
             self._wake.set()  # it may watch the files from now on, or other ones
             _say(self.last)
             self._tell()
@@ -243,10 +249,11 @@ def _now() -> str:
 
 def read(path: Path, changes: Mapping[str, Any]) -> Loaded:
     """The file once more, under what the command line said of `server`. Raises ConfigError with every mistake."""
-    _, problems, loaded = examine_all(path)
-    if problems or loaded is None:
-        raise ConfigError(problems)
-    return changed(loaded, changes)
+    examined = examine(path)
+    _, problems = _plugins_of(examined)
+    if problems or examined.settings is None:
+        raise ConfigError(problems, files_of(examined.source, examined.settings))
+    return changed(Loaded(examined.settings, examined.source), changes)
 
 
 def changed(loaded: Loaded, changes: Mapping[str, Any]) -> Loaded:
@@ -261,19 +268,29 @@ def examine_all(path: Path) -> tuple[list[Blueprint], list[Problem], Loaded | No
         examined = examine(path)
     except ConfigError as error:
         return [], list(error.problems), None
-    services = examined.settings.services if examined.settings else None
-    blueprints, found = read_entries(examined.plugins(), examined.source, services=services)
-    problems = sorted([*examined.problems, *found], key=lambda p: (p.line or 0, p.column or 0))
+    blueprints, problems = _plugins_of(examined)
     loaded = Loaded(examined.settings, examined.source) if examined.settings else None
     return blueprints, problems, loaded
 
 
-def _stamps(loaded: Loaded) -> dict[Path, tuple[int, ...]]:
-    """What tells a change of the files that the configuration consists of."""
-    source, settings = loaded.source, loaded.settings
-    files = {Path(source.file), *map(Path, source.files)}
-    files |= {upstream.ca_file for upstream in settings.upstreams.values() if upstream.ca_file}
-    files |= {file for entry in settings.plugins if (file := file_of(entry.use, source.base))}
+def _plugins_of(examined: Examined) -> tuple[list[Blueprint], list[Problem]]:
+    """Its plugins, and every problem, theirs too."""
+    services = examined.settings.services if examined.settings else None
+    blueprints, found = read_entries(examined.plugins(), examined.source, services=services)
+    return blueprints, sorted([*examined.problems, *found], key=lambda p: (p.line or 0, p.column or 0))
+
+
+def files_of(source: Source, settings: Settings | None) -> frozenset[Path]:
+    """The files that the configuration consists of; without `settings` those that are known."""
+    files = {Path(source.file), *source.named, *map(Path, source.files)}
+    if settings is not None:
+        files |= {upstream.ca_file for upstream in settings.upstreams.values() if upstream.ca_file}
+        files |= {file for entry in settings.plugins if (file := file_of(entry.use, source.base))}
+    return frozenset(files)
+
+
+def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """What tells that a file was changed."""
     return {file: _stamp(file) for file in files}
 
 

@@ -41,12 +41,15 @@ class Source:
     """For each value that `${…}` gave: the texts that must not be printed."""
     files: dict[str, str] = field(default_factory=dict, repr=False)
     """What the files that it names held, by path: who has text and files can read the same once more."""
+    named: set[Path] = field(default_factory=set, repr=False)
+    """The files that it names, those that can't be read too."""
     problems: list[Problem] = field(default_factory=list)
     text: str = field(default="", repr=False)
 
     def read(self, path: Path) -> str:
         """What a file that it names holds; read once, whoever asks. Raises OSError, or ValueError if it's no UTF-8."""
         name = str(path)
+        self.named.add(path)
         if name not in self.files:
             self.files[name] = path.read_bytes().decode("utf-8-sig")
         return self.files[name]

@@ -258,6 +258,34 @@ async def test_changed_files_count_once(tmp_path, quick):
     ]
 
 
+async def test_what_was_refused_is_watched_until_it_is_mended(tmp_path, quick):
+    """A file that only the refused configuration names, missing, faulty or a plugin's: its change is a new try."""
+    path, secret, plugin = tmp_path / "x.yaml", tmp_path / "secret", tmp_path / "mine.py"
+    text = f"{TEXT}server: {{watch_config: true}}\nupstream: {{first_event_timeout: 61s}}\n"
+    path.write_text(text)
+    made, _, _ = reloader(lambda: read(path, {}), read(path, {}))
+    async with made.listening():
+        later(path, text.replace("61s", "'${file:secret}'"), 1)
+        await done(made, 1)
+        await asyncio.sleep(0.1)
+        later(secret, "soon", 2)
+        await done(made, 2)
+        later(secret, "62s", 3)
+        await done(made, 3)
+        assert (made.done, made.refused) == (1, 2)
+        later(path, text + "plugins: [{use: mine.py:Mine}]", 4)
+        await done(made, 4)
+        later(plugin, "class Other: pass", 5)
+        await done(made, 5)
+        later(plugin, "class Mine: pass", 6)
+        await done(made, 6)
+        later(path, text, 7)
+        await done(made, 7)
+        later(secret, "63s", 8)
+        await asyncio.sleep(0.1)
+    assert (made.done, made.refused) == (3, 4), made.last
+
+
 async def test_a_file_that_is_being_written_is_waited_for(tmp_path, quick):
     """While a file changes from one look to the next nothing is read."""
     path = tmp_path / "x.yaml"
