@@ -122,6 +122,7 @@ def test_all_are_here() -> None:
         "examples/tasks_and_aliases.yaml",
         "examples/team_keys.yaml",
         "examples/tokens.yaml",
+        "examples/tracing.yaml",
         "production.yaml",
         "xenios.yaml",
     ]
