@@ -105,7 +105,9 @@ class Plugin:
         trace = exchange.get(self._key) or self._begin(exchange)  # a plugin outside may have refused before
         if not trace.sampled or self._exporter is None:
             return
-        content = self._content.attributes(exchange, exchange.get(self._heard)) if self._content is not None else {}
+        content = {}
+        if self._content is not None and exchange.attempts:
+            content = self._content.attributes(exchange, exchange.get(self._heard))
         timings = (getattr(exchange, _TIMINGS, None) or ()) if self._config.plugin_spans else ()
         self._exporter.put(Spans(exchange, trace).all(content, timings))
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import msgspec
+from multidict import CIMultiDict
 
 from gateway import Tasks, __version__
 from gateway_plugins.tracing import otlp
@@ -150,7 +151,8 @@ async def _sender(config: Config) -> AsyncIterator[Send]:
         yield _print
         return
     about = resource(config)
-    headers = {name: value.get_secret_value() for name, value in config.headers.items()}
+    headers = CIMultiDict({"User-Agent": f"xenios/{__version__}"})
+    headers.update({name: value.get_secret_value() for name, value in config.headers.items()})
     headers["Content-Type"] = "application/x-protobuf"
     if config.compression == "gzip":
         headers["Content-Encoding"] = "gzip"
