@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import socket
@@ -48,8 +47,10 @@ def _unpacked(name: str, packages: tuple[str, ...]) -> Path:
     for package in side.glob("*.deb"):
         subprocess.run(["dpkg", "-x", package, side], check=True)
         package.unlink()
-    with contextlib.suppress(OSError):  # another was first
+    try:
         side.rename(target)
+    except OSError:  # another was first
+        shutil.rmtree(side)
     return target
 
 
