@@ -16,7 +16,7 @@ HERE = Path(__file__).parent / "dashboards"
 SCHEMA_VERSION = 42  # Grafana 12 and 13; it migrates from any older one by itself
 WIDTH = 24  # columns of Grafana's grid
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-MODELS_ONLY = 'endpoint!~"/.*|unmatched"'
+MODELS_ONLY = 'endpoint!~"/.*|models|messages/count_tokens|unmatched"'
 
 GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "yellow", "orange", "red", "blue", "text"
 _FILTERS = {"i": 'instance=~"$instance"', "e": 'endpoint=~"$endpoint"', "m": 'model=~"$model"'}
@@ -104,16 +104,16 @@ TRAFFIC: dict[str, list[Panel]] = {
               "short", "table", columns={"task": "Task", "rule": "Rule", "Value": "Requests"}, decimals=0),
     ],
     "Time": [
-        Panel("Duration", "From the request's head to the last byte of its reply.",
-              quantiles("xenios_request_duration_seconds", f"{{iem, {MODELS_ONLY}}}"), "s"),
+        Panel("Duration", "Of requests that were answered: from their head to the last byte of the reply.",
+              quantiles("xenios_request_duration_seconds", f'{{iem, {MODELS_ONLY}, outcome="ok"}}'), "s"),
         Panel("First token by model, p95", "From the request's head to the first content that a client can show. The "
               "alert XeniosFirstTokenSlow looks at 10.24 s.",
               quantiles("xenios_time_to_first_token_seconds", "{iem}", "model"), "s",
               steps=((0, GREEN), (10.24, RED))),
         Panel("Time per output token by model, p95", "After the first. 0.02 s is 50 tokens a second.",
               quantiles("xenios_time_per_output_token_seconds", "{iem}", "model"), "s"),
-        Panel("Duration by model, p95", "Streams and whole replies.",
-              quantiles("xenios_request_duration_seconds", f"{{iem, {MODELS_ONLY}}}", "model"), "s"),
+        Panel("Duration by model, p95", "Of requests that were answered, streams and whole replies.",
+              quantiles("xenios_request_duration_seconds", f'{{iem, {MODELS_ONLY}, outcome="ok"}}', "model"), "s"),
         Panel("Gateway overhead", "A request's time less what upstreams took: plugins, stores, parsing, waiting for "
               "the processor.",
               quantiles("xenios_gateway_overhead_seconds", f"{{ie, {MODELS_ONLY}}}"), "s"),
@@ -124,12 +124,12 @@ TRAFFIC: dict[str, list[Panel]] = {
     ],
     "Upstream": [
         Panel("Attempts by cause", "Each try of a target; ok, or why it failed.",
-              {"sum by (cause) (rate(xenios_attempts_total{im}[$rate]))": "{{cause}}"}, "reqps", stacked=True),
+              {"sum by (cause) (rate(xenios_attempts_total{iem}[$rate]))": "{{cause}}"}, "reqps", stacked=True),
         Panel("Failed attempts by model", "Which target fails, whatever became of the request.",
-              {'sum by (upstream, model) (rate(xenios_attempts_total{im, cause!="ok"}[$rate]))':
+              {'sum by (upstream, model) (rate(xenios_attempts_total{iem, cause!="ok"}[$rate]))':
                "{{upstream}} {{model}}"}, "reqps"),
-        Panel("Duration of attempts, p95", "To the upstream's last byte.",
-              quantiles("xenios_attempt_duration_seconds", "{im}", "upstream, model"), "s"),
+        Panel("Duration of attempts, p95", "Of those that were answered, to the upstream's last byte.",
+              quantiles("xenios_attempt_duration_seconds", '{iem, cause="ok"}', "upstream, model"), "s"),
         Panel("Fallbacks", "From which model to which, and why.",
               {"sum by (model, to, cause) (rate(xenios_fallbacks_total{im}[$rate]))":
                "{{model}} → {{to}}: {{cause}}"}, "reqps", stacked=True),
@@ -150,6 +150,8 @@ TRAFFIC: dict[str, list[Panel]] = {
         Panel("Tokens by kind", "Tokens each second. cache_read and cache_write are parts of input, reasoning of "
               "output.",
               {"sum by (kind) (rate(xenios_tokens_total{im}[$rate]))": "{{kind}}"}, "short"),
+        Panel("Tokens per request, p95", "How large requests and answers are; what limits by tokens should allow.",
+              quantiles("xenios_request_tokens", "{iem}", "model, kind"), "short"),
         Panel("Input read from caches", "Share of input tokens that the model's provider had cached; they cost less.",
               {"""sum by (model) (rate(xenios_tokens_total{im, kind="cache_read"}[$rate]))
                   / sum by (model) (rate(xenios_tokens_total{im, kind="input"}[$rate]))""": "{{model}}"},
@@ -162,7 +164,7 @@ TRAFFIC: dict[str, list[Panel]] = {
                'sum by (model) (increase(xenios_tokens_total{im, kind="input"}[$__range]))': "",
                'sum by (model) (increase(xenios_tokens_total{im, kind="output"}[$__range]))': "",
                "sum by (model) (increase(xenios_cost_usd_total{im}[$__range]))": ""},
-              "short", "table", decimals=0,
+              "short", "table", decimals=0, width=16,
               columns={"model": "Model", "Value #A": "Requests", "Value #B": "Input tokens",
                        "Value #C": "Output tokens", "Value #D": "Cost"}, units={"Cost": "currencyUSD"}),
     ],

@@ -53,9 +53,6 @@ class Prometheus:
             assert time.monotonic() < end, json.dumps(told, indent=1)[:4000]
             time.sleep(0.05)  # noqa: TID251 - it asks another process
 
-    def firing(self) -> Callable[[Any], set[str]]:
-        return lambda told: {a["labels"]["alertname"] for a in told["alerts"] if a["state"] == "firing"}
-
 
 @contextlib.contextmanager
 def prometheus(config: Path) -> Iterator[Prometheus]:

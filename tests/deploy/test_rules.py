@@ -7,6 +7,10 @@ import re
 import pytest
 import yaml
 
+from gateway.core_routes import add_core_routes
+from gateway.dialects import DIALECTS, PLAIN_DIALECT
+from gateway.health import Health
+from gateway.routes import Router
 from gateway.settings import CatalogueSettings, ServerSettings, UpstreamPolicy
 from tests.deploy.known import VALUES, known
 from tests.deploy.prometheus import promtool
@@ -106,6 +110,16 @@ def test_the_runbook_names_settings_that_exist():
 def test_a_rule_asks_for_what_exists(rule):
     """Every metric, label and value of a label in it is one that the gateway tells."""
     assert faults(rule["expr"], with_recorded(), VALUES) == []
+
+
+def test_requests_for_models_are_told_from_others():
+    """The pattern that leaves out health checks and lists leaves out each endpoint that no model answers, and no other."""
+    texts = [(FOLDER / "recording.yml").read_text(), (DEPLOY / "grafana/make.py").read_text()]
+    [pattern] = {found for text in texts for found in re.findall(r'endpoint!~"([^"]+)"', text)}
+    router = Router(DIALECTS, PLAIN_DIALECT)
+    add_core_routes(router, Health(lambda: False))
+    endpoints = {route.endpoint for route in router._routes} | {"unmatched", "/metrics", "/admin/reload"}
+    assert {e for e in endpoints if not re.fullmatch(pattern, e)} == set(DIALECTS)
 
 
 @pytest.mark.parametrize(
