@@ -242,7 +242,7 @@ HEALTH: dict[str, list[Panel]] = {
               {"sum by (buffer) (increase(xenios_dropped_total{i}[$rate]))": "{{buffer}}"}, "short", stacked=True),
     ],
     "Plugins": [
-        Panel("Time in plugins", "p95 by plugin and hook, of one request in 32.",
+        Panel("Time in plugins", "p95 by plugin and hook, without what upstreams took; measured in some requests.",
               quantiles("xenios_plugin_seconds", "{i}", "plugin, hook"), "s"),
         Panel("Slow plugins", "Calls that took longer than a second; each is counted.",
               {"sum by (plugin, hook) (increase(xenios_plugin_slow_total{i}[$rate]))": "{{plugin}}.{{hook}}"},
