@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gateway import AttemptRecord, Exchange, Services, Tap
 
 Config = settings.Config
-_TIMINGS = "timings"
+_TIMINGS = "timings"  # of an exchange: where a core that times hooks keeps it
 
 
 class Plugin:
@@ -40,9 +40,9 @@ class Plugin:
         self._heard: ContextKey[Listener] = ContextKey("heard")
         self._content = Content(config.max_content, config.redact) if config.capture_content else None
         self._exporter: Exporter | None = None
-        self._dropped = services.metrics.counter(
-            "xenios_dropped_total", "What a full or broken buffer could not keep.", ("buffer",)
-        ).of("spans")
+        self._dropped = services.metrics.counter("xenios_dropped_total", "What a full buffer dropped.", ("buffer",)).of(
+            "spans"
+        )
         self._counted = 0
 
     @asynccontextmanager
