@@ -21,6 +21,7 @@ INTERNAL, SERVER, CLIENT = 1, 2, 3  # SpanKind
 _SAMPLED, _HAS_IS_REMOTE, _IS_REMOTE = 0x01, 0x100, 0x200  # SpanFlags
 _ERROR = b"\x7a\x02\x18\x02"  # status: code: STATUS_CODE_ERROR
 _LONGEST_KEPT = 100
+_UNIQUE = frozenset({"xenios.id", "xenios.request_id", "gen_ai.response.id"})
 
 _fixed64 = struct.Struct("<Q").pack
 _fixed32 = struct.Struct("<I").pack
@@ -101,12 +102,12 @@ def readable(span: Span) -> dict[str, Any]:
 
 
 def _attributes(tag: bytes, attributes: Mapping[str, Any]) -> list[bytes]:
-    return [
-        _attribute(tag, key, value)
-        if isinstance(value, list | float) or (isinstance(value, str) and len(value) > _LONGEST_KEPT)
-        else _kept_attribute(tag, key, value)
-        for key, value in attributes.items()
-    ]
+    out: list[bytes] = []
+    for key, value in attributes.items():
+        kind = type(value)
+        kept = kind is int or kind is bool or (kind is str and len(value) <= _LONGEST_KEPT and key not in _UNIQUE)
+        out.append(_kept_attribute(tag, key, value) if kept else _attribute(tag, key, value))
+    return out
 
 
 def _attribute(tag: bytes, key: str, value: Any) -> bytes:
