@@ -13,6 +13,7 @@ import structlog
 
 from gateway.errors import GatewayError, PluginError
 from gateway.exchange import Finding
+from gateway.timing import timed, timed_sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,7 +120,7 @@ async def run_all(exchange: Exchange, impls: Impls, *, ignorable: bool = False) 
             continue
         exchange.running = impl.where
         try:
-            await impl.call(exchange)
+            await (impl.call if exchange.timings is None else timed(exchange.timings, impl))(exchange)
         except GatewayError:
             _blame(exchange, impl)
             raise
@@ -139,7 +140,7 @@ async def run_first(exchange: Exchange, impls: Impls, *, ignorable: bool = False
             continue
         exchange.running = impl.where
         try:
-            answer = await impl.call(exchange)
+            answer = await (impl.call if exchange.timings is None else timed(exchange.timings, impl))(exchange)
             if answer is not None:
                 _check(answer, returns)
                 exchange.running = None
@@ -164,7 +165,7 @@ def run_sync(exchange: Exchange, impls: Impls, *arguments: Any) -> None:
             continue
         running[0] = impl.where
         try:
-            impl.call(exchange, *arguments)
+            (impl.call if exchange.timings is None else timed_sync(exchange.timings, impl))(exchange, *arguments)
         except FAILURES as error:
             impl.failed(error, exchange)
     running[0] = None
@@ -177,7 +178,8 @@ def first_sync(exchange: Exchange, impls: Impls, *arguments: Any, returns: type 
             continue
         running[0] = impl.where
         try:
-            answer = impl.call(exchange, *arguments)
+            call = impl.call if exchange.timings is None else timed_sync(exchange.timings, impl)
+            answer = call(exchange, *arguments)
             if answer is not None:
                 _check(answer, returns)
                 return answer
@@ -194,14 +196,16 @@ async def run_finished(exchange: Exchange, impls: Impls, watch: Watch) -> None:
         if impl.when is not None and not impl.applies(exchange):
             continue
         watch.wait("request_finished", FINISH_SECONDS)
+        exchange.running = impl.where
         try:
-            await impl.call(exchange)
+            await (impl.call if exchange.timings is None else timed(exchange.timings, impl))(exchange)
         except FAILURES as error:
             if is_cancelled(error):
                 if watch.take() is None:
                     raise
                 error = TimeoutError(f"took longer than {FINISH_SECONDS} s")
             impl.failed(error, exchange)
+    exchange.running = None
     watch.rest()
 
 

@@ -60,9 +60,11 @@ class Finisher:
                     if len(queue) > 1 and not self._called:
                         self._call()  # should this one wait, another task goes on with the rest
                     exchange, impls = queue.popleft()
+                    watch.exchange = exchange
                     try:
                         await run_finished(exchange, impls, watch)
                     finally:
+                        watch.exchange = None
                         exchange.snapshot.users.leave()
                     del exchange, impls  # not kept until the next one comes
                 if self._draining or len(self._waiting) >= KEPT:

@@ -17,7 +17,7 @@ import msgspec
 import structlog
 from multidict import CIMultiDict, istr
 
-from gateway import dispatch, explain, watch
+from gateway import dispatch, explain, timing, watch
 from gateway.access import check_route
 from gateway.decision import decide, prepare
 from gateway.dialects import read_cost
@@ -143,7 +143,7 @@ class Run:
         self.correct = correct
         self.hooks = exchange.snapshot.hooks
         seconds = exchange.snapshot.settings.server.request_timeout
-        self.watch = Watch(seconds)
+        self.watch = Watch(seconds, exchange)
         exchange.deadline = exchange.started + seconds
         self._response: UpstreamResponse | None = None
         self._record: AttemptRecord | None = None
@@ -158,6 +158,8 @@ class Run:
     async def run(self) -> None:
         """Answer the client; see to it that `request_finished` runs, whatever happens. Raises only CancelledError."""
         exchange = self.exchange
+        if timing.is_sampled():
+            exchange.timings = []
         try:
             try:
                 await self._answer()
@@ -221,9 +223,10 @@ class Run:
         """A route's own handler: what fails, or takes too long, is named as a hook would be."""
         exchange, route = self.exchange, self.exchange.route
         impl = dispatch.Impl(route.plugin, f"{route.method} {route.path}", handler)
+        call = handler if exchange.timings is None else timing.timed(exchange.timings, impl)
         exchange.running = impl.where
         try:
-            reply: object = await handler(exchange)
+            reply: object = await call(exchange)
             if not isinstance(reply, Reply):
                 raise TypeError(f"returned {type(reply).__name__} where Reply is due")
         except (GatewayError, ClientGone):
@@ -780,10 +783,12 @@ class _Recorded:
 def _layer(
     exchange: Exchange, impl: dispatch.Impl, call_next: Callable[[Attempt], Awaitable[UpstreamReply]]
 ) -> Callable[[Attempt], Awaitable[UpstreamReply]]:
+    call = impl.call if exchange.timings is None else timing.timed_around(exchange.timings, impl)
+
     async def layer(attempt: Attempt) -> UpstreamReply:
         outer, exchange.running = exchange.running, impl.where
         try:
-            reply: object = await impl.call(exchange, attempt, call_next)
+            reply: object = await call(exchange, attempt, call_next)
             if not isinstance(reply, UpstreamReply):
                 raise TypeError(f"returned {type(reply).__name__} where UpstreamReply is due")
         except ClientGone:

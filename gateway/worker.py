@@ -18,7 +18,7 @@ import structlog
 from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy, istr
 
-from gateway import dispatch, logs
+from gateway import dispatch, logs, watch
 from gateway.admin import add_admin_routes
 from gateway.catalogue import Catalogue
 from gateway.core_routes import add_core_routes
@@ -458,18 +458,18 @@ def watchdog(loop: asyncio.AbstractEventLoop, seconds: float = STALL_SECONDS) ->
 
     handles = [loop.call_later(seconds / 4, tick)]
 
-    def watch() -> None:
+    def look() -> None:
         said = 0.0
         while not stop.wait(seconds / 2):
             late = time.monotonic() - beat[0]
             if late > seconds and said != beat[0]:
                 said = beat[0]
-                plugin, hook = dispatch.running[0] or (None, None)
+                plugin, hook = dispatch.running[0] or watch.running(loop) or (None, None)
                 frame = sys._current_frames().get(loop_thread)  # noqa: SLF001 - the documented way to see it
                 where = traceback.format_stack(frame)[-3:] if frame else []
                 log.warning("event_loop_stalled", seconds=round(late, 3), plugin=plugin, hook=hook, frames=where)
 
-    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread = threading.Thread(target=look, name="watchdog", daemon=True)
     thread.start()
     try:
         yield

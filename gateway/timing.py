@@ -1,0 +1,148 @@
+"""How long plugins take: measured in some requests and in those that somebody asks about; too long is always noticed.
+
+`exchange.timings` is a list in a request that is measured, else None: all that the others pay is that one look at it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from gateway.dispatch import Impl
+    from gateway.exchange import Event, Exchange, Outcome, Timing
+    from gateway.hookspecs import Tap
+
+log = structlog.get_logger("gateway.plugins")
+
+ONE_OF = 31  # requests is measured; a prime, so that none of several kinds that take turns is always missed
+SLOW_SECONDS = 1.0
+# A call is seen at the next turn of the wheel after it began, and last at the one before it ended.
+_NOTICED = SLOW_SECONDS - 0.2
+QUIET_SECONDS = 10.0  # between two lines about the same plugin and hook
+_requests = itertools.count()
+
+
+def is_sampled() -> bool:
+    """This request is one of those that are measured for the metrics. The first is."""
+    return next(_requests) % ONE_OF == 0
+
+
+def timed(timings: list[Timing], impl: Impl) -> Callable[..., Awaitable[Any]]:
+    """The plugin's call; when it began and ended is noted, however it ends."""
+
+    async def call(*arguments: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return await impl.call(*arguments)
+        finally:
+            timings.append((*impl.where, began, time.monotonic()))
+
+    return call
+
+
+def timed_sync(timings: list[Timing], impl: Impl) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return impl.call(*arguments)
+        finally:
+            timings.append((*impl.where, began, time.monotonic()))
+
+    return call
+
+
+def timed_around(timings: list[Timing], impl: Impl) -> Callable[..., Awaitable[Any]]:
+    """A layer's own time: before, between and after its calls of `call_next`, each a piece by itself."""
+
+    async def call(exchange: Exchange, attempt: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
+        began = time.monotonic()
+
+        async def inner(attempt: Any) -> Any:
+            nonlocal began
+            timings.append((*impl.where, began, time.monotonic()))
+            try:
+                return await call_next(attempt)
+            finally:
+                began = time.monotonic()
+
+        try:
+            return await impl.call(exchange, attempt, inner)
+        finally:
+            timings.append((*impl.where, began, time.monotonic()))
+
+    return call
+
+
+class TimedTap:
+    """A tap whose time is summed over the stream, that of opening it included: one piece, from when it opened."""
+
+    def __init__(self, timings: list[Timing], impl: Impl, tap: Tap, began: float) -> None:
+        self._timings = timings
+        self._impl = impl
+        self._tap = tap
+        self._began = began
+        self._seconds = time.monotonic() - began
+
+    def event(self, event: Event) -> Any:
+        began = time.monotonic()
+        try:
+            out = self._tap.event(event)
+        except BaseException:
+            self._note(began)  # it is removed: no end comes
+            raise
+        self._seconds += time.monotonic() - began
+        return out
+
+    def end(self, outcome: Outcome) -> Any:
+        began = time.monotonic()
+        try:
+            return self._tap.end(outcome)
+        finally:
+            self._note(began)
+
+    def _note(self, began: float) -> None:
+        seconds = self._seconds + time.monotonic() - began
+        self._timings.append((*self._impl.where, self._began, self._began + seconds))
+
+
+def summed(timings: Iterable[Timing]) -> dict[tuple[str, str], float]:
+    """(plugin, hook) → seconds in this request, in the order in which they began."""
+    sums: dict[tuple[str, str], float] = {}
+    for plugin, hook, began, ended in timings:
+        where = (plugin, hook)
+        sums[where] = sums.get(where, 0.0) + ended - began
+    return sums
+
+
+class SlowCalls:
+    """Hooks that have been running for a second: each is counted, not each has a line of its own in the log."""
+
+    def __init__(self) -> None:
+        self._said: dict[tuple[str, str], float] = {}
+        self._calls: dict[tuple[str, str], int] = {}
+
+    def seen(self, exchange: Exchange, where: tuple[str, str], since: float, now: float) -> bool:
+        """It runs `since` then, as far as we know; True once it was found to be slow."""
+        if now - since < _NOTICED:
+            return False
+        plugin, hook = where
+        if " " in hook:  # a route's handler, not a hook: it may call a model
+            return True
+        calls = self._calls[where] = self._calls.get(where, 0) + 1
+        if now - self._said.get(where, float("-inf")) >= QUIET_SECONDS:
+            self._said[where], self._calls[where] = now, 0
+            log.warning(
+                "plugin_slow",
+                plugin=plugin,
+                hook=hook,
+                seconds=round(now - since, 1),
+                calls=calls,
+                request_id=exchange.request_id,
+            )
+        return True
