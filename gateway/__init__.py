@@ -41,6 +41,7 @@ from gateway.exchange import (
     Usage,
 )
 from gateway.hookspecs import Tap, hookimpl
+from gateway.metrics import SECONDS, Counter, Family, Gauge, Histogram, Metrics
 from gateway.problems import Concern
 from gateway.routes import Router
 from gateway.scoping import Condition, compile_when, conditions
@@ -51,6 +52,7 @@ from gateway.units import Duration, Size, format_duration
 from gateway.upstream import UpstreamReply
 
 __all__ = [
+    "SECONDS",
     "Attempt",
     "AttemptRecord",
     "BadRequest",
@@ -61,16 +63,21 @@ __all__ = [
     "ContextKey",
     "Correction",
     "Cost",
+    "Counter",
     "Credentials",
     "Decision",
     "Duration",
     "Event",
     "Exchange",
+    "Family",
     "Finding",
     "Forbidden",
     "GatewayError",
+    "Gauge",
+    "Histogram",
     "Limits",
     "MethodNotAllowed",
+    "Metrics",
     "ModelNotFound",
     "NotFound",
     "Outcome",

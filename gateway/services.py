@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from gateway.kit.ledger import MemoryLedger
+from gateway.metrics import Metrics
 
 if TYPE_CHECKING:
     import asyncio
@@ -35,6 +36,7 @@ class Services:
     bootstrap_key_hash: str | None = field(default=None, repr=False)
     # What requests count for and hold: Redis's if `services.redis` names one, else this process's own.
     ledger: Ledger = field(default_factory=MemoryLedger, repr=False)
+    metrics: Metrics = field(default_factory=Metrics, repr=False)
     redis: RedisStore | None = field(default=None, repr=False)
     opened_database: Database | None = field(default=None, repr=False)
     submitter: Callable[..., Awaitable[Reply]] | None = field(default=None, repr=False)

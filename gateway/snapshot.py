@@ -104,6 +104,12 @@ class Snapshot:
         """Names that plugins answer to beside the upstreams' models: aliases, tasks."""
         return tuple(n for i in self.instances for n in getattr(i.plugin, "listed_models", ()))
 
+    def named_models(self) -> set[str]:
+        """`upstream/model` of all that the configuration names."""
+        default = self.settings.upstream.default
+        overrides = {f"{o.upstream or default}/{model}" for model, o in self.settings.catalogue.overrides.items()}
+        return overrides.union(*(getattr(i.plugin, "named_models", ()) for i in self.instances))
+
 
 def is_loopback(host: str) -> bool:
     """Only this machine can reach the address."""

@@ -18,7 +18,7 @@ import structlog
 from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy, istr
 
-from gateway import dispatch, logs, watch
+from gateway import dispatch, logs, vitals, watch
 from gateway.admin import add_admin_routes
 from gateway.catalogue import Catalogue
 from gateway.core_routes import add_core_routes
@@ -30,6 +30,7 @@ from gateway.finisher import Finisher
 from gateway.health import Health
 from gateway.kit.ledger import MemoryLedger, RedisLedger
 from gateway.logs import hide
+from gateway.metrics import Metrics
 from gateway.pipeline import Run
 from gateway.plugins import close_all, needs_database, open_all, read_plugins, schemas
 from gateway.server import Server
@@ -97,6 +98,8 @@ class Worker:
         self._prepared: tuple[Snapshot, Callable[[], None]] | None = None
         self._preparing = False
         self._closing = Tasks()
+        shared = data_dir / "metrics" if data_dir is not None and sockets else None
+        self.metrics = Metrics(shared, number)
         self._health = Health(lambda: self.server.draining)
         self.reloader: Reloading | None = None  # who reloads, where there is a file to read again
         self.corrections = Corrections(lambda: self.snapshot)
@@ -133,6 +136,8 @@ class Worker:
             stack.push_async_callback(self._close_transports, everything=True)
             self._snapshot = self._build(self._loaded, blueprints, services)
             _refuse_open_door(self._snapshot)
+            self._count()
+            await stack.enter_async_context(self.metrics.lifespan())
             await stack.enter_async_context(services.catalogue.lifespan())
             await stack.enter_async_context(services.ledger.lifespan())
             await open_all(self._snapshot.instances)
@@ -193,6 +198,7 @@ class Worker:
         (snapshot, put_in_force), self._prepared = self._prepared, None
         old, self._snapshot = self.snapshot, snapshot
         put_in_force()
+        self._follow_models()
         snapshot.services.database.schemas = schemas([instance.blueprint for instance in snapshot.instances])
         if snapshot.settings.log != old.settings.log:
             logs.setup(snapshot.settings.log)
@@ -308,11 +314,26 @@ class Worker:
             data_dir=self._data_dir,
             pepper=self._identity.pepper,
             bootstrap_key_hash=self._identity.bootstrap_key_hash,
+            metrics=self.metrics,
             ledger=MemoryLedger() if redis is None else RedisLedger(redis),
             redis=redis,
             opened_database=database,
             submitter=self._submit,
         )
+
+    def _follow_models(self) -> None:
+        catalogue = self.snapshot.services.catalogue
+
+        def known(upstream: str, model: str) -> str | None:
+            found = catalogue.model(upstream, model)
+            return found.id if found is not None else None
+
+        self.metrics.follow(known, self.snapshot.named_models())
+
+    def _count(self) -> None:
+        """What the process itself is, and how it fares."""
+        self._follow_models()
+        vitals.count(self.metrics, lambda: self.snapshot.hash, lambda: self.server.live)
 
     def _make_transports(self, settings: Settings) -> None:
         for name, upstream in settings.upstreams.items():

@@ -56,6 +56,12 @@ class Plugin:
         self.draw: Callable[[Exchange], float] = drawn
         # What GET /v1/models lists beside the upstreams' models.
         self.listed_models: tuple[str, ...] = (*config.aliases, *(PREFIX + name for name in config.tasks))
+        # Those that have a label of their own in metrics.
+        self.named_models = frozenset(
+            f"{self._table.upstream_of(place.entry)}/{place.entry.model}"
+            for place in config.entries()
+            if place.entry.model
+        )
 
     def warnings(self) -> Sequence[str]:
         """For readiness: worked out when the catalogue or the day has changed, not for each probe."""

@@ -235,10 +235,14 @@ class Table:
         overrides = dict(entry.set)
         if entry.provider is not None:
             overrides["provider"] = entry.provider.model_dump(mode="json", exclude_none=True)
-        upstream = entry.upstream or (self._place(entry.model) if entry.model else "")
+        upstream = self.upstream_of(entry)
         own = filled(_limits(entry.timeouts), limits)
         target = Target(entry.model or "", upstream, overrides, entry.strip, own)
         return Entry(target, most if entry.max_usd is None else _pico(entry.max_usd))
+
+    def upstream_of(self, entry: settings.TargetEntry) -> str:
+        """Where its model is served; "" where it has none of its own."""
+        return entry.upstream or (self._place(entry.model) if entry.model else "")
 
     def _place(self, model: str) -> str:
         return self._served_by.get(model, self._default)
