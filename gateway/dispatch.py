@@ -13,10 +13,11 @@ import structlog
 
 from gateway.errors import GatewayError, PluginError
 from gateway.exchange import Finding
+from gateway.metrics import Cell
 from gateway.timing import timed, timed_sync
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from gateway.exchange import Correction, Exchange, Principal
     from gateway.watch import Watch
@@ -51,7 +52,7 @@ class Impl:
     rewrites: bool = False
     explicit: bool = False  # the YAML or the plugin said `on_error` in so many words
     where: tuple[str, str] = field(init=False)
-    failures: int = 0
+    failures: Cell = field(default_factory=Cell)
 
     def __post_init__(self) -> None:
         self.where = (self.plugin, self.hook)
@@ -66,7 +67,7 @@ class Impl:
         return memo
 
     def failed(self, error: BaseException, exchange: Exchange | None = None) -> None:
-        self.failures += 1
+        self.failures.value += 1
         log.error(
             "plugin_failed",
             plugin=self.plugin,
@@ -107,6 +108,10 @@ class CompiledHooks:
     request_finished: Impls = ()
     usage_corrected: Impls = ()
     explain: Impls = ()
+
+    def all(self) -> Iterator[Impl]:
+        for f in fields(self):
+            yield from getattr(self, f.name)
 
     def order(self) -> dict[str, list[str]]:
         """Hook → plugins in call order, for `xenios plugins` and for tests."""
@@ -207,6 +212,8 @@ async def run_finished(exchange: Exchange, impls: Impls, watch: Watch) -> None:
             impl.failed(error, exchange)
     exchange.running = None
     watch.rest()
+    if exchange.timings is not None:
+        exchange.snapshot.plugin_counts.observe(exchange.timings)
 
 
 async def run_corrected(impls: Impls, correction: Correction) -> None:

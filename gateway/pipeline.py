@@ -223,6 +223,7 @@ class Run:
         """A route's own handler: what fails, or takes too long, is named as a hook would be."""
         exchange, route = self.exchange, self.exchange.route
         impl = dispatch.Impl(route.plugin, f"{route.method} {route.path}", handler)
+        impl.failures = exchange.snapshot.plugin_counts.failures.of(*impl.where)
         call = handler if exchange.timings is None else timing.timed(exchange.timings, impl)
         exchange.running = impl.where
         try:
@@ -737,7 +738,7 @@ class Run:
         _sum_up(exchange)
         if exchange.admission is not None or exchange.record is not None:
             ledger.settle(exchange.snapshot.services.ledger, exchange)
-        if self.hooks.request_finished:
+        if self.hooks.request_finished or exchange.timings is not None:
             self.finisher.put(exchange, self.hooks.request_finished)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gateway.dispatch import Impl
     from gateway.exchange import Event, Exchange, Outcome, Timing
     from gateway.hookspecs import Tap
+    from gateway.metrics import Metrics
 
 log = structlog.get_logger("gateway.plugins")
 
@@ -24,6 +25,8 @@ ONE_OF = 31  # requests is measured; a prime, so that none of several kinds that
 SLOW_SECONDS = 1.0
 # A call is seen at the next turn of the wheel after it began, and last at the one before it ended.
 _NOTICED = SLOW_SECONDS - 0.2
+# Upper ends of the buckets: a hook takes from microseconds to the time that a store has.
+BOUNDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 QUIET_SECONDS = 10.0  # between two lines about the same plugin and hook
 _requests = itertools.count()
 
@@ -120,6 +123,28 @@ def summed(timings: Iterable[Timing]) -> dict[tuple[str, str], float]:
     return sums
 
 
+class PluginCounts:
+    """What is told of each plugin's hooks: times, failures, calls that took a second."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        labels = ("plugin", "hook")
+        self._seconds = metrics.histogram(
+            "xenios_plugin_seconds", f"Time of a plugin's hook in one request, of one in {ONE_OF}.", labels, BOUNDS
+        )
+        self.slow = metrics.counter("xenios_plugin_slow_total", "Calls of a hook that took a second or more.", labels)
+        self.failures = metrics.counter("xenios_plugin_failures_total", "Calls of a hook that failed.", labels)
+
+    def follow(self, impls: Iterable[Impl]) -> None:
+        """Each counts from zero on: of a first failure without a zero before it nobody would see that it is new."""
+        for impl in impls:
+            self.slow.of(*impl.where)
+            impl.failures = self.failures.of(*impl.where)
+
+    def observe(self, timings: Iterable[Timing]) -> None:
+        for where, seconds in summed(timings).items():
+            self._seconds.of(*where).observe(seconds)
+
+
 class SlowCalls:
     """Hooks that have been running for a second: each is counted, not each has a line of its own in the log."""
 
@@ -134,6 +159,7 @@ class SlowCalls:
         plugin, hook = where
         if " " in hook:  # a route's handler, not a hook: it may call a model
             return True
+        exchange.snapshot.plugin_counts.slow.add(1, plugin, hook)
         calls = self._calls[where] = self._calls.get(where, 0) + 1
         if now - self._said.get(where, float("-inf")) >= QUIET_SECONDS:
             self._said[where], self._calls[where] = now, 0

@@ -18,7 +18,25 @@ if TYPE_CHECKING:
 _PAGE = resource.getpagesize()
 
 
-def count(metrics: Metrics, config: Callable[[], str], live: Callable[[], int]) -> None:
+class Lag:
+    """How late the event loop was at worst in the last seconds: what everybody asks about, not what somebody asked."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._since = self._worst = self._before = 0.0
+
+    def note(self, now: float, late: float) -> None:
+        if now - self._since > self.SECONDS:
+            self._since, self._before, self._worst = now, self._worst, 0.0
+        self._worst = max(self._worst, late)
+
+    @property
+    def worst(self) -> float:
+        return max(self._worst, self._before)
+
+
+def count(metrics: Metrics, config: Callable[[], str], live: Callable[[], int], lag: Lag) -> None:
     """`config`: the hash in force; `live`: requests that are being answered."""
     about = metrics.gauge("xenios_build_info", "1; which Xenios on which Python.", ("version", "python"), merge="max")
     about.set(1, __version__, platform.python_version())
@@ -29,6 +47,9 @@ def count(metrics: Metrics, config: Callable[[], str], live: Callable[[], int]) 
     in_flight = metrics.gauge("xenios_requests_in_flight", "Requests that are being answered.")
     memory = metrics.gauge("xenios_worker_resident_memory_bytes", "Memory that it holds.", merge="worker")
     files = metrics.gauge("xenios_worker_open_fds", "Open files and sockets.", merge="worker")
+    late = metrics.gauge(
+        "xenios_event_loop_lag_seconds", "How late its event loop was at worst in the last seconds.", merge="worker"
+    )
     cpu = metrics.counter("xenios_worker_cpu_seconds_total", "Processor time that it took.", ("worker",))
     taken = [0.0]
 
@@ -38,6 +59,7 @@ def count(metrics: Metrics, config: Callable[[], str], live: Callable[[], int]) 
         in_flight.set(live())
         memory.set(_resident())
         files.set(_open_files())
+        late.set(lag.worst)
         now = time.process_time()
         cpu.add(now - taken[0], metrics.worker)
         taken[0] = now

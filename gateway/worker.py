@@ -40,6 +40,7 @@ from gateway.simulator import Simulator
 from gateway.snapshot import build, is_loopback
 from gateway.stores import open_database, open_redis
 from gateway.tasks import Tasks
+from gateway.timing import SLOW_SECONDS
 from gateway.transport.aiohttp_client import AiohttpTransport
 from gateway.upstream import UpstreamClient, fetch_models
 
@@ -100,6 +101,7 @@ class Worker:
         self._closing = Tasks()
         shared = data_dir / "metrics" if data_dir is not None and sockets else None
         self.metrics = Metrics(shared, number)
+        self._lag = vitals.Lag()
         self._health = Health(lambda: self.server.draining)
         self.reloader: Reloading | None = None  # who reloads, where there is a file to read again
         self.corrections = Corrections(lambda: self.snapshot)
@@ -151,7 +153,7 @@ class Worker:
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLD)
-            stack.enter_context(watchdog(asyncio.get_running_loop()))
+            stack.enter_context(watchdog(asyncio.get_running_loop(), self._count_slow, self._lag))
             yield self
 
     # --- another configuration, while this one serves ----------------------------------------------------------------
@@ -330,10 +332,13 @@ class Worker:
 
         self.metrics.follow(known, self.snapshot.named_models())
 
+    def _count_slow(self, where: tuple[str, str]) -> None:
+        self.snapshot.plugin_counts.slow.add(1, *where)
+
     def _count(self) -> None:
         """What the process itself is, and how it fares."""
         self._follow_models()
-        vitals.count(self.metrics, lambda: self.snapshot.hash, lambda: self.server.live)
+        vitals.count(self.metrics, lambda: self.snapshot.hash, lambda: self.server.live, self._lag)
 
     def _make_transports(self, settings: Settings) -> None:
         for name, upstream in settings.upstreams.items():
@@ -466,29 +471,47 @@ def _refuse_open_door(snapshot: Snapshot) -> None:
 
 
 @contextlib.contextmanager
-def watchdog(loop: asyncio.AbstractEventLoop, seconds: float = STALL_SECONDS) -> Any:
-    """A thread that says who holds the event loop up: a sync hook, or anything else, for more than `seconds`."""
+def watchdog(
+    loop: asyncio.AbstractEventLoop,
+    slow: Callable[[tuple[str, str]], None],
+    lag: vitals.Lag,
+    seconds: float = STALL_SECONDS,
+) -> Any:
+    """A thread that says who holds the event loop up: a sync hook, or anything else, for more than `seconds`.
+
+    `slow` is called, in that thread, with plugin and hook of one that does it for longer than any hook should take;
+    `lag` is told how late the loop is.
+    """
     stop = threading.Event()
     beat = [time.monotonic()]
     loop_thread = threading.get_ident()
 
     def tick() -> None:
-        beat[0] = time.monotonic()
+        now = time.monotonic()
+        lag.note(now, now - beat[0] - seconds / 4)
+        beat[0] = now
         if not stop.is_set():
             handles[0] = loop.call_later(seconds / 4, tick)
 
     handles = [loop.call_later(seconds / 4, tick)]
 
+    def blocking() -> tuple[str, str] | None:
+        return dispatch.running[0] or watch.running(loop)
+
     def look() -> None:
-        said = 0.0
+        said = counted = 0.0
         while not stop.wait(seconds / 2):
             late = time.monotonic() - beat[0]
             if late > seconds and said != beat[0]:
                 said = beat[0]
-                plugin, hook = dispatch.running[0] or watch.running(loop) or (None, None)
+                plugin, hook = blocking() or (None, None)
                 frame = sys._current_frames().get(loop_thread)  # noqa: SLF001 - the documented way to see it
                 where = traceback.format_stack(frame)[-3:] if frame else []
                 log.warning("event_loop_stalled", seconds=round(late, 3), plugin=plugin, hook=hook, frames=where)
+            if late > SLOW_SECONDS and counted != beat[0]:
+                counted = beat[0]
+                if (held := blocking()) is not None:
+                    slow(held)
 
     thread = threading.Thread(target=look, name="watchdog", daemon=True)
     thread.start()

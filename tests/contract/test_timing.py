@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 
 import pytest
 import structlog
@@ -221,3 +222,96 @@ async def test_a_slow_upstream_is_no_slow_plugin(logs):
         replies = await asyncio.gather(gw.chat(stream=True), gw.get("/slow"))
     assert [reply.status for reply in replies] == [200, 200]
     assert slow(logs) == []
+
+
+# --- what the metrics say of it --------------------------------------------------------------------------------------
+
+
+async def told(gw, name):
+    """{(plugin, hook): series} of a metric."""
+    [family] = [family for family in await gw.worker.metrics.read() if family.name == name]
+    return {series.labels: series for series in family.series}
+
+
+async def test_measured_requests_count_in_the_metrics(sampled):
+    """A hook counts once in each measured request, with all its time; what nobody measures does not count."""
+    async with Gateway.test(plugins=[Layer, Recorder], upstream=ScriptedUpstream(Error(500))) as gw:
+        for _ in range(3):
+            await gw.chat()
+        await gw.finished(3)
+        seconds = await told(gw, "xenios_plugin_seconds")
+    assert sum(seconds["Layer", "around_upstream"].counts) == 1
+    assert 0.05 < seconds["Layer", "around_upstream"].value < 0.3
+    assert sum(seconds["Recorder", "request_finished"].counts) == 1
+
+
+async def test_a_route_s_handler_is_a_hook_of_its_plugin_and_invented_methods_are_none(sampled, monkeypatch):
+    """Series are those of the configuration, whatever methods and paths clients think of."""
+    monkeypatch.setattr(timing, "is_sampled", lambda: True)
+    async with Gateway.test() as gw:
+        for method in ("PUT", "PATCH", "PROPFIND"):
+            await gw.request(method, f"/{method}")
+        await gw.get("/v1/models")
+        await gw.finished(4)
+        seconds = await told(gw, "xenios_plugin_seconds")
+    assert {hook for plugin, hook in seconds if plugin == "core"} == {"ANY unmatched", "GET /v1/models"}
+
+
+@pytest.mark.parametrize("hook", ["authenticate", "request_finished"])
+async def test_slow_calls_are_counted(hook, logs, unsampled):
+    """A call that takes a second counts in the metrics, once, whether it is measured or not."""
+    async with Gateway.test(plugins=[waiting(hook, logs), "api_keys"]) as gw:
+        assert (await gw.chat()).status == 200
+        await gw.finished()
+        slow_calls = await told(gw, "xenios_plugin_slow_total")
+    assert slow_calls["Waiting", hook].value == 1
+    assert sum(series.value for series in slow_calls.values()) == 1
+
+
+@pytest.mark.parametrize("hook", ["check_request", "response_started"])
+async def test_hooks_that_block_are_counted(hook, unsampled):
+    """A hook that holds the loop up for more than a second counts, sync or not; the loop's lag says how long it was."""
+
+    class Blocks:
+        def __init__(self, config, services): ...
+
+        @hookimpl
+        async def check_request(self, exchange):
+            self.block("check_request")
+
+        @hookimpl
+        def response_started(self, exchange):
+            self.block("response_started")
+
+        def block(self, where):
+            if where == hook:
+                time.sleep(1.3)  # noqa: TID251 - to block the loop is what this is for
+
+    async with Gateway.test(plugins=[Blocks]) as gw:
+        assert (await gw.chat()).status == 200
+        slow_calls = await told(gw, "xenios_plugin_slow_total")
+        [lag] = (await told(gw, "xenios_event_loop_lag_seconds")).values()
+    assert {where: s.value for where, s in slow_calls.items() if s.value} == {("Blocks", hook): 1}
+    assert 1 < lag.value < 3
+
+
+async def test_failures_are_counted_and_begin_with_zero():
+    """Each hook of each plugin has a series from the start, so that its first failure is seen to be one."""
+
+    class Breaks:
+        def __init__(self, config, services): ...
+
+        @hookimpl
+        def response_started(self, exchange):
+            raise RuntimeError("broken")
+
+        @hookimpl
+        async def request_finished(self, exchange): ...
+
+    async with Gateway.test(plugins=[Breaks]) as gw:
+        before = await told(gw, "xenios_plugin_failures_total")
+        await gw.chat()
+        after = await told(gw, "xenios_plugin_failures_total")
+    assert before["Breaks", "response_started"].value == before["Breaks", "request_finished"].value == 0
+    assert after["Breaks", "response_started"].value == 1
+    assert after["Breaks", "request_finished"].value == 0
