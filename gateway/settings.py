@@ -188,6 +188,9 @@ class ServerSettings(_Section):
     debug_headers: Flag = False
     """Say in `x-xenios-tries` which targets a request tried, and why each failed. Default false: only to
     administrators."""
+    server_timing: Literal["off", "admins", "everyone"] = "off"
+    """Whose replies say in `Server-Timing` how long each phase and each plugin's hook took. Default off. With admins or
+    everyone every request is measured."""
     watch_config: Flag = False
     """Reload when this file, or one that it names (`${file:…}`, `ca_file`, a plugin's), is changed. Default false: on
     SIGHUP and POST /admin/reload only."""

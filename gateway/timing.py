@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from gateway.dispatch import Impl
     from gateway.exchange import Event, Exchange, Outcome, Timing
@@ -28,6 +30,8 @@ _NOTICED = SLOW_SECONDS - 0.2
 # Upper ends of the buckets: a hook takes from microseconds to the time that a store has.
 BOUNDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 QUIET_SECONDS = 10.0  # between two lines about the same plugin and hook
+MOST_HOOKS = 40  # in the header: proxies and clients take some kilobytes
+_UNQUOTABLE = re.compile(r"[^ !#-\[\]-~]")
 _requests = itertools.count()
 
 
@@ -121,6 +125,38 @@ def summed(timings: Iterable[Timing]) -> dict[tuple[str, str], float]:
         where = (plugin, hook)
         sums[where] = sums.get(where, 0.0) + ended - began
     return sums
+
+
+def header(exchange: Exchange, phases: Sequence[tuple[str, float]]) -> str:
+    """The value of `Server-Timing` (https://www.w3.org/TR/server-timing/), milliseconds until the reply's head.
+
+    `total`, what of it was `gateway` and what `upstream` (to the first content; a whole reply to its end); each phase;
+    each plugin's hook. Where they are many, the shortest hooks are left out.
+    """
+    now = time.monotonic()
+    total = now - exchange.started
+    upstream = sum((r.first_content or r.finished or now) - r.started for r in exchange.attempts)
+    said = [_entry("total", total), _entry("gateway", total - upstream)]
+    said += [_entry("upstream", upstream, _attempts(len(exchange.attempts)))] if exchange.attempts else []
+    starts = [("receive", exchange.started), *phases, ("", now)]
+    for (phase, began), (_, ended) in pairwise(starts):
+        if phase != "upstream":
+            said.append(_entry(phase, ended - began))
+    hooks = summed(exchange.timings or ())
+    shown = sorted(hooks, key=hooks.__getitem__, reverse=True)[:MOST_HOOKS]
+    for plugin, hook in (where for where in hooks if where in shown):
+        name = "handler" if " " in hook else hook
+        said.append(_entry(f"{plugin}.{name}", hooks[plugin, hook], f"{plugin} {hook}"))
+    return ", ".join(said)
+
+
+def _entry(name: str, seconds: float, description: str = "") -> str:
+    described = f';desc="{_UNQUOTABLE.sub("_", description)}"' if description else ""
+    return f"{name};dur={seconds * 1000:.3f}{described}"
+
+
+def _attempts(count: int) -> str:
+    return f"upstream ({count} attempts)" if count > 1 else ""
 
 
 class PluginCounts:
