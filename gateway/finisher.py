@@ -7,6 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from gateway.dispatch import run_finished
+from gateway.logs import handling
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Finisher:
 
     async def _work(self) -> None:
         loop, queue, watch = asyncio.get_running_loop(), self._queue, Watch()
+        handling.set(watch)
         try:
             while True:
                 while queue:

@@ -17,7 +17,7 @@ import msgspec
 import structlog
 from multidict import CIMultiDict, istr
 
-from gateway import dispatch, explain, timing, watch
+from gateway import dispatch, explain, logs, timing, watch
 from gateway.access import check_route
 from gateway.decision import decide, prepare
 from gateway.dialects import read_cost
@@ -164,6 +164,8 @@ class Run:
             exchange.timings, self._phases = [], []
         elif timing.is_sampled():
             exchange.timings = []
+        before = logs.handling.get()
+        logs.handling.set(self.watch)
         try:
             try:
                 await self._answer()
@@ -184,6 +186,8 @@ class Run:
             raise
         finally:
             self._finish()
+            self.watch.exchange = None
+            logs.handling.set(before)
 
     async def _answer(self) -> None:
         exchange, hooks, route = self.exchange, self.hooks, self.exchange.route

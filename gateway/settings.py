@@ -224,6 +224,8 @@ class UpstreamPolicy(_Section):
     forward_headers: tuple[Annotated[HeaderName, AfterValidator(_forwardable)], ...] = ()
     """Request headers that are let through to the upstream besides the dialect's own. Default none. Credentials,
     cookies and forwarding headers are refused."""
+    send_request_id: Flag = True
+    """Send each request's id (`x-request-id`) to the upstream too, for its support to find it by. Default true."""
     connect_timeout: Duration = Field(5.0, gt=0)
     """Time to open a connection to an upstream. Default 5s; then the attempt fails."""
     first_event_timeout: Duration = Field(120.0, gt=0)

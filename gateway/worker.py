@@ -29,7 +29,6 @@ from gateway.exchange import Exchange, Reply, RequestView, new_id
 from gateway.finisher import Finisher
 from gateway.health import Health
 from gateway.kit.ledger import MemoryLedger, RedisLedger
-from gateway.logs import hide
 from gateway.metrics import Metrics
 from gateway.pipeline import Run
 from gateway.plugins import close_all, needs_database, open_all, read_plugins, schemas
@@ -124,9 +123,10 @@ class Worker:
         settings = self._loaded.settings
         blueprints = self._blueprints
         logs.hide(self._loaded.secrets())
+        logs.hide(secrets_of(settings), everywhere=True)
         if blueprints is None:
             blueprints = read_plugins(settings, self._loaded.source)
-        logs.hide(secret for blueprint in blueprints for secret in secrets_of(blueprint.config))
+        logs.hide((secret for b in blueprints for secret in secrets_of(b.config)), everywhere=True)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._close_simulator)
             await self._simulate(settings)
@@ -167,11 +167,12 @@ class Worker:
         now, settings = self.snapshot, loaded.settings
         seconds = now.settings.server.reload_timeout
         logs.hide(loaded.secrets())
+        logs.hide(secrets_of(settings), everywhere=True)
         self._preparing = True
         try:
             if blueprints is None:
                 blueprints = await asyncio.to_thread(read_plugins, settings, loaded.source)
-            logs.hide(secret for blueprint in blueprints for secret in secrets_of(blueprint.config))
+            logs.hide((secret for b in blueprints for secret in secrets_of(b.config)), everywhere=True)
             await self._simulate(settings)
             await self._admit_tables(now.services.database, blueprints, seconds)
             put_in_force = await asyncio.to_thread(self._follow, settings)
@@ -367,7 +368,7 @@ class Worker:
     def _upstream(self, settings: Settings, name: str, upstream: UpstreamSettings) -> UpstreamClient:
         simulated = _simulates(upstream)
         secret = upstream.api_key.get_secret_value() if upstream.api_key else ""
-        hide((secret, self._identity.pepper))
+        logs.hide((secret, self._identity.pepper), everywhere=True)
         headers: dict[str, str] = {
             **{istr(name): value for name, value in upstream.headers.items()},
             hdrs.CONTENT_TYPE: "application/json",

@@ -251,6 +251,7 @@ async def all_stored(url: str, folder: Path, at_least: int) -> str:
 @pytest.mark.promise("P12.log")
 @pytest.mark.promise("P12.reply")
 @pytest.mark.promise("P12.db")
+@pytest.mark.promise("P12.upstream")
 @pytest.mark.parametrize("form", ["json", "pretty"])
 async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
     """Keys, pepper, the database's password and prompts, sent through every error path, the database's end among them:
