@@ -41,7 +41,7 @@ from gateway.exchange import (
     Usage,
 )
 from gateway.hookspecs import Tap, hookimpl
-from gateway.metrics import SECONDS, Counter, Family, Gauge, Histogram, Metrics
+from gateway.metrics import SECONDS, Cell, Counter, Family, Gauge, Histogram, Metrics, Series, Spread
 from gateway.problems import Concern
 from gateway.routes import Router
 from gateway.scoping import Condition, compile_when, conditions
@@ -57,6 +57,7 @@ __all__ = [
     "AttemptRecord",
     "BadRequest",
     "Cause",
+    "Cell",
     "Concern",
     "Condition",
     "Conflict",
@@ -88,9 +89,11 @@ __all__ = [
     "Reply",
     "Router",
     "Scopes",
+    "Series",
     "Services",
     "Size",
     "Source",
+    "Spread",
     "StatementError",
     "StoreUnavailable",
     "Tap",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hmac
 import re
 from typing import TYPE_CHECKING, Any
 
-from gateway.errors import Forbidden, ModelNotFound
+from gateway.errors import Forbidden, ModelNotFound, Unauthenticated
 from gateway.incoming import asked_models
 
 if TYPE_CHECKING:
@@ -23,10 +24,17 @@ _PLAIN_TOOLS = re.compile(
 )
 
 
+def check_bearer(exchange: Exchange) -> None:
+    """The route's own token, where it has one. Raises Unauthenticated."""
+    wanted, shown = exchange.route.bearer, exchange.credentials
+    if wanted is not None and not hmac.compare_digest(wanted.encode(), ((shown and shown.bearer) or "").encode()):
+        raise Unauthenticated("This needs a token of its own. Send it as `Authorization: Bearer <token>`.")
+
+
 def check_route(exchange: Exchange) -> None:
     """The route's access rule and the principal's endpoints. Raises Forbidden."""
     route, principal = exchange.route, exchange.principal
-    if route.access == "public":
+    if route.access in {"public", "bearer"}:
         return
     if principal is None:
         raise Forbidden

@@ -70,6 +70,13 @@ class Series(msgspec.Struct, array_like=True):
     value: float
     counts: list[int] = []
 
+    def under(self, labels: Labels) -> Series:
+        return Series(labels, self.value, self.counts)
+
+    def plus(self, other: Series) -> Series:
+        counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        return Series(self.labels, self.value + other.value, counts)
+
 
 class Family(msgspec.Struct):
     """A metric with its series, as it is told."""
@@ -376,8 +383,8 @@ def _merged(dumps: Sequence[_Dump]) -> list[Family]:
                 continue
             for series in family.series:
                 labels = (*series.labels, dump.worker) if family.merge == "worker" else series.labels
-                new, there = Series(labels, series.value, series.counts), into.get(labels)
-                into[labels] = new if there is None else _both(there, new, family)
+                there = into.get(labels)
+                into[labels] = series.under(labels) if there is None else _both(there, series, family.merge)
     return [
         msgspec.structs.replace(
             family,
@@ -388,9 +395,7 @@ def _merged(dumps: Sequence[_Dump]) -> list[Family]:
     ]
 
 
-def _both(one: Series, other: Series, family: Family) -> Series:
-    if family.merge in {"max", "min"}:
-        pick = max if family.merge == "max" else min
-        return Series(one.labels, pick(one.value, other.value))
-    counts = [a + b for a, b in zip(one.counts, other.counts, strict=True)]
-    return Series(one.labels, one.value + other.value, counts)
+def _both(one: Series, other: Series, merge: Merge) -> Series:
+    if merge in {"max", "min"}:
+        return Series(one.labels, (max if merge == "max" else min)(one.value, other.value))
+    return one.plus(other)

@@ -86,7 +86,7 @@ def _content(route: Route) -> dict[str, Any]:
 
 
 def _success(route: Route) -> dict[str, Any]:
-    kind = route.dialect.reply_content_type if route.proxied else "application/json"
+    kind = route.dialect.reply_content_type if route.proxied else route.produces
     content: dict[str, Any] = {kind: {"schema": {}}}
     if route.proxied and route.dialect.grammar is not None:
         content["text/event-stream"] = {"schema": {"type": "string"}}

@@ -18,7 +18,7 @@ import structlog
 from multidict import CIMultiDict, istr
 
 from gateway import dispatch, explain, logs, timing, watch
-from gateway.access import check_route
+from gateway.access import check_bearer, check_route
 from gateway.decision import decide, prepare
 from gateway.dialects import read_cost
 from gateway.errors import (
@@ -262,7 +262,8 @@ class Run:
         exchange, impls = self.exchange, self.hooks.authenticate
         if exchange.principal is not None:
             return  # restored: a job, or a plugin's route that submits
-        if exchange.route.access == "public":
+        if exchange.route.access in {"public", "bearer"}:
+            check_bearer(exchange)
             exchange.credentials = None
             return
         if impls:

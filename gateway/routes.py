@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gateway.dialects import Dialect
     from gateway.exchange import Exchange, Reply
 
-Access = Literal["principal", "admin", "public"]
+Access = Literal["principal", "admin", "bearer", "public"]
 BodyKind = Literal["json", "stream", "none"]
 Handler = Callable[["Exchange"], Awaitable["Reply"]]
 
@@ -32,6 +32,8 @@ class Route:
     max_body: int | None = None
     plugin: str = "core"
     summary: str = ""
+    produces: str = "application/json"
+    bearer: str | None = field(default=None, repr=False)
     pattern: re.Pattern[str] | None = field(default=None, repr=False)
 
     @property
@@ -95,12 +97,16 @@ class Router:
         dialect: str | None = None,
         endpoint: str | None = None,
         summary: str = "",
+        bearer: str | None = None,
+        produces: str = "application/json",
     ) -> None:
         """Add a route. `path` may hold `{name}` (no slash) and `{name:regex}`; found values are `request.path_params`.
 
         `handler(exchange)` returns a `Reply`. `body`: `json` (parsed into `exchange.body`; default for methods with a
         body), `stream` (raw in `exchange.raw_body`), `none`. `max_body` in bytes. `dialect` names an endpoint
-        (`messages`) whose error shape to use.
+        (`messages`) whose error shape to use. `access`: `principal`, whoever has a key; `admin`; `public`; or `bearer`,
+        for programs that are nobody: the token `bearer` is asked for, and no plugin that authenticates. `produces`: the
+        answer's content type, for the document of all routes.
         """
         method = method.upper()
         if not path.startswith("/"):
@@ -109,6 +115,8 @@ class Router:
             raise ValueError(f"{self.plugin}: {method} {path}: access is {access!r}; it is one of {_words(Access)}.")
         if body is not None and body not in get_args(BodyKind):
             raise ValueError(f"{self.plugin}: {method} {path}: body is {body!r}; it is one of {_words(BodyKind)}.")
+        if (access == "bearer") != bool(bearer):
+            raise ValueError(f"{self.plugin}: {method} {path}: access `bearer` and a token go together.")
         if handler is None and dialect is None:
             raise ValueError(f"{self.plugin}: {method} {path} has no handler.")
         if any(r.method == method and r.path == path for r in self._routes):
@@ -126,6 +134,8 @@ class Router:
                 max_body=max_body,
                 plugin=self.plugin,
                 summary=summary,
+                bearer=bearer,
+                produces=produces,
                 pattern=_pattern(path) if "{" in path else None,
             )
         )

@@ -252,7 +252,7 @@ async def all_stored(url: str, folder: Path, at_least: int) -> str:
 @pytest.mark.promise("P12.reply")
 @pytest.mark.promise("P12.db")
 @pytest.mark.promise("P12.upstream")
-@pytest.mark.parametrize("form", ["json", "pretty"])
+@pytest.mark.parametrize("form", ["json", pytest.param("pretty", marks=pytest.mark.full)])
 async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
     """Keys, pepper, the database's password and prompts, sent through every error path, the database's end among them:
     none in a log, a reply, a row or, but its own key, upstream.

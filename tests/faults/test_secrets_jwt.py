@@ -113,7 +113,7 @@ async def visited(process: Process, upstream: ScriptedUpstream, good: str, stran
 
 
 @pytest.mark.promise("P12.jwt")
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("database", [pytest.param("sqlite", marks=pytest.mark.full), "postgresql"])
 async def test_no_token_anywhere(tmp_path: Path, database: str) -> None:
     """A token, good, wrong or of an issuer that is away, sent through every error path: no log, reply or row holds it."""
     (tmp_path / "leak.py").write_text(LEAK)

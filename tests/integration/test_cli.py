@@ -231,7 +231,7 @@ def test_which_configuration(tmp_path: Path) -> None:
     """--config, else $XENIOS_CONFIG, else config/xenios.yaml of the working directory, else the built-in one."""
     first, second = (write(tmp_path, simulated("  []\n"), name) for name in ("first.yaml", "second.yaml"))
     built_in = xenios("check", cwd=tmp_path).stdout
-    assert built_in.endswith("xenios.yaml: fine, 7 plugins.\n")
+    assert built_in.endswith("xenios.yaml: fine, 8 plugins.\n")
     (tmp_path / "config").mkdir()
     write(tmp_path / "config", simulated("  - use: fallback\n"), "xenios.yaml")
     assert xenios("check", cwd=tmp_path).stdout == "config/xenios.yaml: fine, 1 plugin.\n"
@@ -255,7 +255,7 @@ def test_plugins_shows_hooks_and_order(tmp_path: Path) -> None:
     done = xenios("plugins", "--config", CONFIG / "xenios.yaml", cwd=tmp_path)
     assert done.returncode == 0
     listed, _, order = done.stdout.partition("\nCall order:\n")
-    names = ["access_log", "api_keys", "routing", "rate_limit", "budgets", "usage", "fallback"]
+    names = ["access_log", "metrics", "api_keys", "routing", "rate_limit", "budgets", "usage", "fallback"]
     assert [line.split()[0] for line in listed.splitlines()] == names
     assert re.search(r"^  explain +api_keys → routing → rate_limit → budgets → usage → fallback$", order, re.MULTILINE)
 

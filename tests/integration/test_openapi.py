@@ -26,9 +26,10 @@ from gateway.admin import add_admin_routes
 from gateway.core_routes import add_core_routes
 from gateway.dialects import DIALECTS, PLAIN_DIALECT
 from gateway.health import Health
+from gateway.metrics import Metrics
 from gateway.openapi import document as document_of
 from gateway.routes import Router
-from gateway_plugins import fallback
+from gateway_plugins import fallback, metrics
 from gateway_plugins.api_keys.admin import Admin
 from gateway_plugins.usage.routes import Routes
 from tests.clients.process import Served, served
@@ -44,7 +45,8 @@ FUZZ = settings(
 )
 
 
-PUBLIC = {"/health", "/health/live", "/health/ready", "/openapi.json"}
+# The last one as config/xenios.yaml has it, which only its own machine reaches.
+PUBLIC = {"/health", "/health/live", "/health/ready", "/openapi.json", "/metrics"}
 
 
 def _labels() -> list[str]:
@@ -53,6 +55,8 @@ def _labels() -> list[str]:
     add_core_routes(router, Health(lambda: False))
     add_admin_routes(router, lambda: None, 1)
     nothing: Any = SimpleNamespace(database=None)
+    counting: Any = SimpleNamespace(metrics=Metrics(), settings=SimpleNamespace(upstreams={}))
+    metrics.Plugin(metrics.Config(), counting).register_routes(router)
     Admin(nothing, frozenset()).register(router)
     Routes(nothing.database).register(router)
     fallback.Plugin(fallback.Config(breaker=False), SimpleNamespace(plugin_id="fallback")).register_routes(router)

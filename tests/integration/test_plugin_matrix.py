@@ -28,6 +28,7 @@ ALL = sorted(OURS, key=lambda name: (SHIPPED.index(name) if name in SHIPPED else
 # What a plugin can't start without.
 NEEDED: dict[str, dict[str, Any]] = {
     "jwt_auth": {"issuers": [{"issuer": "https://login.example.com", "audience": "x", "secret": "s" * 32}]},
+    "metrics": {},
     "rate_limit": {"limits": [{"name": "all", "requests": 1000}]},
     "budgets": {"budgets": [{"name": "all", "usd": 1000}], "unknown_price": "allow"},
 }

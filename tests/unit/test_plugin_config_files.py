@@ -49,7 +49,7 @@ def test_the_shipped_order(monkeypatch):
     """Whoever observes stands outermost: the order of the default's calls."""
     _, _, hooks = start(CONFIG / "xenios.yaml", {}, monkeypatch)
     assert {hook: plugins for hook, plugins in hooks.order().items() if plugins} == {
-        "register_routes": ["api_keys", "usage", "fallback"],
+        "register_routes": ["metrics", "api_keys", "usage", "fallback"],
         "register_commands": ["api_keys", "usage"],
         "request_received": ["usage"],
         "authenticate": ["api_keys"],
@@ -59,7 +59,7 @@ def test_the_shipped_order(monkeypatch):
         "around_upstream": ["fallback"],
         "attempt_finished": ["fallback"],
         "response_started": ["rate_limit"],
-        "request_finished": ["budgets", "access_log"],
+        "request_finished": ["budgets", "metrics", "access_log"],
         "usage_corrected": ["budgets", "usage"],
         "explain": ["api_keys", "routing", "rate_limit", "budgets", "usage", "fallback"],
     }
