@@ -40,6 +40,11 @@ def is_sampled() -> bool:
     return next(_requests) % ONE_OF == 0
 
 
+def is_handler(hook: str) -> bool:
+    """A route's handler (`GET /v1/models`), not a hook: the request's own duration tells of it."""
+    return " " in hook
+
+
 def timed(timings: list[Timing], impl: Impl) -> Callable[..., Awaitable[Any]]:
     """The plugin's call; when it began and ended is noted, however it ends."""
 
@@ -145,7 +150,7 @@ def header(exchange: Exchange, phases: Sequence[tuple[str, float]]) -> str:
     hooks = summed(exchange.timings or ())
     shown = sorted(hooks, key=hooks.__getitem__, reverse=True)[:MOST_HOOKS]
     for plugin, hook in (where for where in hooks if where in shown):
-        name = "handler" if " " in hook else hook
+        name = "handler" if is_handler(hook) else hook
         said.append(_entry(f"{plugin}.{name}", hooks[plugin, hook], f"{plugin} {hook}"))
     return ", ".join(said)
 
@@ -178,7 +183,8 @@ class PluginCounts:
 
     def observe(self, timings: Iterable[Timing]) -> None:
         for where, seconds in summed(timings).items():
-            self._seconds.of(*where).observe(seconds)
+            if not is_handler(where[1]):
+                self._seconds.of(*where).observe(seconds)
 
 
 class SlowCalls:
@@ -193,7 +199,7 @@ class SlowCalls:
         if now - since < _NOTICED:
             return False
         plugin, hook = where
-        if " " in hook:  # a route's handler, not a hook: it may call a model
+        if is_handler(hook):  # it may call a model
             return True
         exchange.snapshot.plugin_counts.slow.add(1, plugin, hook)
         calls = self._calls[where] = self._calls.get(where, 0) + 1

@@ -130,9 +130,15 @@ class Worker:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._close_simulator)
             await self._simulate(settings)
-            redis = await stack.enter_async_context(open_redis(settings, self._data_dir))
+            redis = await stack.enter_async_context(open_redis(settings, self._data_dir, self.metrics))
             database = await stack.enter_async_context(
-                open_database(settings, self._data_dir, schemas(blueprints), needed=needs_database(blueprints))
+                open_database(
+                    settings,
+                    self._data_dir,
+                    schemas(blueprints),
+                    needed=needs_database(blueprints),
+                    metrics=self.metrics,
+                )
             )
             services = self._services(settings, redis, database)
             stack.push_async_callback(self._close_transports, everything=True)
@@ -339,7 +345,7 @@ class Worker:
     def _count(self) -> None:
         """What the process itself is, and how it fares."""
         self._follow_models()
-        vitals.count(self.metrics, lambda: self.snapshot.hash, lambda: self.server.live, self._lag)
+        vitals.count(self.metrics, self, self._lag)
 
     def _make_transports(self, settings: Settings) -> None:
         for name, upstream in settings.upstreams.items():

@@ -245,16 +245,19 @@ async def test_measured_requests_count_in_the_metrics(sampled):
     assert sum(seconds["Recorder", "request_finished"].counts) == 1
 
 
-async def test_a_route_s_handler_is_a_hook_of_its_plugin_and_invented_methods_are_none(sampled, monkeypatch):
-    """Series are those of the configuration, whatever methods and paths clients think of."""
+async def test_routes_are_no_hooks(monkeypatch):
+    """Handlers are measured, and leave no series of their own: nor do methods and paths that clients think of."""
     monkeypatch.setattr(timing, "is_sampled", lambda: True)
-    async with Gateway.test() as gw:
+    async with Gateway.test(plugins=[Recorder]) as gw:
         for method in ("PUT", "PATCH", "PROPFIND"):
             await gw.request(method, f"/{method}")
         await gw.get("/v1/models")
-        await gw.finished(4)
+        exchanges = await gw.finished(4)
         seconds = await told(gw, "xenios_plugin_seconds")
-    assert {hook for plugin, hook in seconds if plugin == "core"} == {"ANY unmatched", "GET /v1/models"}
+        failures = await told(gw, "xenios_plugin_failures_total")
+    assert [of(exchange, "core") for exchange in exchanges] == [["ANY unmatched"]] * 3 + [["GET /v1/models"]]
+    assert "core" not in {plugin for plugin, _ in seconds}
+    assert {hook for plugin, hook in failures if plugin == "core"} == {"ANY unmatched", "GET /v1/models"}
 
 
 @pytest.mark.parametrize("hook", ["authenticate", "request_finished"])
