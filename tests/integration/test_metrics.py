@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import os
+import re
 import signal
 import socket
 from collections import Counter
@@ -16,6 +17,8 @@ from gateway import Refused, Tasks, hookimpl
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Error, Hang, Json, Pause, ScriptedUpstream, Stream, chat_completion, chat_events
 from gateway.plugins import PluginStartError
+from tests.integration import metrics_table
+from tests.integration.metrics_table import README
 from tests.integration.process import serving
 from tests.integration.test_workers import eventually, workers
 
@@ -203,6 +206,15 @@ async def test_a_scraper_gets_the_format_that_it_asks_for():
         plain = await gw.get("/metrics")
         assert plain.headers["Content-Type"].startswith("text/plain")
         assert plain.headers["Cache-Control"] == "no-store"
+
+
+async def test_all_metrics_are_in_the_table():
+    """The table in the plugin's README is what a gateway with all built-in plugins tells (`make schema` writes it)."""
+    found = await metrics_table.families()
+    assert metrics_table.written(README.read_text(), metrics_table.table(found)) == README.read_text()
+    assert all(family.help.endswith(".") for family in found)
+    assert all(re.fullmatch(r"xenios_[a-z_]+", family.name) for family in found)
+    assert all(family.name.endswith("_total") == (family.kind == "counter") for family in found)
 
 
 # --- who may read ----------------------------------------------------------------------------------------------------
