@@ -98,12 +98,11 @@ def check_retried_and_streamed(server, first, second, third):
     assert won["xenios.cost_usd"] == pytest.approx(COST)
     assert won["server.address"] == "127.0.0.1"
 
-    # half a second to the first token, as much again to the last one
-    assert won["gen_ai.response.time_to_first_chunk"] == pytest.approx(0.3, abs=0.15)
+    # as long to the first token as the upstream waited, as long again to the last one; a busy machine adds to both
+    assert 0.29 <= won["gen_ai.response.time_to_first_chunk"] <= third.seconds - 0.29
     [(event, moment, _)] = third.events
     assert event == "xenios.first_token"
     assert moment - third.started == pytest.approx(won["gen_ai.response.time_to_first_chunk"], abs=0.001)
-    assert 0.6 <= third.seconds < 1.2
     assert server.started <= first.started <= first.ended <= second.started <= second.ended <= third.started
     assert third.ended <= server.ended
     assert server.seconds >= sum(span.seconds for span in (first, second, third))
@@ -279,6 +278,19 @@ async def test_a_skipped_target_is_an_event():
 
 
 # --- sampling and propagation ----------------------------------------------------------------------------------------
+
+
+async def test_hooks_are_spans_where_that_is_asked_for():
+    """`plugin_spans: true`: each plugin's hook that ran is a span within the request's, in its place in time."""
+    async with tracing(plugin_spans=True, after=("routing", "fallback")) as (gw, collector):
+        assert (await gw.chat()).status == 200
+        server, *inner = await collector.received(8)
+        hooks = {span.name: span for span in inner if span.kind == "internal"}
+        assert {"api_keys.authenticate", "routing.choose_targets", "fallback.around_upstream"} <= set(hooks)
+        authenticate, choose = hooks["api_keys.authenticate"], hooks["routing.choose_targets"]
+        assert authenticate.attributes == {"xenios.plugin": "api_keys", "xenios.hook": "authenticate"}
+        assert {span.parent_id for span in hooks.values()} == {server.span_id}
+        assert server.started <= authenticate.started <= authenticate.ended <= choose.started <= server.ended
 
 
 async def test_the_callers_flag_decides():
