@@ -76,6 +76,8 @@ class Rule(msgspec.Struct, eq=False):
     until: float | None = None  # budget: when the count may be forgotten, in seconds since 1970
     actual: Callable[[Exchange], int | None] | None = None  # what it took, when it is over; None: as estimated
     admitted: Callable[[Exchange, Rule, State], None] | None = None  # called once all rules had room
+    # Called with its state when the request is refused: does the client hear of this rule, or of another?
+    refused: Callable[[Rule, State, bool], None] | None = None
     again: Callable[[Exchange], int] | None = None  # budget: what a further attempt may cost on top, 0 for nothing
     on_store_error: Literal["allow", "deny"] = "deny"
     about: Any = None  # what else its plugin has to know of it; nobody else looks. No subclasses: they cost speed
@@ -261,6 +263,9 @@ async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) 
 def _take(exchange: Exchange, rules: Sequence[Rule], verdict: Verdict) -> None:
     if not verdict.allowed:
         worst, said = refusing(rules, verdict)
+        for rule, state in zip(rules, verdict, strict=True):
+            if rule.refused is not None:
+                rule.refused(rule, state, rule is worst)
         raise worst.refuse(worst, said)
     for i, rule in enumerate(rules):
         if rule.admitted is not None:
