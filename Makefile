@@ -69,8 +69,9 @@ promises: $(VENV)/.test  ## Which promises are proven, by which test
 promises-check: $(VENV)/.test  ## Break the code for each promise and see its test fail
 	@$(BIN)/python -m tests.promises.check -j 2 $(ARGS)
 
-schema: $(VENV)/.run  ## Write config/schema.json anew
+schema: $(VENV)/.run  ## Write config/schema.json and the table of metrics anew
 	@$(BIN)/xenios schema > config/schema.json
+	@$(BIN)/python -m tests.integration.metrics_table
 
 lock: $(VENV)/.test  ## Resolve the requirements anew (needs uv)
 	@uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q pyproject.toml -o requirements/run.txt

@@ -251,10 +251,12 @@ async def all_stored(url: str, folder: Path, at_least: int) -> str:
 @pytest.mark.promise("P12.log")
 @pytest.mark.promise("P12.reply")
 @pytest.mark.promise("P12.db")
+@pytest.mark.promise("P12.metrics")
+@pytest.mark.promise("P12.upstream")
 @pytest.mark.parametrize("form", ["json", pytest.param("pretty", marks=pytest.mark.full)])
 async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
     """Keys, pepper, the database's password and prompts, sent through every error path, the database's end among them:
-    none in a log, a reply, a row or, but its own key, upstream.
+    none in a log, a reply, a row, a metric or, but its own key, upstream.
     """
     (tmp_path / "leak.py").write_text(LEAK)
     key, unknown = new_key(), new_key()
@@ -263,6 +265,7 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
         jwt_auth={"issuers": [{"issuer": "https://login.example.com", "audience": "x", "secret": "s" * 32}]},
         # each request asks the upstream once, so that rows can be counted
         fallback={"retries": {}, "breaker": False},
+        metrics={"public": True},
     )
     async with contextlib.AsyncExitStack() as stack:
         server = stack.enter_context(postgres_server(own=True))
@@ -287,7 +290,9 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
             fine = Stream(*chat_events(ANSWER, pieces=1))
             upstream.on("m/fine", lambda seen: fine if seen.stream else Json(chat_completion(ANSWER)))
             await visit.leaked((key, *strange))
-            assert (await exchange(process.port, request(None, CHAT, key=key))).status == 200
+            more = (f"x-api-key: {unknown}", f"Cookie: session={FOREIGN}", f"X-Goog-Api-Key: {TYPO}")
+            assert (await exchange(process.port, request(None, CHAT, *more, key=key))).status == 200
+            counted = (await exchange(process.port, head(None, method="GET", path="/metrics"))).body.decode()
             stored = await all_stored(url, tmp_path / "data", at_least=len(upstream.seen))
             server.kill()
             # a key of the database's, which nobody can look up now
@@ -310,6 +315,7 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
     assert logged.count("plugin_failed") >= len(HOOKS)
     assert b"event" in process.out  # the access log has spoken
     assert "database_away" in logged
+    assert "xenios_errors_total{" in counted
     assert "key:app" in stored
     keys = (key, unknown, TYPO, FOREIGN, UPSTREAM_KEY, PEPPER, DATABASE_PASSWORD)
     for name, text, canaries in (
@@ -317,6 +323,7 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
         ("replies", visit.replies.decode("latin-1"), keys),
         ("requests", requests.decode("latin-1"), keys),
         ("rows", stored, (*keys, ANSWER)),
+        ("metrics", counted, (*keys, PROMPT, ANSWER)),
     ):
         for canary in canaries:
             for form_of_it in (canary, canary[:24], canary[-16:]):
