@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_REQUIRE_VIRTUALENV = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-full coverage full mutation lint types layers unit bench promises promises-check schema lock clean
+.PHONY: help setup run test test-full coverage full mutation lint types layers unit bench promises promises-check schema dashboards lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -72,6 +72,9 @@ promises-check: $(VENV)/.test  ## Break the code for each promise and see its te
 schema: $(VENV)/.run  ## Write config/schema.json and the table of metrics anew
 	@$(BIN)/xenios schema > config/schema.json
 	@$(BIN)/python -m tests.integration.metrics_table
+
+dashboards: $(VENV)/.run  ## Write the dashboards in deploy/grafana anew
+	@$(BIN)/python deploy/grafana/make.py
 
 lock: $(VENV)/.test  ## Resolve the requirements anew (needs uv)
 	@uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q pyproject.toml -o requirements/run.txt

@@ -390,6 +390,10 @@ class RequestView:
         """One header, None if absent or secret."""
         return None if name.lower() in SECRET_HEADERS else self._all_headers.get(name)
 
+    def getall(self, name: str) -> Sequence[str]:
+        """Each value of a header that may be sent more than once; none if it is absent or secret."""
+        return () if name.lower() in SECRET_HEADERS else self._all_headers.getall(name, ())
+
     def pick(self, names: Sequence[str]) -> dict[str, str]:
         """Those of the named headers that were sent and are not secret."""
         get = self._all_headers.get
@@ -451,6 +455,7 @@ class Exchange:
         "form",
         "id",
         "outcome",
+        "parent",
         "phase",
         "principal",
         "raw_body",
@@ -470,6 +475,7 @@ class Exchange:
         "status",
         "stream",
         "streamed",
+        "trace_id",
         "usage",
     )
 
@@ -490,6 +496,11 @@ class Exchange:
         self.route = route
         self.dialect: Dialect = route.dialect
         self.phase = phase
+        # The exchange whose handler makes this model call by `services.submit`.
+        self.parent: Exchange | None = None
+        # Of the trace that this request belongs to, 32 hex digits; set by a tracing plugin in `request_received` where
+        # somebody else may know the trace. The access log's line has it.
+        self.trace_id: str | None = None
         self.credentials: Credentials | None = None
         self.principal: Principal | None = None
         self.raw_body = b""

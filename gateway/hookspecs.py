@@ -151,7 +151,11 @@ class Hooks:
 
     @hookspec
     def attempt_started(self, exchange: Exchange, attempt: AttemptRecord) -> None:
-        """An attempt is about to be sent. A failure is isolated: logged, and nothing else."""
+        """An attempt is about to be sent. A failure is isolated: logged, and nothing else.
+
+        The last chance to add a header to this one attempt, whatever layer made it:
+        `attempt.attempt = attempt.attempt.replace(headers={**attempt.attempt.headers, …})`.
+        """
 
     @hookspec
     def attempt_finished(self, exchange: Exchange, attempt: AttemptRecord) -> None:

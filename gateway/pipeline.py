@@ -325,7 +325,8 @@ class Run:
         return reply
 
     async def _first_content(self, record: AttemptRecord, upstream: UpstreamClient) -> UpstreamReply:
-        dialect, attempt, secret = self.exchange.dialect, record.attempt, upstream.secret
+        dialect, secret = self.exchange.dialect, upstream.secret
+        attempt = record.attempt  # `attempt_started` may have added headers
         path = dialect.paths[upstream.kind]
         response = await upstream.transport.send("POST", path, attempt.headers, attempt.body)
         self._response = response

@@ -396,6 +396,7 @@ class Worker:
         exchange = Exchange(new_id(), view, parent.snapshot, route)
         exchange.request_id = parent.request_id
         exchange.principal = principal
+        exchange.parent = parent
         client = _Collected()
         run = Run(
             exchange, client, _Submitted(raw), tasks=self._tasks, finisher=self._finisher, correct=self.corrections

@@ -28,6 +28,7 @@ from gateway.kit.subjects import (
     subjects,
 )
 from gateway.kit.text import clean, cleaned
+from gateway.logs import scrub
 from gateway.stores.database import Database, Row, Statements
 
 __all__ = [
@@ -72,5 +73,6 @@ __all__ = [
     "output_cap",
     "own_limits",
     "query_of",
+    "scrub",
     "subjects",
 ]

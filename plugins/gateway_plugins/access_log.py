@@ -2,9 +2,9 @@
 
 A line says who asked for what, which model answered after how many attempts, what it used, cost and took: never a
 prompt, an answer or a secret. What is unknown is null; `tries` is there when an attempt failed or a target was passed
-over. Lines are written by a
-thread, at most 50 ms late, so that a reader who stops reading holds up no request; then up to 10,000 lines wait, the
-next ones are dropped, and a line `lines_dropped` counts them.
+over, `trace_id` when the request is traced. Lines are written by a thread, at most 50 ms late, so that a reader who
+stops reading holds up no request; then up to 10,000 lines wait, the next ones are dropped, and a line `lines_dropped`
+counts them.
 """
 
 from __future__ import annotations
@@ -178,6 +178,8 @@ class Plugin:
             "team": clean(principal.team) if principal is not None and principal.team else None,
             "remote": clean(exchange.request.remote or "") or None,
         }
+        if exchange.trace_id is not None:
+            fields["trace_id"] = exchange.trace_id
         if exchange.skipped or len(tries) > 1 or (tries and tries[0].cause is not None):
             fields["tries"] = [*map(_skipped, exchange.skipped), *map(_try, tries)]
         return fields

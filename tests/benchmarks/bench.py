@@ -251,7 +251,12 @@ RULES = [
 ]
 
 
-def xenios_config(home, upstream_port, key_hash, redis=None, rules=()):
+def tracing(ratio, port):
+    """So many requests are traced. The mock takes what it is sent and answers 404: all is done but to be glad of it."""
+    return ["  - use: tracing", f"    config: {{sample_ratio: {ratio}, endpoint: 'http://127.0.0.1:{port}/v1/traces'}}"]
+
+
+def xenios_config(home, upstream_port, key_hash, redis=None, rules=(), observers=()):
     """The YAML of a Xenios target: with the default plugins where a key's hash is given, else with none; with rate
     limits and budgets too, where it is said what counts them; with these routing rules.
     """
@@ -274,6 +279,7 @@ def xenios_config(home, upstream_port, key_hash, redis=None, rules=()):
     plugins = [
         "plugins:",
         "  - use: access_log",
+        *observers,
         "  - use: api_keys",
         "    config:",
         "      keys:",
@@ -298,7 +304,7 @@ def xenios_key(config):
     return found[1], found[2]
 
 
-def xenios_target(slug, label, folder, upstream_port, plugins, redis=None, rules=()):
+def xenios_target(slug, label, folder, upstream_port, plugins, redis=None, rules=(), observers=()):
     """A target whose preparation failed still gets its row."""
     home, port = folder / slug, free_port()
     home.mkdir(exist_ok=True)
@@ -309,7 +315,7 @@ def xenios_target(slug, label, folder, upstream_port, plugins, redis=None, rules
         if plugins:
             config.write_text(xenios_config(home, upstream_port, None))
             target.key, key_hash = xenios_key(config)
-        config.write_text(xenios_config(home, upstream_port, key_hash, redis, rules))
+        config.write_text(xenios_config(home, upstream_port, key_hash, redis, rules, observers))
     except (OSError, RuntimeError, IndexError, subprocess.SubprocessError) as error:
         target.failed = f"{type(error).__name__}: {error}"
     return target
@@ -331,6 +337,12 @@ def make_targets(only, folder, mock_port):
         "xenios": lambda: xenios_target("xenios", "xenios, default plugins", folder, mock_port, plugins=True),
         "xenios-rules": lambda: xenios_target(
             "xenios-rules", "+ 100 routing rules", folder, mock_port, plugins=True, rules=RULES
+        ),
+        "unsampled": lambda: xenios_target(
+            "unsampled", "+ tracing, unsampled", folder, mock_port, plugins=True, observers=tracing(0, mock_port)
+        ),
+        "traced": lambda: xenios_target(
+            "traced", "+ tracing, every request", folder, mock_port, plugins=True, observers=tracing(1, mock_port)
         ),
         "limits": lambda: xenios_target("limits", "+ limits, memory", folder, mock_port, plugins=True, redis="memory"),
         "limits-redis": lambda: xenios_target(

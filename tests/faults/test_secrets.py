@@ -35,6 +35,7 @@ from gateway.kit.upstream import (
 from gateway.plugins import installed
 from tests.faults.process import UPSTREAM_KEY, config, started, stored_rows
 from tests.faults.raw import CHAT, connect, exchange, head, request
+from tests.integration.collector import Collector
 from tests.stores.postgres import postgres_server
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ DATABASE_PASSWORD = "database-canary-6be1d4"
 PROMPT = "prompt-canary-5a9e77"
 ANSWER = "answer-canary-c3f02b"
 FOREIGN = "foreign.token-canary-19ab44"
+TOKEN = "collector-canary-2f90ab"
 TYPO = "sk-xenios-typo-canary-77de01"
 DIALECTS = {
     "/v1/chat/completions": {"model": "m/one", "messages": [{"role": "user", "content": PROMPT}]},
@@ -252,15 +254,20 @@ async def all_stored(url: str, folder: Path, at_least: int) -> str:
 @pytest.mark.promise("P12.reply")
 @pytest.mark.promise("P12.db")
 @pytest.mark.promise("P12.metrics")
+@pytest.mark.promise("P12.traces")
 @pytest.mark.promise("P12.upstream")
 @pytest.mark.parametrize("form", ["json", pytest.param("pretty", marks=pytest.mark.full)])
 async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
     """Keys, pepper, the database's password and prompts, sent through every error path, the database's end among them:
-    none in a log, a reply, a row, a metric or, but its own key, upstream.
+    none in a log, a trace, a reply, a row, a metric or, but its own key, upstream.
     """
     (tmp_path / "leak.py").write_text(LEAK)
     key, unknown = new_key(), new_key()
+    collector = Collector()
+    async with collector:
+        pass  # its port is known
     plugins = leaking(
+        tracing={"endpoint": collector.endpoint, "headers": {"x-token": TOKEN}, "plugin_spans": True},
         api_keys={"keys": [{"id": "app", "env": "CLIENT_KEY"}], "bootstrap": False, "database": True},
         jwt_auth={"issuers": [{"issuer": "https://login.example.com", "audience": "x", "secret": "s" * 32}]},
         # each request asks the upstream once, so that rows can be counted
@@ -272,6 +279,7 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
         # it trusts whoever comes from here, and so takes any password
         url = (await server.new()).replace("xenios@", f"xenios:{DATABASE_PASSWORD}@")
         upstream = await stack.enter_async_context(ScriptedUpstream())
+        await stack.enter_async_context(collector)
         file = config(
             tmp_path,
             upstream,
@@ -315,11 +323,15 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
     assert logged.count("plugin_failed") >= len(HOOKS)
     assert b"event" in process.out  # the access log has spoken
     assert "database_away" in logged
+    traces = repr(collector.spans)
+    outcomes = {span.attributes.get("xenios.outcome") for span in collector.spans}
+    assert outcomes >= {"ok", "refused", "plugin_error", *(["upstream_error", "timeout"] if form == "json" else [])}
     assert "xenios_errors_total{" in counted
     assert "key:app" in stored
-    keys = (key, unknown, TYPO, FOREIGN, UPSTREAM_KEY, PEPPER, DATABASE_PASSWORD)
+    keys = (key, unknown, TYPO, FOREIGN, UPSTREAM_KEY, PEPPER, DATABASE_PASSWORD, TOKEN)
     for name, text, canaries in (
         ("log", logged, (*keys, PROMPT, ANSWER)),
+        ("traces", traces, (*keys, PROMPT, ANSWER)),
         ("replies", visit.replies.decode("latin-1"), keys),
         ("requests", requests.decode("latin-1"), keys),
         ("rows", stored, (*keys, ANSWER)),

@@ -16,6 +16,7 @@ import yaml
 
 from gateway.kit import hash_key, new_key
 from gateway.kit.upstream import Error, Json, ScriptedUpstream, chat_completion
+from tests.integration.collector import Collector
 from tests.integration.process import CONFIG, Running, serving, serving_beside
 
 FILES = sorted([*CONFIG.glob("*.yaml"), *CONFIG.glob("examples/*.yaml")])
@@ -122,6 +123,7 @@ def test_all_are_here() -> None:
         "examples/tasks_and_aliases.yaml",
         "examples/team_keys.yaml",
         "examples/tokens.yaml",
+        "examples/tracing.yaml",
         "production.yaml",
         "xenios.yaml",
     ]
@@ -407,3 +409,20 @@ def test_limits(tmp_path: Path) -> None:
         spent = running.request("POST", "/v1/chat/completions", body)
         assert (spent.status, spent.data["error"]["code"]) == (429, "insufficient_quota")
         assert "(user)" in spent.data["error"]["message"]
+
+
+async def test_tracing(tmp_path: Path) -> None:
+    """examples/tracing.yaml: a request of a sampled trace is told to the collector, a health check never."""
+    parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    async with Collector() as collector:
+        path = CONFIG / "examples" / "tracing.yaml"
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}"}
+        async with serving_beside(tmp_path, "--config", path, env=env) as running:
+            headers = {"traceparent": parent}
+            assert (await _thread(running.request, "GET", "/health", headers=headers)).status == 200
+            assert (await _thread(running.chat, "openai/gpt-5-mini", headers=headers)).status == 200
+        server, attempt = await collector.received(2)
+        assert (server.name, attempt.name) == ("POST /v1/chat/completions", "chat openai/gpt-5-mini")
+        assert attempt.attributes["xenios.simulated"] is True
+        assert server.resource["deployment.environment.name"] == "production"
+        assert len(collector.spans) == 2

@@ -26,14 +26,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
+from tests.tools import CACHE, free_port, program
+
 _numbers = itertools.count()
-CACHE = Path(tempfile.gettempdir()) / f"xenios-test-tools-{os.getuid()}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @functools.cache
@@ -196,41 +191,13 @@ def postgres_server(*, own: bool = False) -> Iterator[PostgresServer]:
             server.stop()
 
 
-def _pgbouncer() -> tuple[Path, dict[str, str]]:
-    """The program and what its environment must hold."""
-    found = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
-    if found:
-        return Path(found), {}
-    target = CACHE / "pgbouncer"
-    if not target.exists():
-        if shutil.which("apt-get") is None:
-            raise RuntimeError("No pgbouncer for the tests: install it so that it is on the PATH.")
-        CACHE.mkdir(exist_ok=True)
-        CACHE.chmod(0o755)
-        side = Path(tempfile.mkdtemp(dir=CACHE))
-        side.chmod(0o755)
-        names = ["pgbouncer", "libc-ares2", "libevent-2.1-7"]
-        fetched = subprocess.run(["apt-get", "download", *names], cwd=side, capture_output=True, check=False)
-        if fetched.returncode:  # no lists of packages yet
-            subprocess.run(["apt-get", "update", "-q"], capture_output=True, check=False)
-            fetched = subprocess.run(["apt-get", "download", *names], cwd=side, capture_output=True, check=False)
-        if fetched.returncode:
-            raise RuntimeError(f"pgbouncer is not here, and: {fetched.stderr.decode()[-500:]} Install it.")
-        for package in side.glob("*.deb"):
-            subprocess.run(["dpkg", "-x", package, side], check=True)
-        with contextlib.suppress(OSError):
-            side.rename(target)
-    libraries = ":".join(str(p) for p in sorted((target / "usr/lib").iterdir()) if p.is_dir())
-    return target / "usr/sbin/pgbouncer", {"LD_LIBRARY_PATH": libraries}
-
-
 @contextlib.contextmanager
 def pgbouncer(url: str, *, connections: int = 3, certificate: Path | None = None) -> Iterator[str]:
     """A pooler in transaction mode in front of one database, with few server connections; gives its address.
 
     `certificate`: a file with key and certificate: it takes TLS connections alone.
     """
-    program, env = _pgbouncer()
+    executable, env = program("pgbouncer", "usr/sbin", "pgbouncer", "libc-ares2", "libevent-2.1-7")
     behind = urlsplit(url)
     account = _account()
     user = pwd.getpwuid(account["user"]).pw_name if account else getpass.getuser()
@@ -259,7 +226,7 @@ def pgbouncer(url: str, *, connections: int = 3, certificate: Path | None = None
         directory.chmod(0o755)
         with (directory / "log").open("wb") as log:
             process = subprocess.Popen(
-                [program, directory / "ini"], env={**os.environ, **env}, stdout=log, stderr=log, **account
+                [executable, directory / "ini"], env={**os.environ, **env}, stdout=log, stderr=log, **account
             )
         try:
             end = time.monotonic() + 10

@@ -20,8 +20,8 @@ from gateway.stores import open_redis
 from gateway.stores.redis import MAX_CONNECTIONS, TIMEOUT, RedisStore
 from tests.integration.process import serving_beside
 from tests.stores.certificates import certificate_for
-from tests.stores.postgres import free_port
 from tests.stores.servers import emptied, valkey_server
+from tests.tools import free_port
 
 CERTIFICATE = Path(__file__).parents[1] / "faults" / "untrusted.pem"
 ECHO = "return ARGV[1]"

@@ -44,8 +44,9 @@ MAP = ROOT / "gateway" / "README.md"
 DOCUMENTS = [
     ROOT / name
     for name in (
-        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md", "gateway/README.md", "plugins/README.md",
-        "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md", "tests/promises/README.md",
+        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md", "deploy/README.md", "gateway/README.md",
+        "plugins/README.md", "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md",
+        "tests/promises/README.md",
     )
 ]  # fmt: skip
 

@@ -88,6 +88,13 @@ async def test_a_line_says_all_about_one_request(tmp_path):
     assert CANARY not in (tmp_path / "log").read_text()
 
 
+async def test_a_traced_request_names_its_trace(tmp_path):
+    """From a line to the trace, by its id; where there is none, nothing is said of it."""
+    traced, other = await lines(tmp_path / "log", finished(trace_id="4bf92f3577b34da6a3ce929d0e0e4736"), finished())
+    assert traced["trace_id"] == "4bf92f3577b34da6a3ce929d0e0e4736"
+    assert "trace_id" not in other
+
+
 @pytest.mark.promise("P8.log")
 async def test_failed_attempts_are_listed(tmp_path):
     """After a fallback the line names each model that was tried, and why it failed."""

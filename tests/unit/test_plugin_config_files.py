@@ -41,7 +41,7 @@ def test_every_file_that_we_ship_starts(path, monkeypatch):
 def test_all_files_are_there():
     """One default, one for production and five examples."""
     assert [p.stem for p in FILES] == [
-        "limits", "openai_compatible", "passthrough", "routing_rules", "single_file_plugin", "tasks_and_aliases", "team_keys", "tokens", "production", "xenios",
+        "limits", "openai_compatible", "passthrough", "routing_rules", "single_file_plugin", "tasks_and_aliases", "team_keys", "tokens", "tracing", "production", "xenios",
     ]  # fmt: skip
 
 

@@ -1,0 +1,58 @@
+"""Programs that tests need and no wheel brings: the machine's own, else Debian's package, unpacked and not installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+CACHE = Path(tempfile.gettempdir()) / f"xenios-test-tools-{os.getuid()}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def program(name: str, folder: str, *packages: str) -> tuple[Path, dict[str, str]]:
+    """The program and what its environment must hold; `folder`: where the first of Debian's packages has it."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    if found:
+        return Path(found), {}
+    root = _unpacked(name, packages)
+    libraries = ":".join(str(p) for p in sorted((root / "usr/lib").glob("*")) if p.is_dir())
+    return root / folder / name, {"LD_LIBRARY_PATH": libraries} if libraries else {}
+
+
+def _unpacked(name: str, packages: tuple[str, ...]) -> Path:
+    target = CACHE / packages[0]
+    if target.exists():
+        return target
+    if shutil.which("apt-get") is None:
+        raise RuntimeError(f"No {name} for the tests: install it so that it is on the PATH.")
+    CACHE.mkdir(exist_ok=True)
+    CACHE.chmod(0o755)
+    side = Path(tempfile.mkdtemp(dir=CACHE))
+    side.chmod(0o755)
+    fetched = _fetch(packages, side)
+    if fetched.returncode:  # no lists of packages yet
+        subprocess.run(["apt-get", "update", "-q"], capture_output=True, check=False)
+        fetched = _fetch(packages, side)
+    if fetched.returncode:
+        raise RuntimeError(f"{name} is not here, and: {fetched.stderr.decode()[-500:]} Install it.")
+    for package in side.glob("*.deb"):
+        subprocess.run(["dpkg", "-x", package, side], check=True)
+        package.unlink()
+    try:
+        side.rename(target)
+    except OSError:  # another was first
+        shutil.rmtree(side)
+    return target
+
+
+def _fetch(packages: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["apt-get", "download", *packages], cwd=folder, capture_output=True, check=False)
