@@ -13,9 +13,11 @@ import structlog
 
 from gateway.errors import GatewayError, PluginError
 from gateway.exchange import Finding
+from gateway.metrics import Cell
+from gateway.timing import timed, timed_sync
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from gateway.exchange import Correction, Exchange, Principal
     from gateway.watch import Watch
@@ -50,7 +52,7 @@ class Impl:
     rewrites: bool = False
     explicit: bool = False  # the YAML or the plugin said `on_error` in so many words
     where: tuple[str, str] = field(init=False)
-    failures: int = 0
+    failures: Cell = field(default_factory=Cell)
 
     def __post_init__(self) -> None:
         self.where = (self.plugin, self.hook)
@@ -65,7 +67,7 @@ class Impl:
         return memo
 
     def failed(self, error: BaseException, exchange: Exchange | None = None) -> None:
-        self.failures += 1
+        self.failures.value += 1
         log.error(
             "plugin_failed",
             plugin=self.plugin,
@@ -107,6 +109,10 @@ class CompiledHooks:
     usage_corrected: Impls = ()
     explain: Impls = ()
 
+    def all(self) -> Iterator[Impl]:
+        for f in fields(self):
+            yield from getattr(self, f.name)
+
     def order(self) -> dict[str, list[str]]:
         """Hook → plugins in call order, for `xenios plugins` and for tests."""
         return {f.name: [impl.plugin for impl in getattr(self, f.name)] for f in fields(self)}
@@ -119,7 +125,7 @@ async def run_all(exchange: Exchange, impls: Impls, *, ignorable: bool = False) 
             continue
         exchange.running = impl.where
         try:
-            await impl.call(exchange)
+            await (impl.call if exchange.timings is None else timed(exchange.timings, impl))(exchange)
         except GatewayError:
             _blame(exchange, impl)
             raise
@@ -139,7 +145,7 @@ async def run_first(exchange: Exchange, impls: Impls, *, ignorable: bool = False
             continue
         exchange.running = impl.where
         try:
-            answer = await impl.call(exchange)
+            answer = await (impl.call if exchange.timings is None else timed(exchange.timings, impl))(exchange)
             if answer is not None:
                 _check(answer, returns)
                 exchange.running = None
@@ -164,7 +170,7 @@ def run_sync(exchange: Exchange, impls: Impls, *arguments: Any) -> None:
             continue
         running[0] = impl.where
         try:
-            impl.call(exchange, *arguments)
+            (impl.call if exchange.timings is None else timed_sync(exchange.timings, impl))(exchange, *arguments)
         except FAILURES as error:
             impl.failed(error, exchange)
     running[0] = None
@@ -177,7 +183,8 @@ def first_sync(exchange: Exchange, impls: Impls, *arguments: Any, returns: type 
             continue
         running[0] = impl.where
         try:
-            answer = impl.call(exchange, *arguments)
+            call = impl.call if exchange.timings is None else timed_sync(exchange.timings, impl)
+            answer = call(exchange, *arguments)
             if answer is not None:
                 _check(answer, returns)
                 return answer
@@ -194,15 +201,19 @@ async def run_finished(exchange: Exchange, impls: Impls, watch: Watch) -> None:
         if impl.when is not None and not impl.applies(exchange):
             continue
         watch.wait("request_finished", FINISH_SECONDS)
+        exchange.running = impl.where
         try:
-            await impl.call(exchange)
+            await (impl.call if exchange.timings is None else timed(exchange.timings, impl))(exchange)
         except FAILURES as error:
             if is_cancelled(error):
                 if watch.take() is None:
                     raise
                 error = TimeoutError(f"took longer than {FINISH_SECONDS} s")
             impl.failed(error, exchange)
+    exchange.running = None
     watch.rest()
+    if exchange.timings is not None:
+        exchange.snapshot.plugin_counts.observe(exchange.timings)
 
 
 async def run_corrected(impls: Impls, correction: Correction) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 JsonObject = dict[str, Any]
 Phase = Literal["live", "accept", "run"]
+Timing = tuple[str, str, float, float]  # plugin, hook, and from when to when it ran, as `time.monotonic()` counts
 
 # Whatever can carry a credential: plugins don't see it in `request.headers`, upstreams never get it.
 SECRET_HEADERS = frozenset(
@@ -475,6 +476,7 @@ class Exchange:
         "status",
         "stream",
         "streamed",
+        "timings",
         "trace_id",
         "usage",
     )
@@ -538,6 +540,10 @@ class Exchange:
         self.finished: float | None = None
         # (plugin id, hook) that is running: what a deadline that fires will name.
         self.running: tuple[str, str] | None = None
+        # When each plugin's hooks ran, where this request is measured; None: it is not. A plugin that wants to know
+        # sets a list in `request_received` if there is none. A layer of `around_upstream` has a piece for each stretch
+        # outside of `call_next`, a tap one for the whole stream, as long as all its calls together.
+        self.timings: list[Timing] | None = None
         self.scope_memo: dict[int, bool] = {}
         self._context: dict[ContextKey[Any], Any] = {}
 

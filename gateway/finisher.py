@@ -7,6 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from gateway.dispatch import run_finished
+from gateway.logs import handling
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
@@ -54,15 +55,18 @@ class Finisher:
 
     async def _work(self) -> None:
         loop, queue, watch = asyncio.get_running_loop(), self._queue, Watch()
+        handling.set(watch)
         try:
             while True:
                 while queue:
                     if len(queue) > 1 and not self._called:
                         self._call()  # should this one wait, another task goes on with the rest
                     exchange, impls = queue.popleft()
+                    watch.exchange = exchange
                     try:
                         await run_finished(exchange, impls, watch)
                     finally:
+                        watch.exchange = None
                         exchange.snapshot.users.leave()
                     del exchange, impls  # not kept until the next one comes
                 if self._draining or len(self._waiting) >= KEPT:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
+from multidict import istr
 
 from gateway.errors import PluginError
 from gateway.exchange import Attempt, Limits
@@ -32,6 +33,7 @@ _OPENROUTER_ONLY = (
     "session_id",
     "trace",
 )
+_REQUEST_ID = istr("X-Request-Id")
 _encode = msgspec.json.encode
 log = structlog.get_logger("gateway.outgoing")
 
@@ -90,6 +92,8 @@ def _headers(exchange: Exchange, upstream: UpstreamClient) -> dict[str, str]:
     headers = dict(upstream.headers)
     sent = exchange.request.pick(exchange.snapshot.derived.forwarded[exchange.dialect.endpoint])
     headers.update({name: value for name, value in sent.items() if _sendable(value)})
+    if exchange.snapshot.settings.upstream.send_request_id:
+        headers[_REQUEST_ID] = exchange.request_id
     if exchange.stream:
         headers["Accept"] = "text/event-stream"
     return headers

@@ -17,7 +17,7 @@ import msgspec
 import structlog
 from multidict import CIMultiDict, istr
 
-from gateway import dispatch, explain, watch
+from gateway import dispatch, explain, logs, timing, watch
 from gateway.access import check_bearer, check_route
 from gateway.decision import decide, prepare
 from gateway.dialects import read_cost
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway.pipeline")
 
 _REQUEST_ID, _ATTEMPTS, _MODEL = istr("x-request-id"), istr("x-xenios-attempts"), istr("x-xenios-model")
-_RULE = istr("x-xenios-rule")
+_RULE, _SERVER_TIMING = istr("x-xenios-rule"), istr("Server-Timing")
 _CONTENT_TYPE, _GENERATION_ID, _CONNECTION = istr("Content-Type"), istr("X-Generation-Id"), istr("Connection")
 
 EVENT_STREAM = "text/event-stream"
@@ -143,7 +143,7 @@ class Run:
         self.correct = correct
         self.hooks = exchange.snapshot.hooks
         seconds = exchange.snapshot.settings.server.request_timeout
-        self.watch = Watch(seconds)
+        self.watch = Watch(seconds, exchange)
         exchange.deadline = exchange.started + seconds
         self._response: UpstreamResponse | None = None
         self._record: AttemptRecord | None = None
@@ -151,6 +151,8 @@ class Run:
         self._taps: TapChain | None = None
         self._starting: asyncio.Task[None] | None = None
         self._beating = False
+        # (phase, from when) where `Server-Timing` is on
+        self._phases: list[tuple[str, float]] | None = None
         self._over = False  # nothing may be written any more: the connection may serve the next request
 
     # --- top to bottom -----------------------------------------------------------------------------------------------
@@ -158,6 +160,12 @@ class Run:
     async def run(self) -> None:
         """Answer the client; see to it that `request_finished` runs, whatever happens. Raises only CancelledError."""
         exchange = self.exchange
+        if exchange.snapshot.settings.server.server_timing != "off":
+            exchange.timings, self._phases = [], []
+        elif timing.is_sampled():
+            exchange.timings = []
+        before = logs.handling.get()
+        logs.handling.set(self.watch)
         try:
             try:
                 await self._answer()
@@ -178,6 +186,8 @@ class Run:
             raise
         finally:
             self._finish()
+            self.watch.exchange = None
+            logs.handling.set(before)
 
     async def _answer(self) -> None:
         exchange, hooks, route = self.exchange, self.hooks, self.exchange.route
@@ -196,10 +206,13 @@ class Run:
             exchange.reply = Reply(200, data=await explain.explanation(exchange))
             await self._send_whole(exchange.reply)
             return
+        self._enter("prepare")
         await prepare(exchange)
+        self._enter("route")
         await decide(exchange)
         if exchange.decision is not None and exchange.decision.timeout is not None:
             self._bring_nearer(exchange.started + exchange.decision.timeout)
+        self._enter("check")
         if hooks.check_request:
             await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
             if exchange.rules:
@@ -209,7 +222,9 @@ class Run:
             if hit is not None:
                 await self._answer_hit(hit)
                 return
+        self._enter("upstream")
         reply = await self._through_the_onion()
+        self._enter("answer")
         if reply.stream is not None:
             await self._relay(reply.stream, _client_headers(reply.headers))
             return
@@ -220,10 +235,13 @@ class Run:
     async def _handle(self, handler: Handler) -> Reply:
         """A route's own handler: what fails, or takes too long, is named as a hook would be."""
         exchange, route = self.exchange, self.exchange.route
+        self._enter("handle")
         impl = dispatch.Impl(route.plugin, f"{route.method} {route.path}", handler)
+        impl.failures = exchange.snapshot.plugin_counts.failures.of(*impl.where)
+        call = handler if exchange.timings is None else timing.timed(exchange.timings, impl)
         exchange.running = impl.where
         try:
-            reply: object = await handler(exchange)
+            reply: object = await call(exchange)
             if not isinstance(reply, Reply):
                 raise TypeError(f"returned {type(reply).__name__} where Reply is due")
         except (GatewayError, ClientGone):
@@ -240,6 +258,7 @@ class Run:
         return reply
 
     async def _authenticate(self) -> None:
+        self._enter("authenticate")
         exchange, impls = self.exchange, self.hooks.authenticate
         if exchange.principal is not None:
             return  # restored: a job, or a plugin's route that submits
@@ -256,12 +275,17 @@ class Run:
             raise Unauthenticated
 
     async def _read_body(self) -> None:
+        self._enter("body")
         exchange = self.exchange
         exchange.raw_body = await self.inbound.read(
             exchange.route.max_body or exchange.snapshot.settings.server.max_body
         )
         if exchange.route.body == "json":
             parse_body(exchange, self.inbound.content_type)
+
+    def _enter(self, phase: str) -> None:
+        if self._phases is not None:
+            self._phases.append((phase, time.monotonic()))
 
     def _bring_nearer(self, deadline: float) -> None:
         exchange = self.exchange
@@ -606,9 +630,16 @@ class Run:
             self._say(out, answered=answered)
         dispatch.run_sync(exchange, self.hooks.response_started)
         out = exchange.reply_headers
+        if self._phases is not None and self._may_time():
+            out[_SERVER_TIMING] = timing.header(exchange, self._phases)
         if not _sound(out):
             _drop_unsound(exchange, out)
         return out
+
+    def _may_time(self) -> bool:
+        """The caller may know how long things took."""
+        who = self.exchange.principal
+        return self.exchange.snapshot.settings.server.server_timing == "everyone" or (who is not None and who.admin)
 
     def _say(self, out: CIMultiDict[str], *, answered: bool) -> None:
         """Which model served, once that is known, and how many attempts it took."""
@@ -736,7 +767,7 @@ class Run:
         _sum_up(exchange)
         if exchange.admission is not None or exchange.record is not None:
             ledger.settle(exchange.snapshot.services.ledger, exchange)
-        if self.hooks.request_finished:
+        if self.hooks.request_finished or exchange.timings is not None:
             self.finisher.put(exchange, self.hooks.request_finished)
 
 
@@ -782,10 +813,12 @@ class _Recorded:
 def _layer(
     exchange: Exchange, impl: dispatch.Impl, call_next: Callable[[Attempt], Awaitable[UpstreamReply]]
 ) -> Callable[[Attempt], Awaitable[UpstreamReply]]:
+    call = impl.call if exchange.timings is None else timing.timed_around(exchange.timings, impl)
+
     async def layer(attempt: Attempt) -> UpstreamReply:
         outer, exchange.running = exchange.running, impl.where
         try:
-            reply: object = await impl.call(exchange, attempt, call_next)
+            reply: object = await call(exchange, attempt, call_next)
             if not isinstance(reply, UpstreamReply):
                 raise TypeError(f"returned {type(reply).__name__} where UpstreamReply is due")
         except ClientGone:

@@ -445,7 +445,7 @@ def _route(snapshot: Snapshot, request: web.BaseRequest) -> tuple[Route, dict[st
         raise fault
 
     path = "unmatched"
-    return Route(request.method, path, path, PLAIN_DIALECT, refuse, access="public", body="none"), {}, fault
+    return Route("ANY", path, path, PLAIN_DIALECT, refuse, access="public", body="none"), {}, fault
 
 
 def _is_sound(request: web.BaseRequest) -> bool:

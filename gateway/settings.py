@@ -188,6 +188,9 @@ class ServerSettings(_Section):
     debug_headers: Flag = False
     """Say in `x-xenios-tries` which targets a request tried, and why each failed. Default false: only to
     administrators."""
+    server_timing: Literal["off", "admins", "everyone"] = "off"
+    """Whose replies say in `Server-Timing` how long each phase and each plugin's hook took. Default off. With admins or
+    everyone every request is measured."""
     watch_config: Flag = False
     """Reload when this file, or one that it names (`${file:…}`, `ca_file`, a plugin's), is changed. Default false: on
     SIGHUP and POST /admin/reload only."""
@@ -221,6 +224,8 @@ class UpstreamPolicy(_Section):
     forward_headers: tuple[Annotated[HeaderName, AfterValidator(_forwardable)], ...] = ()
     """Request headers that are let through to the upstream besides the dialect's own. Default none. Credentials,
     cookies and forwarding headers are refused."""
+    send_request_id: Flag = True
+    """Send each request's id (`x-request-id`) to the upstream too, for its support to find it by. Default true."""
     connect_timeout: Duration = Field(5.0, gt=0)
     """Time to open a connection to an upstream. Default 5s; then the attempt fails."""
     first_event_timeout: Duration = Field(120.0, gt=0)

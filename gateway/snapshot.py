@@ -17,6 +17,7 @@ from gateway.exchange import Limits
 from gateway.incoming import closed_fields
 from gateway.plugins import PluginStartError, compile_hooks, construct
 from gateway.routes import Router
+from gateway.timing import PluginCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +95,7 @@ class Snapshot:
     hash: str
     loopback: bool
     derived: Derived
+    plugin_counts: PluginCounts
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     users: Users = field(default_factory=Users)
 
@@ -148,6 +150,8 @@ def build(
     settings = loaded.settings
     instances = construct(blueprints, services, carry)
     hooks = compile_hooks(instances)
+    counts = PluginCounts(services.metrics)
+    counts.follow(hooks.all())
     configured = dict(settings.upstreams)
     for impl in hooks.register_upstreams:
         _start(impl, _registrar(configured))
@@ -167,6 +171,7 @@ def build(
         hash=config_hash(settings, blueprints),
         loopback=is_loopback(settings.server.host),
         derived=Derived.of(settings),
+        plugin_counts=counts,
     )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from gateway import dispatch
 from gateway.errors import PluginError
 from gateway.exchange import Event, Outcome
+from gateway.timing import TimedTap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gateway.dispatch import Impl, Impls
-    from gateway.exchange import Exchange
+    from gateway.exchange import Exchange, Timing
     from gateway.hookspecs import Tap
     from gateway.streaming import EventStream
 
@@ -33,7 +35,7 @@ class TapChain:
                 continue
             dispatch.running[0] = impl.where
             try:
-                tap = impl.call(exchange)
+                tap = impl.call(exchange) if exchange.timings is None else _timed(exchange.timings, impl, exchange)
             except dispatch.FAILURES as error:
                 try:
                     chain._failed(impl, error)
@@ -100,6 +102,17 @@ class TapChain:
         if _guards(impl):
             self._exchange.error_by = f"{impl.plugin}.{impl.hook}"
             raise PluginError from error
+
+
+def _timed(timings: list[Timing], impl: Impl, exchange: Exchange) -> Tap | None:
+    began = time.monotonic()
+    tap: Tap | None = None
+    try:
+        tap = impl.call(exchange)
+    finally:
+        if tap is None:
+            timings.append((*impl.where, began, time.monotonic()))
+    return None if tap is None else TimedTap(timings, impl, tap, began)
 
 
 def _guards(impl: Impl) -> bool:

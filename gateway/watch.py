@@ -1,17 +1,22 @@
 """Everything about an exchange that must not take too long, without a timer for each exchange.
 
 The exchange says what it waits for and how long that may take: two attribute writes. One wheel per event loop
-looks at all exchanges every `TICK` and cancels the task of one over its limit.
+looks at all exchanges every `TICK` and cancels the task of one over its limit. It also sees which plugins' hooks have
+been running for long.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+from gateway.timing import SlowCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from gateway.exchange import Exchange
 
 DEADLINE = "deadline"
 FIRST_EVENT = "first_event"
@@ -35,15 +40,20 @@ class Watch:
         "_loop",
         "_next_beat",
         "_on_beat",
+        "_seen",
+        "_since",
         "_task",
         "_total",
         "_what",
         "_wheel",
+        "exchange",
         "expired",
     )
 
-    def __init__(self, seconds: float = _FAR) -> None:
+    def __init__(self, seconds: float = _FAR, exchange: Exchange | None = None) -> None:
         """`seconds` until the deadline of all. Belongs to the running task; `close` it."""
+        self.exchange = exchange  # whose hooks run in this task
+        self._seen: tuple[str, str] | None = None
         self._loop = loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         if task is None:  # pragma: no cover - a coroutine always runs in one
@@ -109,6 +119,19 @@ class Watch:
         self._wheel.remove(self)
         self._on_beat = None
 
+    def look(self, now: float, slow: SlowCalls) -> None:
+        """Which hook runs, and since when, as far as one can see from turn to turn."""
+        exchange = self.exchange
+        running = None if exchange is None else exchange.running
+        if running is not self._seen:
+            self._seen, self._since = running, now
+        elif exchange is not None and running is not None and slow.seen(exchange, running, self._since, now):
+            self._since = _FAR  # said once
+
+    def runs(self, task: asyncio.Task[Any] | None) -> tuple[str, str] | None:
+        """The hook that this task is in, if it is the one that is watched."""
+        return self.exchange.running if self._task is task and self.exchange is not None else None
+
     def is_due(self, now: float) -> bool:
         return now >= self._due or now >= self._next_beat or now >= self._total or now >= self._deadline
 
@@ -134,6 +157,7 @@ class _Wheel:
         self._loop = loop
         self._watches: set[Watch] = set()
         self._turning = False
+        self._slow = SlowCalls()
 
     def add(self, watch: Watch) -> None:
         self._watches.add(watch)
@@ -144,13 +168,26 @@ class _Wheel:
     def remove(self, watch: Watch) -> None:
         self._watches.discard(watch)
 
+    def running(self) -> tuple[str, str] | None:
+        """The hook whose code holds the loop at this moment. Asked from another thread, of a loop that stands still."""
+        task = asyncio.current_task(self._loop)
+        return next((where for watch in list(self._watches) if (where := watch.runs(task)) is not None), None)
+
     def _turn(self) -> None:
         now = self._loop.time()
+        for watch in self._watches:
+            watch.look(now, self._slow)
         for watch in [w for w in self._watches if w.is_due(now)]:
             watch.fire(now)
         self._turning = bool(self._watches)
         if self._turning:
             self._loop.call_later(TICK, self._turn)
+
+
+def running(loop: asyncio.AbstractEventLoop) -> tuple[str, str] | None:
+    """(plugin, hook) of an async hook that holds the loop up. May be asked from another thread."""
+    wheel = _wheels.get(loop)
+    return wheel.running() if wheel is not None else None
 
 
 _wheels: WeakKeyDictionary[asyncio.AbstractEventLoop, _Wheel] = WeakKeyDictionary()

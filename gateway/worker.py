@@ -18,7 +18,7 @@ import structlog
 from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy, istr
 
-from gateway import dispatch, logs, vitals
+from gateway import dispatch, logs, vitals, watch
 from gateway.admin import add_admin_routes
 from gateway.catalogue import Catalogue
 from gateway.core_routes import add_core_routes
@@ -29,7 +29,6 @@ from gateway.exchange import Exchange, Reply, RequestView, new_id
 from gateway.finisher import Finisher
 from gateway.health import Health
 from gateway.kit.ledger import MemoryLedger, RedisLedger
-from gateway.logs import hide
 from gateway.metrics import Metrics
 from gateway.pipeline import Run
 from gateway.plugins import close_all, needs_database, open_all, read_plugins, schemas
@@ -40,6 +39,7 @@ from gateway.simulator import Simulator
 from gateway.snapshot import build, is_loopback
 from gateway.stores import open_database, open_redis
 from gateway.tasks import Tasks
+from gateway.timing import SLOW_SECONDS
 from gateway.transport.aiohttp_client import AiohttpTransport
 from gateway.upstream import UpstreamClient, fetch_models
 
@@ -100,6 +100,7 @@ class Worker:
         self._closing = Tasks()
         shared = data_dir / "metrics" if data_dir is not None and sockets else None
         self.metrics = Metrics(shared, number)
+        self._lag = vitals.Lag()
         self._health = Health(lambda: self.server.draining)
         self.reloader: Reloading | None = None  # who reloads, where there is a file to read again
         self.corrections = Corrections(lambda: self.snapshot)
@@ -122,15 +123,22 @@ class Worker:
         settings = self._loaded.settings
         blueprints = self._blueprints
         logs.hide(self._loaded.secrets())
+        logs.hide(secrets_of(settings), everywhere=True)
         if blueprints is None:
             blueprints = read_plugins(settings, self._loaded.source)
-        logs.hide(secret for blueprint in blueprints for secret in secrets_of(blueprint.config))
+        logs.hide((secret for b in blueprints for secret in secrets_of(b.config)), everywhere=True)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._close_simulator)
             await self._simulate(settings)
-            redis = await stack.enter_async_context(open_redis(settings, self._data_dir))
+            redis = await stack.enter_async_context(open_redis(settings, self._data_dir, self.metrics))
             database = await stack.enter_async_context(
-                open_database(settings, self._data_dir, schemas(blueprints), needed=needs_database(blueprints))
+                open_database(
+                    settings,
+                    self._data_dir,
+                    schemas(blueprints),
+                    needed=needs_database(blueprints),
+                    metrics=self.metrics,
+                )
             )
             services = self._services(settings, redis, database)
             stack.push_async_callback(self._close_transports, everything=True)
@@ -151,7 +159,7 @@ class Worker:
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLD)
-            stack.enter_context(watchdog(asyncio.get_running_loop()))
+            stack.enter_context(watchdog(asyncio.get_running_loop(), self._count_slow, self._lag))
             yield self
 
     # --- another configuration, while this one serves ----------------------------------------------------------------
@@ -165,11 +173,12 @@ class Worker:
         now, settings = self.snapshot, loaded.settings
         seconds = now.settings.server.reload_timeout
         logs.hide(loaded.secrets())
+        logs.hide(secrets_of(settings), everywhere=True)
         self._preparing = True
         try:
             if blueprints is None:
                 blueprints = await asyncio.to_thread(read_plugins, settings, loaded.source)
-            logs.hide(secret for blueprint in blueprints for secret in secrets_of(blueprint.config))
+            logs.hide((secret for b in blueprints for secret in secrets_of(b.config)), everywhere=True)
             await self._simulate(settings)
             await self._admit_tables(now.services.database, blueprints, seconds)
             put_in_force = await asyncio.to_thread(self._follow, settings)
@@ -330,10 +339,13 @@ class Worker:
 
         self.metrics.follow(known, self.snapshot.named_models())
 
+    def _count_slow(self, where: tuple[str, str]) -> None:
+        self.snapshot.plugin_counts.slow.add(1, *where)
+
     def _count(self) -> None:
         """What the process itself is, and how it fares."""
         self._follow_models()
-        vitals.count(self.metrics, lambda: self.snapshot.hash, lambda: self.server.live)
+        vitals.count(self.metrics, self, self._lag)
 
     def _make_transports(self, settings: Settings) -> None:
         for name, upstream in settings.upstreams.items():
@@ -362,7 +374,7 @@ class Worker:
     def _upstream(self, settings: Settings, name: str, upstream: UpstreamSettings) -> UpstreamClient:
         simulated = _simulates(upstream)
         secret = upstream.api_key.get_secret_value() if upstream.api_key else ""
-        hide((secret, self._identity.pepper))
+        logs.hide((secret, self._identity.pepper), everywhere=True)
         headers: dict[str, str] = {
             **{istr(name): value for name, value in upstream.headers.items()},
             hdrs.CONTENT_TYPE: "application/json",
@@ -467,31 +479,49 @@ def _refuse_open_door(snapshot: Snapshot) -> None:
 
 
 @contextlib.contextmanager
-def watchdog(loop: asyncio.AbstractEventLoop, seconds: float = STALL_SECONDS) -> Any:
-    """A thread that says who holds the event loop up: a sync hook, or anything else, for more than `seconds`."""
+def watchdog(
+    loop: asyncio.AbstractEventLoop,
+    slow: Callable[[tuple[str, str]], None],
+    lag: vitals.Lag,
+    seconds: float = STALL_SECONDS,
+) -> Any:
+    """A thread that says who holds the event loop up: a sync hook, or anything else, for more than `seconds`.
+
+    `slow` is called, in that thread, with plugin and hook of one that does it for longer than any hook should take;
+    `lag` is told how late the loop is.
+    """
     stop = threading.Event()
     beat = [time.monotonic()]
     loop_thread = threading.get_ident()
 
     def tick() -> None:
-        beat[0] = time.monotonic()
+        now = time.monotonic()
+        lag.note(now, now - beat[0] - seconds / 4)
+        beat[0] = now
         if not stop.is_set():
             handles[0] = loop.call_later(seconds / 4, tick)
 
     handles = [loop.call_later(seconds / 4, tick)]
 
-    def watch() -> None:
-        said = 0.0
+    def blocking() -> tuple[str, str] | None:
+        return dispatch.running[0] or watch.running(loop)
+
+    def look() -> None:
+        said = counted = 0.0
         while not stop.wait(seconds / 2):
             late = time.monotonic() - beat[0]
             if late > seconds and said != beat[0]:
                 said = beat[0]
-                plugin, hook = dispatch.running[0] or (None, None)
+                plugin, hook = blocking() or (None, None)
                 frame = sys._current_frames().get(loop_thread)  # noqa: SLF001 - the documented way to see it
                 where = traceback.format_stack(frame)[-3:] if frame else []
                 log.warning("event_loop_stalled", seconds=round(late, 3), plugin=plugin, hook=hook, frames=where)
+            if late > SLOW_SECONDS and counted != beat[0]:
+                counted = beat[0]
+                if (held := blocking()) is not None:
+                    slow(held)
 
-    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread = threading.Thread(target=look, name="watchdog", daemon=True)
     thread.start()
     try:
         yield

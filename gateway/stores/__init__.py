@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from gateway.kit.schema import Schema
+    from gateway.metrics import Metrics
     from gateway.settings import Settings
     from gateway.stores.database import Dialect, Driver
     from gateway.stores.redis import RedisStore
 
 
 @contextlib.asynccontextmanager
-async def open_redis(settings: Settings, data_dir: Path | None) -> AsyncIterator[RedisStore | None]:
+async def open_redis(
+    settings: Settings, data_dir: Path | None, metrics: Metrics | None = None
+) -> AsyncIterator[RedisStore | None]:
     """The Redis that the settings name; None for `memory`. Connects at the first call, not here.
 
     Raises EmbeddedError if a Valkey of our own doesn't start.
@@ -43,7 +46,7 @@ async def open_redis(settings: Settings, data_dir: Path | None) -> AsyncIterator
             if data_dir is None:
                 raise EmbeddedError("services.redis: embedded needs server.data_dir.")
             url = await stack.enter_async_context(valkey(data_dir / "valkey"))
-        store = RedisStore(url)
+        store = RedisStore(url, metrics)
         stack.push_async_callback(store.close)
         yield store
 
@@ -62,7 +65,12 @@ async def embedded_redis(settings: Settings, data_dir: Path) -> AsyncIterator[st
 
 @contextlib.asynccontextmanager
 async def open_database(
-    settings: Settings, data_dir: Path | None, schemas: Sequence[Schema], *, needed: bool
+    settings: Settings,
+    data_dir: Path | None,
+    schemas: Sequence[Schema],
+    *,
+    needed: bool,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[Database]:
     """The database that the settings name, whose tables must be as new as `schemas`. `needed`: connect now.
 
@@ -84,7 +92,8 @@ async def open_database(
 
         await asyncio.to_thread(migrations.upgrade, settings, data_dir, wanted)
 
-    database = Database(dialect, make, schemas, migrate if settings.services.database.migrate_on_start else None)
+    migrates = migrate if settings.services.database.migrate_on_start else None
+    database = Database(dialect, make, schemas, migrates, metrics)
     try:
         if needed:
             await database.start()
@@ -105,5 +114,5 @@ def database_address(settings: Settings, data_dir: Path | None, *, migrate: bool
         return "sqlite", Path(url.removeprefix("sqlite:///"))
     if migrate and given.migrate_url is not None:
         url = given.migrate_url.get_secret_value()
-    hide([unquote(urlsplit(url).password or ""), urlsplit(url).password or ""])
+    hide([unquote(urlsplit(url).password or ""), urlsplit(url).password or ""], everywhere=True)
     return "postgresql", url

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import structlog
 
 from gateway.errors import StartError, StatementError, StoreUnavailable
 from gateway.logs import scrub
+from gateway.stores.counts import StoreCounts
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
     from gateway.kit.schema import Schema
+    from gateway.metrics import Metrics
 
 log = structlog.get_logger("gateway.database")
 T = TypeVar("T")
@@ -99,6 +102,7 @@ class Database:
         make: Callable[[], Driver],
         schemas: Sequence[Schema] = (),
         migrate: Callable[[Sequence[Schema]], Awaitable[None]] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """`schemas`: what the tables must be. `migrate` brings older ones up to date; without, they are refused."""
         self.dialect = dialect
@@ -111,6 +115,7 @@ class Database:
         self._probe: asyncio.Task[None] | None = None
         self._check: asyncio.Task[None] | None = None
         self._closed = False
+        self._counts = StoreCounts("database", metrics)
         self.failures = 0
 
     @property
@@ -193,6 +198,7 @@ class Database:
             raise StoreUnavailable
         suspect = asyncio.get_running_loop().call_later(SUSPECT_SECONDS, self._suspect)
         deadline = asyncio.timeout(seconds)
+        began = time.monotonic()
         try:
             async with deadline:
                 driver = self._driver or await self._opened()
@@ -206,10 +212,12 @@ class Database:
                 await self.mapped(driver, session.end(commit=True))
         except TimeoutError as error:
             if deadline.expired():
+                self._counts.errors.value += 1
                 raise StoreUnavailable(BUSY) from error
             raise
         finally:
             suspect.cancel()
+            self._counts.seconds.observe(time.monotonic() - began)
 
     async def mapped(self, driver: Driver, work: Awaitable[T]) -> T:
         """The driver's errors as ours."""
@@ -225,7 +233,13 @@ class Database:
             if verdict == "away":
                 self._fail(driver, error)
                 raise StoreUnavailable from None
+            self._counts.errors.value += 1
             raise StoreUnavailable(BUSY) from None
+
+    def tell(self) -> None:
+        """To the metrics: is it there? Nothing of one that nobody uses."""
+        if self._driver is not None or self._probe is not None:
+            self._counts.tell(up=self._probe is None)
 
     # --- there or not ----------------------------------------------------------------------------------------------
 
@@ -284,6 +298,7 @@ class Database:
 
     def _fail(self, driver: Driver, error: BaseException) -> None:
         self.failures += 1
+        self._counts.errors.value += 1
         if self._driver is driver:
             self._driver = None
             driver.abort()

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import socket
 import struct
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,10 +32,13 @@ from redis.exceptions import (
 
 from gateway.errors import StatementError, StoreUnavailable
 from gateway.logs import hide, scrub
+from gateway.stores.counts import StoreCounts
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+
+    from gateway.metrics import Metrics
 
 log = structlog.get_logger("gateway.redis")
 
@@ -64,8 +68,9 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 class RedisStore:
     """One Redis. Opened at the first call."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, metrics: Metrics | None = None) -> None:
         """`redis://`, `rediss://` or `unix://`. Raises ValueError if it is none of them."""
+        self._counts = StoreCounts("redis", metrics)
         self._pool = redis.asyncio.ConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
@@ -77,7 +82,8 @@ class RedisStore:
             protocol=2,
             client_name="xenios",
         )
-        hide(str(self._pool.connection_kwargs.get(name) or "") for name in ("password", "ssl_password"))
+        passwords = (str(self._pool.connection_kwargs.get(name) or "") for name in ("password", "ssl_password"))
+        hide(passwords, everywhere=True)
         self.client = redis.asyncio.Redis(connection_pool=self._pool)
         self._execute: Callable[..., Awaitable[Any]] = self.client.execute_command  # not typed there
         self._hashes: dict[str, str] = {}
@@ -102,6 +108,7 @@ class RedisStore:
         if line is None or line.closed:
             line = await self._connected()
         command = (len(keys), *keys, *arguments)
+        began = time.monotonic()
         try:
             answer = await line.ask("EVALSHA", self._hash(text), *command)
             if isinstance(answer, ResponseError) and _code(answer) == "NOSCRIPT":
@@ -109,6 +116,7 @@ class RedisStore:
         except (OSError, RedisError) as error:
             self._fail(error)
             raise StoreUnavailable from error
+        self._counts.seconds.observe(time.monotonic() - began)
         if isinstance(answer, ResponseError):
             raise self._refused(answer)
         return answer
@@ -117,15 +125,23 @@ class RedisStore:
         """Any use of `client`, through the breaker. Raises StoreUnavailable; StatementError if the command is wrong."""
         if self.is_open:
             raise StoreUnavailable
+        began = time.monotonic()
         try:
             return await _in_time(command)
         except MaxConnectionsError as error:
+            self._counts.errors.value += 1
             raise StoreUnavailable from error  # we ask too much at once; the server is there
         except ResponseError as error:
             raise self._refused(error) from error
         except (RedisError, OSError, TimeoutError) as error:
             self._fail(error)
             raise StoreUnavailable from error
+        finally:
+            self._counts.seconds.observe(time.monotonic() - began)
+
+    def tell(self) -> None:
+        """To the metrics: is it there?"""
+        self._counts.tell(up=self._probe is None)
 
     async def ping(self) -> None:
         """Can it be written to? Raises StoreUnavailable."""
@@ -176,6 +192,7 @@ class RedisStore:
 
     def _fail(self, error: BaseException) -> None:
         self.failures += 1
+        self._counts.errors.value += 1
         if self._probe is None:
             log.error("redis_away", error=type(error).__name__, message=scrub(str(error)), hint=_hint(error))
             self._probe = self._tasks.spawn(self._wait_for_it(), "redis: probe")

@@ -306,11 +306,12 @@ async def test_a_hook_that_blocks_the_loop_is_named_while_it_does(hook, logs):
     assert (stall["plugin"], stall["hook"]) == ("Blocking", "open_tap" if hook == "tap.event" else hook)
 
 
-async def test_an_async_hook_that_blocks_the_loop_is_found_by_its_place(logs):
-    """Whatever blocks the loop from inside a coroutine is shown by the line of code that it stands in."""
+async def test_an_async_hook_that_blocks_the_loop_is_named_and_found_by_its_place(logs):
+    """What blocks the loop from inside a coroutine is named too, and shown by the line of code that it stands in."""
     async with gateway(blocking("check_request", logs)) as gw:
         assert (await gw.chat(stream=True)).status == 200
     [stall] = stalls(logs)
+    assert (stall["plugin"], stall["hook"]) == ("Blocking", "check_request")
     assert "in check_request" in "".join(stall["frames"])
 
 

@@ -425,11 +425,12 @@ async def test_every_endpoint_says_who_answered(endpoint):
 
 
 async def test_a_clients_request_id_is_kept_if_it_is_one():
-    """A client's own X-Request-Id is used; one that could break a log line isn't."""
+    """A client's own X-Request-Id is used, at the upstream too; one that could break a log line isn't."""
     async with Gateway.test() as gw:
         body = {"model": "m", "messages": []}
         good = await gw.post("/v1/chat/completions", body, headers={"X-Request-Id": "abc-1:2"})
         bad = await gw.post("/v1/chat/completions", body, headers={"X-Request-Id": 'a"b c'})
+        assert (await sent(gw)).headers["x-request-id"] == "abc-1:2"
     assert good.headers["x-request-id"] == "abc-1:2"
     assert bad.headers["x-request-id"].startswith("req_")
 
@@ -561,7 +562,8 @@ async def test_headers_go_up_by_an_allow_list(endpoint):
         wanted |= set(OF_MESSAGES)
     if endpoint in {"chat/completions", "completions", "responses"}:
         wanted.add("openai-beta")
-    assert names == wanted | {"host", "authorization", "content-type", "content-length", "accept", "user-agent"}
+    ours = {"host", "authorization", "content-type", "content-length", "accept", "user-agent", "x-request-id"}
+    assert names == wanted | ours
     assert {seen.headers[name] for name in PASS} == set(PASS.values())
     assert (seen.headers["authorization"], seen.headers["user-agent"]) == ("Bearer sk-or-v1-test", "xenios")
     everything = repr(seen.headers.raw).encode() + seen.body

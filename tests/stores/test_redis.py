@@ -15,6 +15,7 @@ import structlog
 from gateway.errors import StatementError, StoreUnavailable
 from gateway.kit.testing import Gateway
 from gateway.logs import scrub
+from gateway.metrics import Metrics
 from gateway.settings import load_text
 from gateway.stores import open_redis
 from gateway.stores.redis import MAX_CONNECTIONS, TIMEOUT, RedisStore
@@ -113,6 +114,37 @@ async def test_a_frozen_server_costs_one_time_out(server):
             server.thaw()
         await back(store)
         assert await store.script(ECHO, ["k"], ["a"]) == b"a"
+
+
+async def test_a_store_is_told_of(server):
+    """In the metrics: how long each call takes, how many failed, and 0 while it is away."""
+    metrics = Metrics()
+    store = RedisStore(server.url, metrics)
+
+    async def told():
+        store.tell()
+        return {family.name: family.series[0] for family in await metrics.read()}
+
+    try:
+        await store.script(ECHO, ["k"], [1])
+        await store.ping()
+        found = await told()
+        assert sum(found["xenios_store_seconds"].counts) == 2
+        assert 0 < found["xenios_store_seconds"].value < 1
+        assert (found["xenios_store_up"].value, found["xenios_store_errors_total"].value) == (1, 0)
+        server.freeze()
+        try:
+            with pytest.raises(StoreUnavailable):
+                await store.script(ECHO, ["k"], [1])
+            found = await told()
+            assert (found["xenios_store_up"].value, found["xenios_store_errors_total"].value) == (0, 1)
+            assert found["xenios_store_up"].labels == ("redis",)
+        finally:
+            server.thaw()
+        await back(store)
+        assert (await told())["xenios_store_up"].value == 1
+    finally:
+        await store.close()
 
 
 async def test_more_questions_than_connections_are_no_outage(server):

@@ -61,9 +61,7 @@ def test_a_targets_own_limits_win():
     """What a target says of its time holds, the settings' limits for the rest."""
     made = exchange({"model": "x", "messages": MESSAGES})
     limits = Limits(10, 20, 30)
-    made.snapshot = SimpleNamespace(
-        upstreams={"u": upstream()}, derived=SimpleNamespace(limits=limits, forwarded={"chat/completions": ()})
-    )
+    made.snapshot = snapshot(upstream(), limits, {"chat/completions": ()})
     assert attempt_for(made, Target("a", "u")).limits == limits
     assert attempt_for(made, Target("a", "u", limits=Limits(first_event=1))).limits == Limits(1, 20, 30)
     assert attempt_for(made, Target("a", "u", limits=Limits(stall=2, total=3))).limits == Limits(10, 2, 3)
@@ -96,17 +94,23 @@ def test_the_operators_provider_wins():
     assert "provider" not in body_for(body, provider=own, kind="openai")
 
 
-def attempt(body, headers=(), *, endpoint="chat/completions", form=None, raw=b"", target=None, **server):
+def snapshot(server, limits, forwarded, *, send_request_id=False):
+    return SimpleNamespace(
+        upstreams={"u": server},
+        derived=SimpleNamespace(limits=limits, forwarded=forwarded),
+        settings=SimpleNamespace(upstream=SimpleNamespace(send_request_id=send_request_id)),
+    )
+
+
+def attempt(
+    body, headers=(), *, endpoint="chat/completions", form=None, raw=b"", target=None, send_request_id=False, **server
+):
     made = exchange(dict(body), endpoint=endpoint)
     made.form, made.raw_body = form, raw
     made.request = RequestView("POST", "/", CIMultiDictProxy(CIMultiDict(headers)))
     target = target or Target(body.get("model", "a"), "u")
-    made.snapshot = SimpleNamespace(
-        upstreams={"u": upstream(**server)},
-        derived=SimpleNamespace(
-            limits=Limits(1, 2), forwarded={endpoint: (*COMMON_HEADERS, *DIALECTS[endpoint].headers)}
-        ),
-    )
+    forwarded = {endpoint: (*COMMON_HEADERS, *DIALECTS[endpoint].headers)}
+    made.snapshot = snapshot(upstream(**server), Limits(1, 2), forwarded, send_request_id=send_request_id)
     return attempt_for(made, target)
 
 
@@ -120,6 +124,13 @@ def test_only_listed_headers_pass():
     assert dict(made.headers) == {"Authorization": "Bearer own", "x-title": "App", "openai-beta": "v2"}
     assert msgspec.json.decode(made.body) == {"model": "m", "messages": MESSAGES}
     assert (made.target.model, made.limits) == ("m", Limits(1, 2))
+
+
+def test_the_request_s_id_goes_up():
+    """The upstream gets the id under which the request is logged here, if the settings say so."""
+    body = {"model": "m", "messages": MESSAGES}
+    assert attempt(body, send_request_id=True).headers["X-Request-Id"].startswith("req_")
+    assert "X-Request-Id" not in attempt(body).headers
 
 
 def test_a_stream_is_asked_for_as_one():

@@ -499,8 +499,8 @@ def test_defaults():
     ) == (20 * 2**20, 10, 30, 75, 30)  # fmt: skip
     assert (
         server.request_timeout, server.stream_commit_after, server.keepalive_interval, server.drain_delay,
-        server.drain_timeout, server.max_connections, server.debug_headers, server.bootstrap_key,
-    ) == (600, 10, 15, 0, 30, 10_000, False, True)  # fmt: skip
+        server.drain_timeout, server.max_connections, server.debug_headers, server.server_timing, server.bootstrap_key,
+    ) == (600, 10, 15, 0, 30, 10_000, False, "off", True)  # fmt: skip
     assert (settings.log.level, settings.log.format) == ("info", "auto")
     policy = settings.upstream
     assert (

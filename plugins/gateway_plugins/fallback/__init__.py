@@ -276,7 +276,9 @@ class Plugin:
             if step is None:
                 break
             if step.wait > 0:
+                running, exchange.running = exchange.running, None  # it waits on purpose: no plugin is slow
                 await self._sleep(step.wait)
+                exchange.running = running
             if self._may_begin(step.entry.target):
                 return step.entry
         return None

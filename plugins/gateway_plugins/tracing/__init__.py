@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from gateway import AttemptRecord, Exchange, Services, Tap
 
 Config = settings.Config
-_TIMINGS = "timings"  # of an exchange: where a core that times hooks keeps it
 
 
 class Plugin:
@@ -62,8 +61,8 @@ class Plugin:
     @hookimpl
     async def request_received(self, exchange: Exchange) -> None:
         trace = self._begin(exchange)
-        if trace.sampled and self._config.plugin_spans and getattr(exchange, _TIMINGS, ()) is None:
-            setattr(exchange, _TIMINGS, [])
+        if trace.sampled and self._config.plugin_spans and exchange.timings is None:
+            exchange.timings = []
 
     def _begin(self, exchange: Exchange) -> Trace:
         outer = exchange.parent.get(self._key) if exchange.parent is not None else None
@@ -108,7 +107,7 @@ class Plugin:
         content = {}
         if self._content is not None and exchange.attempts:
             content = self._content.attributes(exchange, exchange.get(self._heard))
-        timings = (getattr(exchange, _TIMINGS, None) or ()) if self._config.plugin_spans else ()
+        timings = (exchange.timings or ()) if self._config.plugin_spans else ()
         self._exporter.put(Spans(exchange, trace).all(content, timings))
 
     def _count(self) -> None:
