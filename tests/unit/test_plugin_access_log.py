@@ -308,10 +308,10 @@ async def test_lines_that_are_lost_are_in_metrics(pipe):
     pipe[0].close()
     plugins = ["api_keys", "access_log", "metrics"]
     async with Gateway.test(plugins=plugins) as gw:
-        assert await scraped(gw, "xenios_dropped_total") == {("access_log",): 0}
+        assert (await scraped(gw, "xenios_dropped_total"))["access_log",] == 0
         for _ in range(3):
             await gw.chat()
         old = gw.snapshot
         await gw.reload(plugins=plugins, settings={"log": {"level": "warning"}})  # another instance
         await closed(gw, old)
-        assert await scraped(gw, "xenios_dropped_total") == {("access_log",): 4}  # and the first look at /metrics
+        assert (await scraped(gw, "xenios_dropped_total"))["access_log",] == 4  # and the first look at /metrics
