@@ -259,6 +259,11 @@ class Metrics:
         """Get or create. `bounds`: upper ends of the buckets, ascending. Raises ValueError as above."""
         return self._get(Histogram(name, about, labels, "sum", bounds))
 
+    def dropped(self, buffer: str) -> Cell:
+        """What this buffer had to drop; one metric for all buffers."""
+        about = "What was dropped since a buffer was full, or could not be written."
+        return self.counter("xenios_dropped_total", about, ("buffer",)).of(buffer)
+
     def before_export(self, call: Callable[[], None]) -> Callable[[], None]:
         """Before numbers are told (each second, or when asked) `call` sets what is cheaper to look up than to keep.
 

@@ -75,10 +75,7 @@ class Plugin:
         self._encode = msgspec.json.Encoder().encode
         self._lines: list[bytes] = []
         self._dropped = 0
-        # Said in the same words by whoever has a buffer.
-        self._all_lost = services.metrics.counter(
-            "xenios_dropped_total", "What was dropped since a buffer was full, or could not be written.", ("buffer",)
-        ).of("access_log")
+        self._all_lost = services.metrics.dropped("access_log")
         self._counted = 0  # of what the writer lost
         self._metrics = services.metrics
         self._told = False

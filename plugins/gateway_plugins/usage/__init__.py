@@ -66,10 +66,7 @@ class Plugin:
             "xenios_usage_rows_waiting",
             "Rows of requests that are not in the database yet, about: it is a second behind.",
         )
-        # Said in the same words by whoever has a buffer.
-        self._dropped = services.metrics.counter(
-            "xenios_dropped_total", "What was dropped since a buffer was full, or could not be written.", ("buffer",)
-        ).of("usage")
+        self._dropped = services.metrics.dropped("usage")
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
