@@ -183,6 +183,19 @@ async def test_what_is_under_way_and_what_was_not_told():
         assert total(found, "xenios_requests_total", outcome="client_disconnect", status="none") == 1
 
 
+async def test_what_is_only_explained_is_no_request_for_a_model():
+    """A dry run is counted as one: it would make models look quick, and requests cheap."""
+    async with Gateway.test(plugins=PLUGINS) as gw:
+        body = {"model": "test/model", "messages": [{"role": "user", "content": "Hello"}]}
+        reply = await gw.post("/v1/chat/completions", body, headers={"X-Xenios-Explain": "1"})
+        assert reply.status == 200
+        await gw.finished()
+        found = await told(gw)
+        assert total(found, "xenios_requests_total", endpoint="/admin/explain", model="", outcome="ok") == 1
+        assert total(found, "xenios_requests_total", endpoint="chat/completions") == 0
+        assert not [name for name, _ in found if name.startswith("gen_ai_")]
+
+
 async def test_a_reload_keeps_what_was_counted():
     """Other settings of the plugin itself, and everything counted so far is there."""
     async with Gateway.test(plugins=PLUGINS) as gw:
