@@ -164,6 +164,17 @@ async def test_why_requests_failed():
         assert "invented-by-upstream" not in text
 
 
+async def test_which_limit_refused():
+    """The plugin that set it, though the gateway judges the limits of all together."""
+    limits = {"limits": [{"name": "one", "requests": 1, "per": "1h"}]}
+    async with Gateway.test(plugins=[*PLUGINS, ("rate_limit", limits)]) as gw:
+        assert [(await gw.chat()).status for _ in range(3)] == [200, 429, 429]
+        await gw.finished(3)
+        found = await told(gw)
+        assert total(found, "xenios_refusals_total", plugin="rate_limit", code="rate_limit_exceeded") == 2
+        assert total(found, "xenios_errors_total", by="rate_limit.check_request") == 2
+
+
 async def test_what_is_under_way_and_what_was_not_told():
     """Requests in flight are a gauge; a client that left and an answer without usage are counted as such."""
     upstream = ScriptedUpstream(Json({**chat_completion("Hi"), "usage": None}))
