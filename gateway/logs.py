@@ -81,6 +81,15 @@ def scrub(text: str, *more: str | None) -> str:
     return _scrubbed(text, {*_hidden, *filter(None, more)})
 
 
+def without_keys(text: str) -> str:
+    """As log lines show a text: without what looks like a key and what is hidden everywhere."""
+    return _scrubbed(text, _secret)
+
+
+def looks_like_key(text: str) -> bool:
+    return _KEY.search(text) is not None
+
+
 def _scrubbed(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         if secret in text:
