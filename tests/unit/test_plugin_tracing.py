@@ -17,7 +17,7 @@ from gateway import AttemptRecord, Cause, Outcome, Target, logs
 from gateway.exchange import Reply
 from gateway.kit import new_key
 from gateway_plugins import tracing
-from gateway_plugins.tracing import otlp
+from gateway_plugins.tracing import export, otlp
 from gateway_plugins.tracing.content import Content, Listener
 from gateway_plugins.tracing.context import new_trace, trace_of
 from gateway_plugins.tracing.spans import Spans
@@ -305,6 +305,21 @@ async def test_without_a_collector_nothing_is_kept():
     await plugin.request_received(made)
     await plugin.request_finished(made)
     assert made.trace_id is None
+
+
+@given(st.binary())
+def test_any_reply_of_a_collector_is_read(reply):
+    """Also what is no protobuf."""
+    assert otlp.refused(reply) >= 0
+
+
+def test_a_span_on_a_terminal_steers_nothing():
+    """Whatever is in it, it is one line of ASCII."""
+    content = {"gen_ai.input.messages": "\x9b2J\x7f\u2028\udcff\n\x1b", "count": 1}
+    line = export._line(otlp.Span("a\x9b", otlp.SERVER, 1, 2, 0, 0, 0, content)).decode()
+    assert line[:-1].isascii()
+    assert line[:-1].isprintable()
+    assert json.loads(line)["attributes"]["gen_ai.input.messages"].startswith("\x9b2J\x7f\u2028")
 
 
 # --- content ---------------------------------------------------------------------------------------------------------
