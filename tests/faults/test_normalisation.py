@@ -369,6 +369,7 @@ HEADERS_OF_UPSTREAMS = [
     ("Keep-Alive", "timeout=5"), ("X-Hop", "secret"), ("Connection", "X-Hop"), ("Proxy-Authenticate", "Basic"),
     ("Upgrade", "h2c"), ("Alt-Svc", "h3"), ("X-Powered-By", "Express"), ("x-xenios-model", "forged"),
     ("x-xenios-attempts", "77"), ("X-Request-Id", "theirs"), ("X-RateLimit-Remaining", "3"), ("x-should-retry", "true"),
+    ("Server-Timing", "theirs;dur=1"),
     ("Access-Control-Allow-Origin", "*"), ("Strict-Transport-Security", "max-age=1"), ("X-Generation-Id", "gen-7"),
     ("X-Good", "yes"), ("Trailer", "x"),
 ]  # fmt: skip
