@@ -41,7 +41,7 @@ from gateway.exchange import (
     Usage,
 )
 from gateway.hookspecs import Tap, hookimpl
-from gateway.metrics import SECONDS, Cell, Counter, Family, Gauge, Histogram, Metrics, Series, Spread
+from gateway.metrics import OTHER, SECONDS, Cell, Counter, Family, Gauge, Histogram, Metrics, Series, Spread
 from gateway.problems import Concern
 from gateway.routes import Router
 from gateway.scoping import Condition, compile_when, conditions
@@ -52,6 +52,7 @@ from gateway.units import Duration, Size, format_duration
 from gateway.upstream import UpstreamReply
 
 __all__ = [
+    "OTHER",
     "SECONDS",
     "Attempt",
     "AttemptRecord",

@@ -15,7 +15,6 @@ from gateway.errors import GatewayError
 from gateway.exchange import Correction, Cost, Source, Usage
 from gateway.logs import worth_a_line
 from gateway.tasks import Tasks
-from gateway.vitals import DROPPED
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -60,8 +59,7 @@ class Corrections:
             return
         if len(self._tasks) >= WAITING or self._closing.is_set():
             self.dropped += 1
-            counter = exchange.snapshot.services.metrics.counter("xenios_dropped_total", DROPPED, ("buffer",))
-            counter.add(1, "corrections")
+            exchange.snapshot.services.metrics.dropped("corrections").value += 1
             if worth_a_line(self.dropped):
                 log.warning("corrections_dropped", so_far=self.dropped)
             return

@@ -163,6 +163,43 @@ class Gauge(_Single):
 
     kind = "gauge"
 
+    def __init__(self, name: str, about: str, labels: Labels, merge: Merge, bounds: Sequence[float]) -> None:
+        super().__init__(name, about, labels, merge, bounds)
+        self._sources: dict[object, Callable[[], Mapping[Labels, float]]] = {}
+
+    def read_from(self, source: Callable[[], Mapping[Labels, float]]) -> Callable[[], None]:
+        """Before numbers are told its series are what `source()` says, or what several say together, by `merge`: two
+        instances of a plugin, or the old and the new one of a reload, don't know of each other.
+
+        Returns what ends that.
+        """
+        key = object()
+        self._sources[key] = source
+
+        def end() -> None:
+            if self._sources.pop(key, None) is not None and not self._sources:
+                self._series.clear()
+
+        return end
+
+    def read(self) -> None:
+        """Ask the sources, if there are any."""
+        if not self._sources:
+            return
+        found: dict[Labels, float] = {}
+        for source in list(self._sources.values()):
+            try:
+                for labels, value in source().items():
+                    found[labels] = _joined(found[labels], value, self.merge) if labels in found else value
+            except Exception:
+                log.exception("metrics_reading_failed", metric=self.name)
+        self.replace(found)
+
+    def close(self) -> None:
+        """It has no series any more, and asks nobody."""
+        self._sources.clear()
+        self._series.clear()
+
     def set(self, value: float, *labels: str) -> None:
         self.of(*labels).value = value
 
@@ -222,6 +259,11 @@ class Metrics:
         """Get or create. `bounds`: upper ends of the buckets, ascending. Raises ValueError as above."""
         return self._get(Histogram(name, about, labels, "sum", bounds))
 
+    def dropped(self, buffer: str) -> Cell:
+        """What this buffer had to drop; one metric for all buffers."""
+        about = "What was dropped since a buffer was full, or could not be written."
+        return self.counter("xenios_dropped_total", about, ("buffer",)).of(buffer)
+
     def before_export(self, call: Callable[[], None]) -> Callable[[], None]:
         """Before numbers are told (each second, or when asked) `call` sets what is cheaper to look up than to keep.
 
@@ -273,7 +315,7 @@ class Metrics:
             await self._tasks.drain(0)
             for metric in self._metrics.values():
                 if isinstance(metric, Gauge):
-                    metric.replace({})
+                    metric.close()
             self._before.clear()
             with contextlib.suppress(OSError):
                 await self._write()
@@ -308,6 +350,9 @@ class Metrics:
                 call()
             except Exception:
                 log.exception("metrics_reading_failed")
+        for metric in self._metrics.values():
+            if isinstance(metric, Gauge):
+                metric.read()
         return [*self._left.values(), *(metric.family() for metric in self._metrics.values())]
 
     @property
@@ -396,6 +441,11 @@ def _merged(dumps: Sequence[_Dump]) -> list[Family]:
 
 
 def _both(one: Series, other: Series, merge: Merge) -> Series:
-    if merge in {"max", "min"}:
-        return Series(one.labels, (max if merge == "max" else min)(one.value, other.value))
-    return one.plus(other)
+    return one.plus(other) if merge == "sum" else Series(one.labels, _joined(one.value, other.value, merge))
+
+
+def _joined(one: float, other: float, merge: Merge) -> float:
+    """`worker`: of two in one process the last."""
+    if merge == "sum":
+        return one + other
+    return max(one, other) if merge == "max" else min(one, other) if merge == "min" else other

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from gateway.server import Server
     from gateway.snapshot import Snapshot
 
-DROPPED = "What a full buffer dropped."
 _PAGE = resource.getpagesize()
 
 
@@ -78,7 +77,7 @@ def count(metrics: Metrics, worker: Counted, lag: Lag) -> None:
     reloads = metrics.counter("xenios_reloads_total", "Reloads of the configuration.", ("result",))
     done, refused = reloads.of("done"), reloads.of("refused")
     # Who drops counts; none yet is told too, so that the first is seen.
-    metrics.counter("xenios_dropped_total", DROPPED, ("buffer",)).of("corrections")
+    metrics.dropped("corrections")  # counts from zero on: of a first one without a zero before it nobody would see
     taken = [0.0]
 
     def look() -> None:

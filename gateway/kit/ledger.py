@@ -76,6 +76,8 @@ class Rule(msgspec.Struct, eq=False):
     until: float | None = None  # budget: when the count may be forgotten, in seconds since 1970
     actual: Callable[[Exchange], int | None] | None = None  # what it took, when it is over; None: as estimated
     admitted: Callable[[Exchange, Rule, State], None] | None = None  # called once all rules had room
+    # Called with its state when the request is refused: does the client hear of this rule, or of another?
+    refused: Callable[[Rule, State, bool], None] | None = None
     again: Callable[[Exchange], int] | None = None  # budget: what a further attempt may cost on top, 0 for nothing
     on_store_error: Literal["allow", "deny"] = "deny"
     about: Any = None  # what else its plugin has to know of it; nobody else looks. No subclasses: they cost speed
@@ -208,9 +210,16 @@ class Ledger(Protocol):
     async def leave_rows(self) -> None:
         """Another worker may have them now. Raises StoreUnavailable."""
 
+    def take_dropped_rows(self) -> int:
+        """How many rows were lost since somebody asked this: they found no place because nobody stored those before, or
+        the store was away too long. As far as is known here; each is told once, to one of all workers.
+        """
+
     @property
-    def dropped_rows(self) -> int:
-        """How many rows found no place because nobody stored those before, as far as is known here."""
+    def waiting_rows(self) -> int:
+        """How many rows nobody has stored yet: those under way from here, and if this worker stores them all others'.
+        As of the last `rows`, and about: a settlement without a row counts too.
+        """
 
     async def flush(self) -> None:
         """What is settled is in the store, if that can be reached."""
@@ -261,6 +270,9 @@ async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) 
 def _take(exchange: Exchange, rules: Sequence[Rule], verdict: Verdict) -> None:
     if not verdict.allowed:
         worst, said = refusing(rules, verdict)
+        for rule, state in zip(rules, verdict, strict=True):
+            if rule.refused is not None:
+                rule.refused(rule, state, rule is worst)
         raise worst.refuse(worst, said)
     for i, rule in enumerate(rules):
         if rule.admitted is not None:
@@ -320,9 +332,9 @@ class MemoryLedger:
         self._budgets: dict[str, _Budget] = {}
         self._adjusted: dict[tuple[str, str], None] = {}
         self._rows: deque[Row] = deque()
+        self._dropped_rows = 0
         self._numbers = 0
         self._calls = 0
-        self.dropped_rows = 0
 
     async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> Verdict:
         """Two loops without calls: they run for every request."""
@@ -422,6 +434,14 @@ class MemoryLedger:
 
     async def leave_rows(self) -> None: ...
 
+    def take_dropped_rows(self) -> int:
+        taken, self._dropped_rows = self._dropped_rows, 0
+        return taken
+
+    @property
+    def waiting_rows(self) -> int:
+        return len(self._rows)
+
     async def flush(self) -> None: ...
 
     async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
@@ -450,7 +470,7 @@ class MemoryLedger:
 
     def _record(self, op: str, row: bytes) -> None:
         if len(self._rows) >= ROWS_LIMIT:
-            self.dropped_rows += 1
+            self._dropped_rows += 1
             return
         self._numbers += 1
         self._rows.append(Row(str(self._numbers), op, row))
@@ -652,13 +672,14 @@ return #ended
 )
 
 # KEYS: the mover, the rows, the count of those dropped. ARGV: the asker, how long it may, how many rows.
-# Returns that count, and the rows if the asker may have them.
+# Returns, if the asker may have them: that count, which then begins anew, how many rows there are, and the rows.
 _TAKE_ROWS = """
-local dropped = redis.call('GET', KEYS[3]) or '0'
 local mover = redis.call('GET', KEYS[1])
-if mover and mover ~= ARGV[1] then return {dropped, {}} end
+if mover and mover ~= ARGV[1] then return {'0', 0, {}} end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return {dropped, redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', ARGV[3])}
+local dropped = redis.call('GET', KEYS[3]) or '0'
+redis.call('DEL', KEYS[3])
+return {dropped, redis.call('XLEN', KEYS[2]), redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', ARGV[3])}
 """
 
 # KEYS: the mover. ARGV: who leaves.
@@ -694,7 +715,8 @@ class RedisLedger:
         self._name = secrets.token_hex(8)
         self._returned = float("-inf")
         self.lost = 0  # settlements that never reached Redis
-        self.dropped_rows = 0
+        self._dropped_rows = 0
+        self._in_stream = 0  # rows, as the worker that takes them last saw it
         store.on_return.append(self._on_return)
 
     async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> Verdict:
@@ -794,8 +816,8 @@ class RedisLedger:
 
     async def rows(self, most: int) -> list[Row]:
         arguments = (self._name, int(MOVER_SECONDS * 1000), most)
-        dropped, found = await self._store.script(_TAKE_ROWS, (MOVER, ROWS, DROPPED), arguments)
-        self.dropped_rows = int(dropped)
+        dropped, self._in_stream, found = await self._store.script(_TAKE_ROWS, (MOVER, ROWS, DROPPED), arguments)
+        self._dropped_rows += int(dropped)
         out = []
         for number, pairs in found:
             fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
@@ -807,9 +829,19 @@ class RedisLedger:
     async def drop_rows(self, ids: Sequence[str]) -> None:
         if ids:
             await self._store.call(lambda: self._store.client.xdel(ROWS, *ids))
+            self._in_stream = max(0, self._in_stream - len(ids))
 
     async def leave_rows(self) -> None:
         await self._store.script(_LEAVE_ROWS, (MOVER,), (self._name,))
+        self._in_stream = 0
+
+    def take_dropped_rows(self) -> int:
+        taken, self._dropped_rows = self._dropped_rows, 0
+        return taken
+
+    @property
+    def waiting_rows(self) -> int:
+        return self._in_stream + len(self._pending)
 
     async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
         async def ask() -> list[list[bytes | None]]:
@@ -907,6 +939,7 @@ class RedisLedger:
 
     def _lose(self, unit: tuple[_Change, ...]) -> None:
         self.lost += 1
+        self._dropped_rows += sum(change.kind == "w" for change in unit)
         self._forget_freed(unit)
         if worth_a_line(self.lost):
             log.error("ledger_settlements_lost", settlements=self.lost, pending=len(self._pending))

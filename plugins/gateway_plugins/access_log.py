@@ -75,6 +75,9 @@ class Plugin:
         self._encode = msgspec.json.Encoder().encode
         self._lines: list[bytes] = []
         self._dropped = 0
+        self._all_lost = services.metrics.dropped("access_log")
+        self._counted = 0  # of what the writer lost
+        self._metrics = services.metrics
         self._told = False
         self._writer: _Writer | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -83,13 +86,16 @@ class Plugin:
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         self._writer = writer = _Writer(_open(self._path))
+        no_longer_counted = self._metrics.before_export(lambda: self._count(writer.lines_lost))
         try:
             yield
         finally:
+            no_longer_counted()
             self._flush()
             self._writer = None
             await asyncio.get_running_loop().run_in_executor(None, writer.close, CLOSE_SECONDS)
             lost = writer.lines_lost + writer.waiting
+            self._count(lost)
             if lost:
                 self._log.error("access_log_incomplete", lines_lost=lost, error=str(writer.failure or ""))
 
@@ -101,10 +107,16 @@ class Plugin:
             return
         if len(self._lines) + (self._writer.waiting if self._writer else 0) >= WAITING_LINES:
             self._dropped += 1
+            self._all_lost.value += 1
             return
         self._lines.append(self._encode(self._fields(exchange, outcome, level)) + b"\n")
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(DELAY, self._flush)
+
+    def _count(self, lost: int) -> None:
+        """`lost`: by the writer, so far."""
+        self._all_lost.value += lost - self._counted
+        self._counted = lost
 
     def _flush(self) -> None:
         if self._timer is not None:

@@ -36,7 +36,7 @@ from gateway.kit import OwnLimits
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from gateway import Exchange, Services
+    from gateway import Cell, Exchange, Services
 
 Algorithm = Literal[
     "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
@@ -242,9 +242,10 @@ class IssuerUnavailable(Unavailable):
 class _Keys:
     """An issuer's public keys."""
 
-    def __init__(self, entry: Issuer, log: Any) -> None:
+    def __init__(self, entry: Issuer, log: Any, errors: Cell) -> None:
         self._entry = entry
         self._log = log
+        self._errors = errors
         self._keys: list[dict[str, Any]] = []
         self._fetched: float | None = None  # when they last came
         self._asked = -1e9  # when they were last fetched because of a token
@@ -330,6 +331,7 @@ class _Keys:
             if not isinstance(found, list):
                 raise ValueError("no list of keys")  # noqa: TRY301, TRY004 - told as other bad answers are
         except Exception as error:  # noqa: BLE001 - whatever the issuer sent, old keys go on and it is asked again
+            self._errors.value += 1
             self._log.warning(
                 "jwks_not_fetched", issuer=self._entry.issuer, error=f"{type(error).__name__}: {error}"[:300]
             )
@@ -378,10 +380,15 @@ def _fits(key: dict[str, Any], algorithm: str) -> bool:
 class _Source:
     """An issuer, and what its tokens are checked with."""
 
-    def __init__(self, entry: Issuer, log: Any) -> None:
+    def __init__(self, entry: Issuer, services: Services) -> None:
+        errors = services.metrics.counter(
+            "xenios_jwks_errors_total",
+            "Fetches of an issuer's public keys that failed; those known go on for a while.",
+            ("issuer",),
+        )
         self.entry = entry
         self.name = entry.called
-        self.keys = _Keys(entry, log) if entry.secret is None else None
+        self.keys = _Keys(entry, services.log, errors.of(self.name)) if entry.secret is None else None
         self._secret = entry.secret.get_secret_value().encode() if entry.secret else b""
 
     async def verify(self, token: str, header: dict[str, Any], said: dict[str, Any]) -> tuple[Principal, float]:
@@ -465,7 +472,7 @@ class Plugin:
     reads_settings = ()  # the issuers' keys stay known over a reload
 
     def __init__(self, config: Config, services: Services) -> None:
-        self._sources = [_Source(entry, services.log) for entry in config.issuers]
+        self._sources = [_Source(entry, services) for entry in config.issuers]
         self._issuers = frozenset(entry.issuer for entry in config.issuers)
         # by SHA-256 of the token: until when it is believed, the caller
         self._verified: OrderedDict[bytes, tuple[float, Principal]] = OrderedDict()

@@ -37,10 +37,11 @@ from gateway.kit import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gateway import Exchange, GatewayError, Services
-
+    from gateway import Cell, Exchange, GatewayError, Services
 
 _SUBJECTS = 4096  # whose rules are kept ready
+_OWN = "own limits"  # no name that the YAML can give
+_UNITS = ("requests", "tokens", "concurrent")
 
 
 class Limit(NamedLimit):
@@ -100,6 +101,7 @@ class _About(NamedTuple):
     owner: Plugin
     name: str
     unit: str
+    refusals: Cell
 
 
 class _Plan(NamedTuple):
@@ -120,6 +122,8 @@ class _Compiled:
         self._owner = owner
         self._prefix = f"{prefix}:{limit.name}:"
         self._known: dict[str, tuple[tuple[Rule, ...], Rule | None]] = {}
+        label = "own" if limit.name == _OWN else limit.name
+        self._refusals = {unit: owner.refusals.of(label, unit) for unit in _UNITS if getattr(limit, unit) is not None}
 
     def rules(self, exchange: Exchange) -> Iterator[tuple[tuple[Rule, ...], Rule | None]]:
         """For each subject: (rules that are the same for every request, the one whose amount is the request's own)."""
@@ -155,7 +159,8 @@ class _Compiled:
             burst=burst or 0,
             actual=_used if unit == "tokens" else None,
             on_store_error=self._owner.on_store_error,
-            about=_About(self._owner, self.limit.name, unit),
+            refused=_refused,
+            about=_About(self._owner, self.limit.name, unit, self._refusals[unit]),
             name=f"{self.limit.name}: {_in_words(unit, count, self.limit.per)}",
         )
 
@@ -170,6 +175,12 @@ class Plugin:
         self._config = config
         self._services = services
         self.on_store_error: Literal["allow", "deny"] = config.on_store_error
+        self.refusals = services.metrics.counter(
+            "xenios_limit_refusals_total",
+            "Requests that a rate limit refused, by its name (`own`: the key's or token's own) and what it limits: "
+            "requests, tokens, concurrent. Of several limits the one that the client was told of.",
+            ("limit", "kind"),
+        )
         self._limits = [self._compiled(limit) for limit in config.limits]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
         self._plans = PerCaller(self._plan)
@@ -178,12 +189,12 @@ class Plugin:
         return _Compiled(limit, self, self._services.plugin_id)
 
     def _compiled_own(self, own: OwnLimits) -> _Compiled | None:
-        """The caller's own limits as one of ours; no name that the YAML can give."""
+        """The caller's own limits as one of ours."""
         if own.requests is None and own.tokens is None and own.concurrent is None:
             return None
         return self._compiled(
             Limit.model_construct(
-                name="own limits",
+                name=_OWN,
                 by=("key",),
                 per=own.per,
                 requests=own.requests,
@@ -263,6 +274,11 @@ def _used(exchange: Exchange) -> int | None:
     if usage.input_tokens is not None or usage.output_tokens is not None:
         return (usage.input_tokens or 0) + (usage.output_tokens or 0)
     return None if any(attempt.first_content is not None for attempt in exchange.attempts) else 0
+
+
+def _refused(rule: Rule, _: State, told: bool) -> None:
+    if told:
+        rule.about.refusals.value += 1
 
 
 def _refuse(rule: Rule, state: State) -> GatewayError:

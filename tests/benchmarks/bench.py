@@ -256,9 +256,9 @@ def tracing(ratio, port):
     return ["  - use: tracing", f"    config: {{sample_ratio: {ratio}, endpoint: 'http://127.0.0.1:{port}/v1/traces'}}"]
 
 
-def xenios_config(home, upstream_port, key_hash, redis=None, rules=(), observers=()):
+def xenios_config(home, upstream_port, key_hash, redis=None, rules=(), observers=(), without=""):
     """The YAML of a Xenios target: with the default plugins where a key's hash is given, else with none; with rate
-    limits and budgets too, where it is said what counts them; with these routing rules.
+    limits and budgets too, where it is said what counts them; with these routing rules; without one of the observers.
     """
     lines = [
         "server:",
@@ -278,7 +278,7 @@ def xenios_config(home, upstream_port, key_hash, redis=None, rules=(), observers
         return "\n".join([*lines, "plugins: []", ""])
     plugins = [
         "plugins:",
-        "  - use: access_log",
+        *(f"  - use: {name}" for name in ("access_log", "metrics") if name != without),
         *observers,
         "  - use: api_keys",
         "    config:",
@@ -304,18 +304,19 @@ def xenios_key(config):
     return found[1], found[2]
 
 
-def xenios_target(slug, label, folder, upstream_port, plugins, redis=None, rules=(), observers=()):
+def xenios_target(slug, label, folder, upstream_port, plugins, redis=None, rules=(), observers=(), without=""):
     """A target whose preparation failed still gets its row."""
     home, port = folder / slug, free_port()
     home.mkdir(exist_ok=True)
     config = home / "xenios.yaml"
-    target = Target(slug, label, xenios("serve", "--config", config, "--port", port), port, logs=plugins)
+    target = Target(slug, label, xenios("serve", "--config", config, "--port", port), port)
+    target.logs = plugins and without != "access_log"
     key_hash = None
     try:
         if plugins:
             config.write_text(xenios_config(home, upstream_port, None))
             target.key, key_hash = xenios_key(config)
-        config.write_text(xenios_config(home, upstream_port, key_hash, redis, rules, observers))
+        config.write_text(xenios_config(home, upstream_port, key_hash, redis, rules, observers, without))
     except (OSError, RuntimeError, IndexError, subprocess.SubprocessError) as error:
         target.failed = f"{type(error).__name__}: {error}"
     return target
@@ -335,6 +336,12 @@ def make_targets(only, folder, mock_port):
         "tricks": lambda: dataclasses.replace(proxy("tricks", "--tricks"), label="yardstick + all tricks"),
         "xenios-bare": lambda: xenios_target("xenios-bare", "xenios, no plugin", folder, mock_port, plugins=False),
         "xenios": lambda: xenios_target("xenios", "xenios, default plugins", folder, mock_port, plugins=True),
+        "no-log": lambda: xenios_target(
+            "no-log", "without access_log", folder, mock_port, plugins=True, without="access_log"
+        ),
+        "no-metrics": lambda: xenios_target(
+            "no-metrics", "without metrics", folder, mock_port, plugins=True, without="metrics"
+        ),
         "xenios-rules": lambda: xenios_target(
             "xenios-rules", "+ 100 routing rules", folder, mock_port, plugins=True, rules=RULES
         ),
@@ -633,9 +640,7 @@ def head(args, where):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 short rounds, one of streams")
-    parser.add_argument(
-        "--only", default="", help="direct,canned,yardstick,tricks,xenios-bare,xenios,xenios-rules,limits,limits-redis"
-    )
+    parser.add_argument("--only", default="", help="targets by name, as the README beside this file lists them")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="of each round of requests, and of latency")
     parser.add_argument("--connections", type=int, default=64)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
 import gateway.exchange
@@ -27,8 +27,7 @@ from gateway.kit.upstream import Error, ScriptedUpstream
 # Bounded and repeatable: a test that fails on somebody else's machine must fail here too. What fails isn't made
 # smaller, which takes minutes: the configuration and the requests so far are shown.
 BOUNDED = settings(
-    max_examples=60,
-    derandomize=True,
+    max_examples=20,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -122,7 +121,7 @@ def named(prefix, limits):
 
 
 # How often it has failed just now, and how long ago its circuit opened or it asked to be left alone.
-CIRCUIT = st.sampled_from([("open", 1), None, ("open", 400), None, ("rests", 5), ("failed", 0)])
+TROUBLE = st.sampled_from([("open", 1), ("open", 1), ("open", 400), ("rests", 5), ("failed", 0)])
 
 
 @st.composite
@@ -156,13 +155,15 @@ def configurations(draw):
         "no_max_tokens": draw(st.sampled_from(["clamp", {"assume": 500}])),
         "unknown_price": draw(st.sampled_from(["deny", "allow"])),
     }
+    # Rarely all of them: what is passed over shows only where another target is left.
+    troubled = draw(st.lists(st.sampled_from(MODELS), min_size=1, max_size=3, unique=True))
     return SimpleNamespace(
         routing=draw(routing()),
         ada={**ada, "limits": draw(own), "team": "blue"},
         rate_limit={"limits": [*limits, at_once]},
         budgets=budgets,
         fallback=draw(fallback()),
-        circuits={model: draw(CIRCUIT) for model in MODELS},
+        circuits={model: draw(TROUBLE) if model in troubled else None for model in MODELS},
         draw=draw(st.floats(0, 0.999)),
         failing=draw(st.lists(st.sampled_from(MODELS), min_size=1, max_size=3)),
         busy=draw(st.sampled_from([0, 1, 1, 1, 1, 2])),
@@ -326,30 +327,37 @@ def agree(said, exchange, count: Counter[str]) -> None:
     count["rerouted"] += len(tried) > 1 or tried[-1][1] != said["asked"]
 
 
+KINDS = (
+    "model_not_found",
+    "unknown_task",
+    "rate_limit_exceeded",
+    "insufficient_quota",
+    "insufficient_permissions",
+    "unavailable",
+    "cost_ceiling",
+    "refused_by_rule",
+    "passed over",
+)
+
+
 def test_what_is_explained_is_what_happens():
     """Rule, targets in order, and a refusal's status, code and text are those that the request then gets.
 
     The clock stands still, other requests hold places, limits and budgets are nearly spent, models fail.
     """
     count: Counter[str] = Counter()
+    # Which examples a seed brings depends on all that is imported: as many lots as it takes to have seen everything.
+    for number in range(20):
 
-    @BOUNDED
-    @given(configurations(), st.lists(requests(), min_size=3, max_size=8))
-    def explained_and_sent(config, asked):
-        asyncio.run(play(config, asked, count))
+        @seed(number)
+        @BOUNDED
+        @given(configurations(), st.lists(requests(), min_size=3, max_size=8))
+        def explained_and_sent(config, asked):
+            asyncio.run(play(config, asked, count))
 
-    explained_and_sent()
+        explained_and_sent()
+        if number > 0 and all(count[kind] for kind in KINDS):
+            break
     print(dict(count))
     assert count["refused"] + count["rerouted"] >= 0.3 * count["all"]
-    for kind in (
-        "model_not_found",
-        "unknown_task",
-        "rate_limit_exceeded",
-        "insufficient_quota",
-        "insufficient_permissions",
-        "unavailable",
-        "cost_ceiling",
-        "refused_by_rule",
-        "passed over",
-    ):
-        assert count[kind] > 0, kind
+    assert [kind for kind in KINDS if not count[kind]] == []

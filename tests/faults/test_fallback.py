@@ -25,7 +25,9 @@ from gateway.kit.upstream import (
     chat_completion,
     chat_events,
 )
+from gateway.tasks import Tasks
 from gateway_plugins.fallback import Plugin as Fallback
+from tests.scraped import closed, scraped
 
 SOON = 0.3  # seconds, where the answer is that they pass
 A, B = Target("a/one", "openrouter"), Target("b/two", "openrouter")
@@ -395,6 +397,37 @@ async def test_the_header_is_bounded_and_printable():
 # --- circuits ----------------------------------------------------------------------------------------------------------
 
 QUICK = {"requests": 4, "window": "60s", "open_for": "60s"}
+
+
+async def test_metrics_of_circuits_outlive_a_reload():
+    """`/metrics` has each circuit's state, also once a reload's new instance stands beside the old one, and alone."""
+    names = {"upstream": {"default": "openrouter"}, "catalogue": {"overrides": {"a/one": {}, "b/two": {}}}}
+    plugins = ["api_keys", of(A, B), {"use": "fallback", "config": {"breaker": QUICK}}, "metrics"]
+    upstream = ScriptedUpstream()
+    upstream.on("a/one", Error(503))
+
+    async def circuits():
+        return await scraped(gw, "xenios_breaker_state")
+
+    async with Gateway.test(plugins=plugins, upstream=upstream, settings=names) as gw:
+        for _ in range(4):
+            await gw.chat()
+        one, two = ("a/one", "openrouter"), ("b/two", "openrouter")  # labels by name: model, upstream
+        assert await circuits() == {one: 3, two: 0}
+        upstream.on("b/two", Hang())
+        waiting, old = Tasks().spawn(gw.chat(), "asked"), gw.snapshot
+        await upstream.wait_seen(9)
+        plugins[2] = {"use": "fallback", "config": {"breaker": {**QUICK, "open_for": "61s"}}}
+        await gw.reload(plugins=plugins, settings=names)
+        assert await circuits() == {one: 3, two: 0}  # the old one's, whose request goes on
+        upstream.on("b/two", GOOD)
+        for _ in range(4):
+            await gw.chat()
+        assert await circuits() == {one: 3, two: 0}
+        waiting.cancel()
+        await closed(gw, old)
+        assert await circuits() == {one: 3, two: 0}
+        assert await scraped(gw, "xenios_breaker_changes_total") == {("opened", *one): 2}
 
 
 async def test_an_open_circuit_is_said_everywhere():

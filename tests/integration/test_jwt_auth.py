@@ -22,6 +22,7 @@ from gateway.kit.upstream import MODEL
 from gateway.tasks import Tasks
 from gateway_plugins import jwt_auth
 from tests.integration.process import xenios
+from tests.scraped import scraped
 
 SECRET = "a shared secret of more than thirty-two characters"
 RSA, OTHER_RSA = (rsa.generate_private_key(public_exponent=65537, key_size=2048) for _ in range(2))
@@ -291,6 +292,15 @@ async def test_known_keys_go_on_while_the_issuer_is_away(issuer, monkeypatch):
         assert (refused.status, refused.data["error"]["code"]) == (503, "issuer_unavailable")
         issuer.status = 200
         assert (await ask(gw, issuer.token())).status == 200
+
+
+async def test_failed_fetches_of_keys_are_counted(issuer):
+    """`/metrics` says whose keys can't be fetched; an issuer with a secret has none."""
+    shared = {"issuer": "https://shared.example", "audience": "gateway", "secret": SECRET}
+    issuer.status = 500
+    async with gateway(entry(issuer), shared, plugins=["api_keys", "metrics"]) as gw:
+        assert (await ask(gw, issuer.token())).status == 503
+        assert (await scraped(gw, "xenios_jwks_errors_total")) == {("test",): 1}
 
 
 async def test_a_shared_secret(issuer):

@@ -59,7 +59,8 @@ def _labels() -> list[str]:
     metrics.Plugin(metrics.Config(), counting).register_routes(router)
     Admin(nothing, frozenset()).register(router)
     Routes(nothing.database).register(router)
-    fallback.Plugin(fallback.Config(breaker=False), SimpleNamespace(plugin_id="fallback")).register_routes(router)
+    named: Any = SimpleNamespace(plugin_id="fallback", metrics=Metrics())
+    fallback.Plugin(fallback.Config(breaker=False), named).register_routes(router)
     paths = document_of(router.table().routes)["paths"]
     return [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
 

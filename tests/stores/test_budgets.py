@@ -22,6 +22,7 @@ from gateway.kit.upstream import (
 )
 from gateway.tasks import Tasks
 from gateway_plugins import budgets
+from tests.scraped import closed, scraped
 from tests.stores.prices import PRICES
 from tests.stores.servers import emptied
 
@@ -278,3 +279,72 @@ def test_mistakes_in_the_settings_are_named():
             budgets.Config(budgets=[{"name": "x", "usd": 1, **changes}])
     with pytest.raises(ValidationError, match="several budgets are named x"):
         budgets.Config(budgets=[{"name": "x", "usd": 1}, {"name": "x", "usd": 2}])
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+async def test_metrics_tell_how_full_budgets_are_and_whom_they_refused(services):
+    """Of a budget the fullest subject's share; a refusal counts for the budget that the client is told of. A dry run
+    counts for none, and a reload's new instance goes on.
+    """
+    plugin = {
+        "use": "budgets",
+        "config": {
+            "budgets": [
+                {"name": "user", "by": "user", "usd": "0.001", "per": "day"},
+                cents("0.01"),
+                {"name": "soft", "by": [], "usd": "0.0001", "per": "total", "hard": False},
+                {"name": "unused", "by": [], "usd": 1, "when": {"models": "none/such"}},
+            ]
+        },
+    }
+    plugins = ["api_keys", plugin, "metrics"]
+    settings = {"services": services, "catalogue": {"overrides": PRICES}}
+    upstream = ScriptedUpstream(default=costs(0.0005))
+
+    async def told():
+        ratios = await scraped(gw, "xenios_budget_used_ratio")
+        refusals = await scraped(gw, "xenios_budget_refusals_total")
+        return {name: round(share, 6) for (name,), share in ratios.items()}, {
+            n: count for (n,), count in refusals.items()
+        }
+
+    async with Gateway.test(plugins=plugins, upstream=upstream, settings=settings) as gw:
+        none = dict.fromkeys(("user", "all", "soft", "unused"), 0)
+        assert await told() == ({}, none)
+        for number, user in enumerate("aab", 1):
+            assert (await gw.chat(model=MODEL, max_tokens=100, user=user)).status == 200
+            await settled(gw, (500 * number, 0))
+        # what was spent when the last of each user's requests came
+        assert await told() == ({"user": 0.5, "all": 0.1, "soft": 10}, none)
+        refused = await gw.chat(model=MODEL, max_tokens=100, user="a")
+        assert (refused.status, refused.data["error"]["code"]) == (429, "insufficient_quota")
+        body = {"model": MODEL, "max_tokens": 100, "user": "a", "messages": [{"role": "user", "content": "Hi"}]}
+        assert (await gw.post("/admin/explain", {"body": body})).data["refused"]["status"] == 429
+        assert await told() == ({"user": 1, "all": 0.15, "soft": 15}, {**none, "user": 1})
+
+        old = gw.snapshot
+        plugin["config"]["budgets"][0]["warn_at"] = 0.7
+        await gw.reload(plugins=plugins, settings=settings)
+        await closed(gw, old)
+        assert (await gw.chat(model=MODEL, max_tokens=100, user="a")).status == 429
+        assert await told() == ({"user": 1, "all": 0.15, "soft": 15}, {**none, "user": 2})
+
+
+def test_what_requests_saw_is_told_for_five_minutes(monkeypatch):
+    """A budget that nobody falls under any more, or whose month is over, is told no longer; and it takes no memory."""
+    now = [0.0]
+    monkeypatch.setattr(budgets.time, "monotonic", lambda: now[0])
+    seen = budgets._Seen(None)
+    assert seen.fullest() is None
+    for minute in range(100):
+        now[0] = minute * 60.0
+        seen.note(0.9 if minute == 90 else 0.5)
+        seen.note(0.1)
+        assert seen.fullest() == (0.9 if 90 <= minute < 95 else 0.5)
+    assert len(seen._fullest) <= 5
+    now[0] += 299
+    assert seen.fullest() == 0.5
+    now[0] += 60
+    assert seen.fullest() is None

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from gateway.errors import RateLimited
 from gateway.kit import Rule
+from gateway.kit import ledger as kit_ledger
 from gateway.kit.ledger import LEASE_SECONDS, MemoryLedger, RedisLedger, StoreUnavailable
 from gateway.stores.redis import RedisStore
 
@@ -289,6 +290,26 @@ async def shared(server):
     yield [RedisLedger(store, clock) for store in stores], clock
     for store in stores:
         await store.close()
+
+
+async def test_what_waits_and_what_was_lost_is_told_by_one(shared, monkeypatch):
+    """Of all workers the one that stores rows tells how many there are, and each that found no place is told once."""
+    (one, two), _ = shared
+    monkeypatch.setattr(kit_ledger, "_SETTLE", kit_ledger._SETTLE.replace(f">= {kit_ledger.ROWS_LIMIT}", ">= 3"))
+    for name in "abcde":
+        two.settle(name, [], name.encode())
+    assert (one.waiting_rows, two.waiting_rows) == (0, 5)  # none has left its worker yet
+    await two.flush()
+    rows = await one.rows(2)
+    assert await two.rows(2) == []
+    assert (one.waiting_rows, two.waiting_rows) == (3, 0)
+    assert [book.take_dropped_rows() for book in (one, two, one, two)] == [2, 0, 0, 0]
+    await one.drop_rows([row.id for row in rows])
+    assert one.waiting_rows == 1
+    await one.leave_rows()
+    assert [row.op for row in await two.rows(2)] == ["c"]
+    assert (one.waiting_rows, two.waiting_rows) == (0, 1)
+    assert two.take_dropped_rows() == 0
 
 
 async def test_a_dead_workers_reservation_is_spent_and_leaves_a_row(shared):

@@ -9,6 +9,7 @@ from gateway.kit.testing import Gateway
 from gateway.kit.upstream import MODEL, Hang, Json, ScriptedUpstream, Stream, chat_completion, chat_events, chat_usage
 from gateway.tasks import Tasks
 from gateway_plugins import rate_limit
+from tests.scraped import scraped
 from tests.stores.servers import emptied
 
 
@@ -217,3 +218,48 @@ def test_durations_are_written_as_openai_writes_them():
         86401: "24h0m1s",
     }
     assert {seconds: rate_limit.go_duration(seconds) for seconds in written} == written
+
+
+async def test_refusals_are_counted_by_limit_and_kind(services, monkeypatch):
+    """`/metrics` says which limit refused, and what there was too much of; only what was told to a client counts."""
+    secret = "ada-0123456789abcdef0123456789"
+    monkeypatch.setenv("KEY_ADA", secret)
+    ada = {"Authorization": f"Bearer {secret}"}
+    keys = [{"id": "ada", "env": "KEY_ADA", "limits": {"requests": 1}}]
+    limits = [
+        {"name": "few", "by": "model", "requests": 2, "when": {"models": "few"}},
+        {"name": "words", "requests": 100, "tokens": 50, "when": {"models": "long"}},
+        {"name": "one", "concurrent": 1, "when": {"models": "slow"}},
+    ]
+    plugins = [{"use": "api_keys", "config": {"keys": keys}}, {"use": "rate_limit", "config": {"limits": limits}}]
+    upstream = ScriptedUpstream()
+    upstream.on("slow", Hang())
+    named = {"services": services}
+
+    async def refusals():
+        found = await scraped(gw, "xenios_limit_refusals_total")
+        return {(limit, kind): count for (kind, limit), count in found.items()}
+
+    async with Gateway.test(plugins=[*plugins, "metrics"], upstream=upstream, settings=named) as gw:
+        nothing = {("few", "requests"): 0, ("one", "concurrent"): 0, ("words", "requests"): 0, ("words", "tokens"): 0}
+        assert await refusals() == nothing
+        assert [(await gw.chat(model="few")).status for _ in range(4)] == [200, 200, 429, 429]
+        assert (await gw.chat(model="long", max_tokens=51)).status == 429
+        body = {"model": "any", "messages": [{"role": "user", "content": "Hi"}]}
+        statuses = [(await gw.post("/v1/chat/completions", body, headers=ada)).status for _ in range(2)]
+        assert statuses == [200, 429]
+        waiting = Tasks().spawn(gw.chat(model="slow"), "asked")
+        await upstream.wait_seen(4)
+        assert (await gw.chat(model="slow")).status == 429
+        waiting.cancel()
+        asked = {"body": {**body, "model": "few"}}
+        assert (await gw.post("/admin/explain", asked)).data["refused"]["status"] == 429
+        expected = {
+            ("few", "requests"): 2, ("words", "requests"): 0, ("words", "tokens"): 1, ("one", "concurrent"): 1,
+            ("own", "requests"): 1,
+        }  # fmt: skip
+        assert await refusals() == expected
+        plugins[1]["config"]["output_estimate"] = 999
+        await gw.reload(plugins=[*plugins, "metrics"], settings=named)
+        assert (await gw.chat(model="few")).status == 429
+        assert await refusals() == {**expected, ("few", "requests"): 3}

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 import pytest
 import structlog
 
+from gateway import StoreUnavailable
+from gateway.kit import ledger
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import (
     MODEL,
@@ -25,9 +27,11 @@ from gateway.kit.upstream import (
     generation,
 )
 from gateway.tasks import Tasks
+from gateway_plugins import usage
 from gateway_plugins.usage import rows as usage_rows
 from gateway_plugins.usage import store
 from tests.integration.process import xenios
+from tests.scraped import closed, scraped
 from tests.stores.postgres import postgres_server
 from tests.stores.prices import PRICES
 from tests.stores.servers import emptied, valkey_server
@@ -45,17 +49,19 @@ async def services(request, tmp_path):
 
 
 def gateway(services, *more, upstream=None, keys=(), config=None, **settings):
-    settings = {"catalogue": {"overrides": PRICES}, **settings}
+    return Gateway.test(upstream=upstream, **as_gateway(services, *more, keys=keys, config=config, **settings))
+
+
+def as_gateway(services, *more, keys=(), config=None, **settings):
     plugins = [
         {"use": "api_keys", "config": {"keys": list(keys)}},
         *more,
         {"use": "usage", "config": config or {"keep": "3650d"}},  # the tests' old rows stay
     ]
-    return Gateway.test(
-        plugins=plugins,
-        upstream=upstream,
-        settings={"services": services, **settings},
-    )
+    return {
+        "plugins": plugins,
+        "settings": {"services": services, "catalogue": {"overrides": PRICES}, **settings},
+    }
 
 
 def key_of(name, monkeypatch, **more):
@@ -627,3 +633,59 @@ async def test_the_command_line_shows_the_same(tmp_path):
     assert json.loads((await usage("--rows", "--json")).splitlines()[0])["cost_usd"] == 4.0
     assert "--by" in await usage("--by", "nonsense")
     assert "--from" in await usage("--from", "nonsense")
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+async def test_metrics_tell_how_many_rows_wait_and_how_many_were_lost(services, monkeypatch):
+    """While the database is away rows wait, and are told; beyond the bound they are dropped and counted, once each."""
+    monkeypatch.setattr(ledger, "ROWS_LIMIT", 3)
+    monkeypatch.setattr(ledger, "_SETTLE", ledger._SETTLE.replace(">= 100000", ">= 3"))
+    monkeypatch.setattr(usage, "RETRY_SECONDS", 0.05)
+    away = asyncio.Event()
+
+    async def no_store(*_):
+        away.set()
+        raise StoreUnavailable
+
+    async with gateway(services, "metrics") as gw:
+
+        async def told():
+            await gw.snapshot.services.ledger.flush()
+            [waiting] = (await scraped(gw, "xenios_usage_rows_waiting")).values()
+            return waiting, (await scraped(gw, "xenios_dropped_total"))["usage",]
+
+        async def becomes(wanted):
+            async with asyncio.timeout(10):
+                while (found := await told()) != wanted:
+                    assert found[1] <= wanted[1]
+                    await asyncio.sleep(0.02)
+
+        await becomes((0, 0))
+        monkeypatch.setattr(store, "store", no_store)
+        await gw.chat(model=MODEL)
+        await gw.finished()
+        await becomes((1, 0))
+        await away.wait()
+        for _ in range(5):
+            await gw.chat(model=MODEL)
+        await becomes((3, 3))
+        old = gw.snapshot
+        await gw.reload(**as_gateway(services, "metrics", config={"keep": "3649d"}))
+        await closed(gw, old)
+        assert (await told())[1] == 3
+        monkeypatch.undo()
+        await becomes((0, 3))
+        assert len((await gw.get("/admin/usage")).data["data"]) == 3
+
+
+async def test_rows_that_can_not_be_stored_count_as_dropped(services):
+    """A row that the database refuses is lost, and seen to be."""
+    async with gateway(services, "metrics") as gw:
+        book = gw.snapshot.services.ledger
+        book.settle("broken", [], b"no row")
+        await book.flush()
+        async with asyncio.timeout(10):
+            while (await scraped(gw, "xenios_dropped_total"))["usage",] != 1:
+                await asyncio.sleep(0.02)

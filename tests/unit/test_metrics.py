@@ -102,6 +102,38 @@ async def test_what_is_looked_up_is_looked_up_each_time():
     assert told(await metrics.read(), "g") == {(): 2}
 
 
+async def test_who_shares_a_gauge_does_not_wipe_it():
+    """Two instances of a plugin, or the old and the new one of a reload, tell of one gauge: the worst, the sum, or as it
+    is merged. What one that closes said is gone, and nothing else.
+    """
+    metrics = Metrics()
+    worst, sum_ = metrics.gauge("worst", "", ("x",), merge="max"), metrics.gauge("sum", "")
+    old, new = {("a",): 3.0, ("b",): 1.0}, {("a",): 1.0, ("c",): 2.0}
+    ends = [worst.read_from(lambda: old), sum_.read_from(lambda: {(): 5})]
+    assert told(await metrics.read(), "worst") == old
+    new_ends = [worst.read_from(lambda: new), sum_.read_from(lambda: {(): 7})]
+    families = await metrics.read()
+    assert told(families, "worst") == {("a",): 3, ("b",): 1, ("c",): 2}
+    assert told(families, "sum") == {(): 12}
+    for end in ends:
+        end()
+        end()
+    families = await metrics.read()
+    assert (told(families, "worst"), told(families, "sum")) == (new, {(): 7})
+    for end in new_ends:
+        end()
+    assert told(await metrics.read(), "worst") == {}
+
+
+async def test_a_source_that_fails_spoils_no_other():
+    """A plugin that can't tell its own numbers hides nobody else's."""
+    metrics = Metrics()
+    gauge = metrics.gauge("g", "", ("x",), merge="max")
+    gauge.read_from(lambda: 1 / 0)
+    gauge.read_from(lambda: {("a",): 1})
+    assert told(await metrics.read(), "g") == {("a",): 1}
+
+
 # --- several workers -------------------------------------------------------------------------------------------------
 
 

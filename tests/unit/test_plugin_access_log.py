@@ -25,7 +25,9 @@ from gateway import (
     Usage,
 )
 from gateway.kit import clean, new_key
+from gateway.kit.testing import Gateway
 from gateway_plugins import access_log
+from tests.scraped import closed, scraped
 
 CANARY = "canary-7f3a"
 
@@ -55,6 +57,12 @@ async def lines(path, *exchanges, **options):
         for made in exchanges:
             await plugin.request_finished(made)
     return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+async def lost(given):
+    """How many lines were lost, as metrics tell."""
+    [family] = [family for family in await given.metrics.read() if family.name == "xenios_dropped_total"]
+    return {series.labels: series.value for series in family.series}["access_log",]
 
 
 @pytest.mark.promise("P8.log")
@@ -243,10 +251,11 @@ async def test_a_closed_standard_output_breaks_nothing(pipe):
     """When the reader of standard output is gone requests go on; standard error says so once."""
     pipe[0].close()
     with structlog.testing.capture_logs() as logs:
-        plugin = access_log.Plugin(access_log.Config(), services(log=structlog.get_logger()))
+        plugin = access_log.Plugin(access_log.Config(), given := services(log=structlog.get_logger()))
         async with plugin.lifespan():
             for _ in range(3):
                 await plugin.request_finished(finished())
+    assert await lost(given) == 3
     (entry,) = logs
     assert (entry["event"], entry["lines_lost"]) == ("access_log_incomplete", 3)
     assert "Broken pipe" in entry["error"]
@@ -265,11 +274,14 @@ async def test_a_reader_who_stops_reading_holds_up_nothing(pipe, monkeypatch):
     """A stalled reader of standard output stops neither requests nor the end; lines beyond the bound are counted."""
     monkeypatch.setattr(access_log, "WAITING_LINES", 500)
     monkeypatch.setattr(access_log, "CLOSE_SECONDS", 0.1)
-    plugin = access_log.Plugin(access_log.Config(), services(log=structlog.get_logger()))
+    plugin = access_log.Plugin(access_log.Config(), given := services(log=structlog.get_logger()))
     with structlog.testing.capture_logs() as logs:
         async with plugin.lifespan():
             for _ in range(1000):
                 await plugin.request_finished(finished())
+            assert await lost(given) == 500
+    # and those that nobody had read when it gave up, with the line that tells of the others
+    assert await lost(given) == 500 + logs[0]["lines_lost"]
     assert logs[0]["event"] == "access_log_incomplete"
     pipe[1].close()
     received, done = [], threading.Event()
@@ -307,9 +319,25 @@ async def test_a_failing_output_is_told_while_it_fails(pipe):
     """A full disk or a closed pipe is reported at once on standard error, not only when the gateway ends."""
     pipe[0].close()
     with structlog.testing.capture_logs() as logs:
-        plugin = access_log.Plugin(access_log.Config(), services(log=structlog.get_logger()))
+        plugin = access_log.Plugin(access_log.Config(), given := services(log=structlog.get_logger()))
         async with plugin.lifespan(), asyncio.timeout(10):
             while not logs:
                 await plugin.request_finished(finished())
                 await asyncio.sleep(access_log.DELAY)
+            assert await lost(given) >= 1  # while it fails, too
+    assert await lost(given) == logs[-1]["lines_lost"]
     assert [entry["event"] for entry in logs] == ["access_log_not_written", "access_log_incomplete"]
+
+
+async def test_lines_that_are_lost_are_in_metrics(pipe):
+    """Whoever watches `/metrics` sees that the log is incomplete, also over a reload."""
+    pipe[0].close()
+    plugins = ["api_keys", "access_log", "metrics"]
+    async with Gateway.test(plugins=plugins) as gw:
+        assert (await scraped(gw, "xenios_dropped_total"))["access_log",] == 0
+        for _ in range(3):
+            await gw.chat()
+        old = gw.snapshot
+        await gw.reload(plugins=plugins, settings={"log": {"level": "warning"}})  # another instance
+        await closed(gw, old)
+        assert (await scraped(gw, "xenios_dropped_total"))["access_log",] == 4  # and the first look at /metrics

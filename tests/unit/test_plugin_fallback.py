@@ -1,6 +1,8 @@
 import contextlib
 import math
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -63,8 +65,9 @@ class Upstream:
 
 def made(dice=0.5, **config):
     clock = Clock()
+    catalogue = SimpleNamespace(status=lambda: {"openrouter": {}})
     plugin = fallback.Plugin(
-        fallback.Config(**config), services(), clock=clock, sleep=clock.sleep, dice=lambda: dice
+        fallback.Config(**config), replace(services(), catalogue=catalogue), clock=clock, sleep=clock.sleep, dice=lambda: dice
     )  # fmt: skip
     plugin.clock = clock
     return plugin
@@ -466,6 +469,59 @@ async def test_targets_are_shown_to_administrators():
     ]  # fmt: skip
     assert (shown[0]["next_attempt_in"], shown[0]["opened"], shown[1]["succeeded"]) == (5, 1, 4)
     assert math.isclose(shown[0]["opened_at"], time.time(), abs_tol=5)
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+async def counted(plugin, name):
+    """{label values: value}"""
+    [family] = [family for family in await plugin._services.metrics.read() if family.name == name]
+    return {series.labels: series.value for series in family.series}
+
+
+async def test_metrics_tell_each_circuits_state_and_changes():
+    """Open, half-open, closed again and resting, by upstream and model; each change is counted once."""
+    plugin = await opened()
+    metrics = plugin._services.metrics
+    metrics.follow(lambda *_: None, ["openrouter/a", "openrouter/b"])
+    plugin._changes._series.clear()  # nothing was named yet when the circuit opened
+    async with plugin.lifespan():
+        assert await counted(plugin, "xenios_breaker_state") == {("openrouter", "a"): 3, ("openrouter", "b"): 0}
+        plugin.clock.now += 5
+        assert (await counted(plugin, "xenios_breaker_state"))["openrouter", "a"] == 2
+        await ask(Upstream(a=Cause.TIMEOUT), A, B, plugin=plugin)
+        plugin.clock.now += 5
+        assert await ask(Upstream(), A, B, plugin=plugin) == "answer of a"
+        assert (await counted(plugin, "xenios_breaker_state"))["openrouter", "a"] == 0
+        await ask(Upstream(b=UpstreamError(Cause.RATE_LIMIT, retry_after=9)), B, A, plugin=plugin)
+        assert await counted(plugin, "xenios_breaker_state") == {("openrouter", "a"): 0, ("openrouter", "b"): 1}
+        for _ in range(4):
+            await ask(Upstream(a=Cause.TIMEOUT), A, B, C, plugin=plugin)
+    assert await counted(plugin, "xenios_breaker_changes_total") == {
+        ("openrouter", "a", "probed"): 2, ("openrouter", "a", "probe_failed"): 1, ("openrouter", "a", "closed"): 1,
+        ("openrouter", "a", "opened"): 1, ("openrouter", "b", "rests"): 1,
+    }  # fmt: skip
+    assert await counted(plugin, "xenios_breaker_state") == {}
+
+
+async def test_invented_models_have_no_state_of_their_own():
+    """Models that clients made up, and targets that only other gateways know, are one `other`: the worst of them."""
+    plugin = made(breaker=QUICK)
+    invented = [Target(f"invented-{n}", "openrouter") for n in range(50)]
+    for target in invented:
+        await ask(Upstream(), target, plugin=plugin)
+    plugin.breakers.of("elsewhere/a", T).open(T, T + 100)
+    async with plugin.lifespan():
+        assert await counted(plugin, "xenios_breaker_state") == {("other", "other"): 3}
+        for _ in range(4):
+            await ask(Upstream(**{"invented-7": Cause.TIMEOUT}), invented[7], A, plugin=plugin)
+        plugin.clock.now += 5
+        await ask(
+            Upstream(**{"invented-9": [UpstreamError(Cause.RATE_LIMIT, retry_after=9)]}), invented[9], A, plugin=plugin
+        )
+        plugin.breakers.find("elsewhere/a").close()
+        assert await counted(plugin, "xenios_breaker_state") == {("openrouter", "other"): 2}
 
 
 # --- explain ---------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from plugin_objects import exchange, settings
 
-from gateway import Principal, When, conditions
+from gateway import Metrics, Principal, When, conditions
 from gateway.catalogue import Catalogue
-from gateway_plugins.routing.checks import _covers, _glob_within, concerns
+from gateway_plugins.routing.checks import _covers, _glob_within, concerns, expiries
 from gateway_plugins.routing.settings import Config
 
 TODAY = date(2026, 11, 26)
@@ -256,3 +256,51 @@ async def test_warnings_are_worked_out_once_for_each_catalogue(monkeypatch):
     await catalogue.refresh("openrouter", store=False)
     assert len(plugin.warnings()) == 1
     assert len(calls) == 2
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+async def test_metrics_tell_when_models_will_be_gone(monkeypatch):
+    """Of the models that the configuration names, each with such a day, as Unix time; looked up when the list is new."""
+    from gateway_plugins import routing
+
+    made, catalogue = await listed(*LISTED, item("a/odd", expiration_date="soon"))
+    metrics = Metrics()
+    config = Config.model_validate(
+        {
+            "aliases": {"x": ["a/one", "a/old", "a/odd", "a/none"]},
+            "rules": [{"name": "r", "match": "y", "use": "a/past"}],
+        }
+    )
+    plugin = routing.Plugin(config, SimpleNamespace(settings=made, catalogue=catalogue, metrics=metrics))
+    calls = []
+    real = routing.expiries
+    monkeypatch.setattr(routing, "expiries", lambda *args: calls.append(1) or real(*args))
+
+    async def told():
+        return {series.labels[0]: series.value for family in await metrics.read() for series in family.series}
+
+    def day(number, month=12):
+        return datetime(2026, month, number, tzinfo=UTC).timestamp()
+
+    async with plugin.lifespan():
+        for _ in range(3):
+            assert await told() == {"a/old": day(1), "a/past": day(20, 11)}
+        assert len(calls) == 1
+        LISTED[0]["expiration_date"] = "2026-12-24"
+        try:
+            await catalogue.refresh("openrouter", store=False)
+        finally:
+            del LISTED[0]["expiration_date"]
+        assert await told() == {"a/old": day(1), "a/past": day(20, 11), "a/one": day(24)}
+        assert len(calls) == 2
+    assert await told() == {}
+
+
+async def test_of_two_upstreams_the_first_day_counts():
+    """A model that is gone at one of its upstreams is told, whatever the other says."""
+    days = {"a": "2026-12-09", "b": "2026-12-02", "c": None}
+    catalogue = SimpleNamespace(model=lambda up, _: SimpleNamespace(expiration_date=days[up]) if up in days else None)
+    found = expiries({"a/v/m", "b/v/m", "c/v/m", "d/v/m"}, catalogue)
+    assert found == {("v/m",): datetime(2026, 12, 2, tzinfo=UTC).timestamp()}

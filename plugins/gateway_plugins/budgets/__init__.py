@@ -20,6 +20,7 @@ import math
 import operator
 import time
 from collections import OrderedDict
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -33,14 +34,16 @@ from gateway_plugins.budgets.bounds import Bound, Pricing, keep_to
 from gateway_plugins.budgets.settings import Budget, Config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
-    from gateway import AttemptRecord, Correction, Exchange, GatewayError, Services
+    from gateway import AttemptRecord, Cell, Correction, Exchange, GatewayError, Services
 
 _SUBJECTS = 10_000  # whose rules are kept
 # An attempt that failed like this may have been billed all the same.
 _PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.CLIENT_DISCONNECT, Cause.ABANDONED})
 _TOLD = frozenset({Source.UPSTREAM, Source.CATALOGUE})
+_OWN = "own limits"  # no name that the YAML can give
+_SEEN_MINUTES = 5  # how long what a request saw of a budget is told
 _REMEMBERED = 10_000  # operations whose true cost may still become known
 
 
@@ -96,6 +99,26 @@ def _period(now: datetime, per: Period) -> tuple[str, float]:
     return first.strftime("%Y-%m"), (first + timedelta(days=32)).replace(day=1).timestamp()
 
 
+class _Seen:
+    """What is told of the budgets of one name: the fullest that requests saw in the last minutes, and refusals."""
+
+    def __init__(self, refusals: Cell) -> None:
+        self.refusals = refusals
+        self._fullest: dict[float, float] = {}  # by minute
+
+    def note(self, share: float) -> None:
+        minute = time.monotonic() // 60
+        before = self._fullest.get(minute)
+        if before is None:
+            self._fullest = {at: known for at, known in self._fullest.items() if at > minute - _SEEN_MINUTES}
+        if before is None or share > before:
+            self._fullest[minute] = share
+
+    def fullest(self) -> float | None:
+        oldest = time.monotonic() // 60 - _SEEN_MINUTES
+        return max((share for minute, share in self._fullest.items() if minute > oldest), default=None)
+
+
 class _Compiled:
     """A budget, and its rule per subject: what is the same for every request of its period is made once."""
 
@@ -106,7 +129,9 @@ class _Compiled:
         self.of_caller = budget.when is None and OF_CALLERS.issuperset(budget.by)
         self._window = _Window(budget)
         self._limit = int(budget.usd * 10**6) if budget.hard else ENDLESS
-        self.warn_from = int(float(budget.usd) * 1e6 * budget.warn_at)
+        self.micro_usd = float(budget.usd) * 1e6
+        self.warn_from = int(self.micro_usd * budget.warn_at)
+        self.seen = owner.seen("own" if budget.name == _OWN else budget.name)
         self._prefix = f"{prefix}:{budget.name}:"
         self._period = ""
         self._known: dict[str, Rule] = {}
@@ -138,6 +163,7 @@ class _Compiled:
             until=None if end is None else end + 2 * 86400,
             actual=_actual,
             admitted=_admitted,
+            refused=_refused,
             again=_again,
             on_store_error=self.owner.on_store_error,
             about=self,
@@ -157,6 +183,20 @@ class Plugin:
         self._services = services
         self.on_store_error: Literal["allow", "deny"] = config.on_store_error
         self.pricing = Pricing(config, services)
+        self._refusals = services.metrics.counter(
+            "xenios_budget_refusals_total",
+            "Requests, or further attempts of theirs, that a budget refused, by its name (`own`: the key's or token's "
+            "own). Of several budgets the one that the client was told of.",
+            ("budget",),
+        )
+        self._used = services.metrics.gauge(
+            "xenios_budget_used_ratio",
+            "How much of a budget is spent, 1 is all: of the fullest (whichever key, team, …) that requests met in the "
+            "last five minutes. Absent if none did.",
+            ("budget",),
+            merge="max",
+        )
+        self._seen: dict[str, _Seen] = {}
         self._budgets = [self._compiled(budget) for budget in config.budgets]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
         self._plans = PerCaller(self._plan)
@@ -164,13 +204,31 @@ class Plugin:
         self._warned: OrderedDict[str, None] = OrderedDict()
         self._correctable: OrderedDict[str, tuple[Sequence[Rule], dict[int, int]]] = OrderedDict()
 
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        no_longer_shown = self._used.read_from(self._fullest)
+        try:
+            yield
+        finally:
+            no_longer_shown()
+
+    def seen(self, label: str) -> _Seen:
+        """By what a budget is called in metrics."""
+        found = self._seen.get(label)
+        if found is None:
+            found = self._seen[label] = _Seen(self._refusals.of(label))
+        return found
+
+    def _fullest(self) -> dict[tuple[str, ...], float]:
+        return {(label,): share for label, seen in self._seen.items() if (share := seen.fullest()) is not None}
+
     def _compiled(self, budget: Budget) -> _Compiled:
         return _Compiled(budget, self, self._services.plugin_id)
 
     def _compiled_own(self, own: OwnLimits) -> _Compiled:
-        """The caller's own spending limit as one of ours; no name that the YAML can give."""
+        """The caller's own spending limit as one of ours."""
         usd = own.usd or Decimal(0)
-        return self._compiled(Budget.model_construct(name="own limits", by=("key",), usd=usd, per=own.usd_per))
+        return self._compiled(Budget.model_construct(name=_OWN, by=("key",), usd=usd, per=own.usd_per))
 
     async def ping(self) -> None:
         await self._services.ledger.ping()
@@ -301,6 +359,7 @@ def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
         reserved.granted.append(state.granted)
     # what was spent when the request was admitted
     spent = rule.limit - state.remaining - state.granted - state.reserved
+    compiled.seen.note(spent / compiled.micro_usd)
     if spent >= compiled.warn_from and len(reserved.granted) == 1:
         owner.warn(rule, spent, exchange)
     if state.granted >= rule.amount or not reserved.bound.clamps:
@@ -364,6 +423,13 @@ def _again(exchange: Exchange) -> int:
     if not last.cost.pico_usd and not _perhaps_billed(last):
         return 0
     return _granted(exchange)[0][0]
+
+
+def _refused(rule: Rule, state: State, told: bool) -> None:
+    compiled: _Compiled = rule.about
+    compiled.seen.note((rule.limit - state.remaining - state.reserved) / compiled.micro_usd)
+    if told:
+        compiled.seen.refusals.value += 1
 
 
 def _refuse(rule: Rule, state: State) -> GatewayError:

@@ -21,7 +21,19 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from gateway import Cause, Duration, Finding, GatewayError, Reply, Source, Tasks, UpstreamError, Usage, hookimpl
+from gateway import (
+    OTHER,
+    Cause,
+    Duration,
+    Finding,
+    GatewayError,
+    Reply,
+    Source,
+    Tasks,
+    UpstreamError,
+    Usage,
+    hookimpl,
+)
 from gateway.kit import BreakerPolicy, Breakers, clean, input_estimate
 from gateway_plugins.fallback.outputs import is_invalid
 from gateway_plugins.fallback.plan import Entry, Plan, Policy
@@ -67,6 +79,7 @@ _BLAMED = frozenset(
 )
 # By these a client chooses who answers behind a target: how that goes says nothing of the target as others ask for it.
 _NARROWING = ("provider", "preset")
+_NUMBERS = {"closed": 0, "resting": 1, "half_open": 2, "open": 3}  # states in metrics: the worse, the higher
 _PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.INVALID_OUTPUT})
 
 
@@ -173,6 +186,17 @@ class Plugin:
         )
         self._max_extra = None if config.max_extra_usd is None else round(config.max_extra_usd * 10**12)
         self._max_rest = config.breaker.max_rest if config.breaker else 0.0
+        self._states = services.metrics.gauge(
+            "xenios_breaker_state",
+            "A target's circuit: 0 closed, 1 resting as it asked to, 2 half-open, 3 open; as the worst worker sees it.",
+            ("upstream", "model"),
+            merge="max",
+        )
+        self._changes = services.metrics.counter(
+            "xenios_breaker_changes_total",
+            "Changes of a target's circuit: opened, probed, probe_failed, closed, rests.",
+            ("upstream", "model", "change"),
+        )
         self.breakers: Breakers | None = None
         self._shared: Shared | None = None
         if config.breaker:
@@ -184,15 +208,14 @@ class Plugin:
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        if self._shared is None or self._services.redis is None:
-            yield
-            return
+        no_longer_shown = self._states.read_from(self._shown_states)
         tasks = Tasks()
-        sharing = tasks.spawn(self._shared.keep(), "fallback: breakers")
+        if self._shared is not None and self._services.redis is not None:
+            tasks.spawn(self._shared.keep(), "fallback: breakers")
         try:
             yield
         finally:
-            sharing.cancel()
+            no_longer_shown()
             await tasks.drain(0)
 
     # --- a request ---------------------------------------------------------------------------------------------------
@@ -321,6 +344,8 @@ class Plugin:
             breaker.rest(now + min(attempt.retry_after, self._max_rest), cause)
 
     def _changed(self, breaker: Breaker, change: Change) -> None:
+        upstream, _, model = breaker.name.partition("/")
+        self._changes.add(1, upstream, self._services.metrics.model(upstream, model), change)
         if self._shared is not None:
             self._shared.note(breaker)
         if change == "opened":
@@ -329,6 +354,17 @@ class Plugin:
             self._services.log.warning("circuit_closed", target=clean(breaker.name))
 
     # --- shown -------------------------------------------------------------------------------------------------------
+
+    def _shown_states(self) -> dict[tuple[str, ...], float]:
+        """For metrics. What clients made up, or other gateways know, is `other`, and told while it is not closed."""
+        now, known, found = self._clock(), self._services.catalogue.status(), dict[tuple[str, ...], float]()
+        for breaker in self.breakers or ():
+            upstream, _, model = breaker.name.partition("/")
+            labels = (upstream, self._services.metrics.model(upstream, model)) if upstream in known else (OTHER, OTHER)
+            state = _NUMBERS[breaker.state(now)]
+            if state or OTHER not in labels:
+                found[labels] = max(state, found.get(labels, 0))
+        return found
 
     @hookimpl
     def register_routes(self, router: Router) -> None:

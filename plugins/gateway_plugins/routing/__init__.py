@@ -16,16 +16,17 @@ shares requests out among several such lists:
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeAlias
 
 from gateway import GatewayError, hookimpl
-from gateway_plugins.routing.checks import concerns
+from gateway_plugins.routing.checks import concerns, expiries
 from gateway_plugins.routing.settings import PREFIX, Config
 from gateway_plugins.routing.table import Table, fraction
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from datetime import date
 
     from gateway import Decision, Exchange, Services
@@ -51,6 +52,7 @@ class Plugin:
         self._config = config
         self._services = services
         self._warnings: tuple[tuple[int, date] | None, tuple[str, ...]] = (None, ())
+        self._expiry: tuple[int | None, dict[tuple[str, ...], float]] = (None, {})
         self._table = Table(config, services)
         # Where a split that is not sticky lets a request fall; tests put their own in its place.
         self.draw: Callable[[Exchange], float] = drawn
@@ -62,6 +64,28 @@ class Plugin:
             for place in config.entries()
             if place.entry.model
         )
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        gauge = self._services.metrics.gauge(
+            "xenios_model_expiry_timestamp_seconds",
+            "When a model that rules, tasks or aliases name will be gone, as its upstream lists it, in Unix time; of "
+            "several upstreams the first. Absent without such a day.",
+            ("model",),
+            merge="min",
+        )
+        no_longer_shown = gauge.read_from(self._expiries)
+        try:
+            yield
+        finally:
+            no_longer_shown()
+
+    def _expiries(self) -> dict[tuple[str, ...], float]:
+        """For metrics: worked out when the catalogue has changed."""
+        catalogue = self._services.catalogue
+        if self._expiry[0] != catalogue.revision:
+            self._expiry = (catalogue.revision, expiries(self.named_models, catalogue))
+        return self._expiry[1]
 
     def warnings(self) -> Sequence[str]:
         """For readiness: worked out when the catalogue or the day has changed, not for each probe."""

@@ -4,14 +4,14 @@ can never match, tasks that nothing serves. Only what is certain is told.
 
 from __future__ import annotations
 
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING
 
 from gateway import Concern, When
 from gateway_plugins.routing.settings import PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from datetime import date
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
 
     from gateway_plugins.routing.settings import Config, Rule
@@ -27,6 +27,22 @@ def concerns(config: Config, settings: Any, catalogue: Any, today: date) -> list
         *_of_shadows(config),
         *_of_tasks(config),
     ]
+
+
+def expiries(models: Iterable[str], catalogue: Any) -> dict[tuple[str, ...], float]:
+    """(model,) → when it will be gone, in Unix time; of `models` (`upstream/model`) those that have such a day."""
+    found: dict[tuple[str, ...], float] = {}
+    for name in models:
+        upstream, _, model = name.partition("/")
+        listed = catalogue.model(upstream, model.partition("@preset/")[0])
+        try:
+            day = date.fromisoformat((listed.expiration_date or "")[:10]) if listed is not None else None
+        except ValueError:
+            continue
+        if day is not None:
+            gone = datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()
+            found[model,] = min(gone, found.get((model,), gone))
+    return found
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

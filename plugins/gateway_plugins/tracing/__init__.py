@@ -39,9 +39,7 @@ class Plugin:
         self._heard: ContextKey[Listener] = ContextKey("heard")
         self._content = Content(config.max_content, config.redact) if config.capture_content else None
         self._exporter: Exporter | None = None
-        self._dropped = services.metrics.counter("xenios_dropped_total", "What a full buffer dropped.", ("buffer",)).of(
-            "spans"
-        )
+        self._dropped = services.metrics.dropped("spans")
         self._counted = 0
 
     @asynccontextmanager

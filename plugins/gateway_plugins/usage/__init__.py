@@ -62,12 +62,17 @@ class Plugin:
         self._config = config
         self._services = services
         self._tasks = Tasks()
-        self._told_dropped = 0
+        self._waiting = services.metrics.gauge(
+            "xenios_usage_rows_waiting",
+            "Rows of requests that are not in the database yet, about: it is a second behind.",
+        )
+        self._dropped = services.metrics.dropped("usage")
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         moving = self._tasks.spawn(self._keep_moving(), "usage: rows")
         pruning = self._tasks.spawn(self._keep_pruning(), "usage: old rows")
+        no_longer_shown = self._waiting.read_from(self._shown_waiting)
         try:
             yield
         finally:
@@ -75,6 +80,10 @@ class Plugin:
             pruning.cancel()
             await self._tasks.drain(0)
             await self._move_the_last()
+            no_longer_shown()
+
+    def _shown_waiting(self) -> dict[tuple[str, ...], float]:
+        return {(): self._services.ledger.waiting_rows}
 
     async def ping(self) -> None:
         await self._services.database.ping()
@@ -125,12 +134,13 @@ class Plugin:
 
         ledger = self._services.ledger
         rows = await ledger.rows(BATCH)
-        if ledger.dropped_rows > self._told_dropped:
-            self._services.log.error("usage_rows_dropped", rows=ledger.dropped_rows - self._told_dropped)
-            self._told_dropped = ledger.dropped_rows
+        if dropped := ledger.take_dropped_rows():
+            self._services.log.error("usage_rows_dropped", rows=dropped)
+            self._dropped.value += dropped
         if rows:
             for op, reason in await store.store(self._services.database, rows):
                 self._services.log.error("usage_row_unusable", operation=op, error=reason[:300])
+                self._dropped.value += 1
             await ledger.drop_rows([row.id for row in rows])
         return len(rows)
 
