@@ -28,8 +28,9 @@ PUBLIC = {
 PLAIN_KEY = new_key()
 # In the shipped order; what a plugin needs to start at all. An installed plugin that isn't here fails a test.
 BUILT_IN = {
-    "metrics": {},
     "access_log": {},
+    "metrics": {},
+    "tracing": {"sample_ratio": 0},
     "api_keys": {"keys": [{"id": "plain", "hash": hash_key(PLAIN_KEY, PEPPER)}]},
     "jwt_auth": {"issuers": [{"issuer": "https://login.example.com", "audience": "x", "secret": "s" * 32}]},
     "routing": {},

@@ -460,10 +460,10 @@ async def test_a_collector_that_is_down_costs_a_count_and_is_found_again(monkeyp
         async with collector:
             assert (await gw.chat()).status == 200
             assert len(await collector.received(2)) == 2
-    assert [line["event"] for line in said if line["event"].startswith("traces")] == [
-        "traces_not_exported",
-        "traces_exported_again",
-    ]
+            async with asyncio.timeout(5):  # it has yet to read that they were taken
+                while (told := [line["event"] for line in said if line["event"].startswith("traces")])[1:] == []:
+                    await asyncio.sleep(0.01)
+            assert told == ["traces_not_exported", "traces_exported_again"]
 
 
 async def test_a_collector_that_hangs_holds_up_nothing(monkeypatch, said):
