@@ -451,6 +451,7 @@ class Exchange:
         "dialect",
         "error",
         "error_by",
+        "explained",
         "finished",
         "first_content",
         "form",
@@ -524,6 +525,8 @@ class Exchange:
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None
         self.error_by: str | None = None
+        # Answered by an explanation of what would become of it.
+        self.explained = False
         # What the request counts for, named by plugins in `check_request`; what came of it, once all were asked.
         self.rules: list[Rule] | None = None
         self.admission: Admission | None = None

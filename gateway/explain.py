@@ -86,6 +86,7 @@ def is_asked(exchange: Exchange) -> bool:
     if exchange.principal is None or not exchange.principal.admin:
         raise Forbidden(f"{HEADER} needs an admin key.", param=HEADER)
     exchange.record = None  # it is no use that anybody accounts for
+    exchange.explained = True
     return True
 
 

@@ -6,6 +6,7 @@ request is handled carry its id.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import re
@@ -13,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
@@ -22,7 +23,7 @@ import msgspec
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from gateway.exchange import Exchange
     from gateway.settings import LogSettings
@@ -81,6 +82,15 @@ def scrub(text: str, *more: str | None) -> str:
     return _scrubbed(text, {*_hidden, *filter(None, more)})
 
 
+def without_keys(text: str) -> str:
+    """As log lines show a text: without what looks like a key and what is hidden everywhere."""
+    return _scrubbed(text, _secret)
+
+
+def looks_like_key(text: str) -> bool:
+    return _KEY.search(text) is not None
+
+
 def _scrubbed(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         if secret in text:
@@ -110,7 +120,7 @@ def setup(settings: LogSettings) -> None:
         cache_logger_on_first_use=False,
     )
     # Libraries that log by themselves (aiohttp, asyncio) say only what is worse than a warning.
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ForeignLines()
     handler.setFormatter(_Foreign(processors))
     logging.basicConfig(level=max(logging.WARNING, _LEVELS[settings.level]), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
@@ -121,18 +131,47 @@ def setup(settings: LogSettings) -> None:
     threading.excepthook = _uncaught_in_thread
 
 
-class _Lines(structlog.PrintLogger):
-    """Standard error; one that nobody reads any more fails nothing."""
+_NOT_THERE = (OSError, ValueError, AttributeError)  # closed at some time, or from the beginning: then it is None
+_writing = threading.RLock()  # again by whoever has it: a destructor may log at any moment
 
-    def __init__(self, *_: Any) -> None:
-        super().__init__(sys.stderr)
+
+def _put(line: str) -> None:
+    """To standard error, whole. One that nobody reads any more fails nothing."""
+    with _writing, suppress(*_NOT_THERE), _alone():
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other worker writes: a pipe takes PIPE_BUF bytes at once, and a line with a traceback is longer."""
+    try:
+        descriptor = sys.stderr.fileno()
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+    except _NOT_THERE:
+        yield
+        return
+    try:
+        yield
+    finally:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN)
+
+
+class _Lines:
+    """Where structlog's lines go."""
+
+    def __init__(self, *_: Any) -> None: ...
 
     def msg(self, message: str) -> None:
-        with suppress(OSError, ValueError):
-            super().msg(message)
+        _put(message)
 
     log = debug = info = warn = warning = msg
     fatal = failure = err = error = critical = exception = msg
+
+
+class _ForeignLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _put(self.format(record))
 
 
 class _Foreign(logging.Formatter):
@@ -146,7 +185,7 @@ class _Foreign(logging.Formatter):
         try:
             message = record.getMessage()
         except Exception:  # noqa: BLE001 - its arguments do not fit; that is no reason to lose it
-            message = f"{record.msg} {record.args!r}"
+            message = f"{_said(record.msg)} {_said(record.args)}"
         event: Any = {"event": _text(message, _hidden), "logger": record.name, "exc_info": record.exc_info}
         level = next((name for name, least in reversed(_LEVELS.items()) if record.levelno >= least), "debug")
         for process in self._processors:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
 import msgspec
 import structlog
 
+from gateway.errors import StoreUnavailable
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -289,11 +290,18 @@ class Metrics:
     # --- for whoever shows -------------------------------------------------------------------------------------------
 
     async def read(self) -> list[Family]:
-        """All metrics, of all workers, by name."""
+        """All metrics, of all workers, by name.
+
+        Raises StoreUnavailable where workers can't exchange them: told by halves, counters would go down.
+        """
         if self._folder is None:
             return _merged([self._dump()])
-        own = await self._write()
-        return await asyncio.to_thread(lambda: _merged([own, *self._others_dumps()]))
+        try:
+            own = await self._write()
+            return await asyncio.to_thread(lambda: _merged([own, *self._others_dumps()]))
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise StoreUnavailable(f"The workers can't exchange their numbers in data_dir: {reason}.") from error
 
     # --- for the process ---------------------------------------------------------------------------------------------
 
@@ -385,7 +393,10 @@ class Metrics:
                 failed = False
 
     def _of_the_dead(self) -> list[Family]:
-        dump = _get_dump(self._file) if self._folder is not None else None
+        dump = None
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                dump = _get_dump(self._file)
         return [family for family in dump.families if family.kind != "gauge"] if dump else []
 
     def _others_dumps(self) -> list[_Dump]:
@@ -407,18 +418,23 @@ def _put(file: Path, data: bytes) -> None:
 
 
 def _get_dump(file: Path) -> _Dump | None:
+    """None if there is none. Raises OSError: a worker whose numbers can't be read just now is not one that has none."""
     try:
         return msgspec.msgpack.decode(file.read_bytes(), type=_Dump)
-    except (OSError, msgspec.MsgspecError):
+    except (FileNotFoundError, msgspec.MsgspecError):
         return None
 
 
 def _merged(dumps: Sequence[_Dump]) -> list[Family]:
-    """One family of each name, as the first dump that has it says what it is."""
+    """One family of each name, as the first worker that has it says what it is.
+
+    In the same order whoever asks: fractions that are added up in another one may give a sum that is smaller by a hair,
+    which Prometheus takes for a start from zero.
+    """
     now = time.time()
     families: dict[str, Family] = {}
     sums: dict[str, dict[Labels, Series]] = {}
-    for dump in dumps:
+    for dump in sorted(dumps, key=lambda dump: int(dump.worker)):
         for family in dump.families:
             first = families.setdefault(family.name, family)
             if (first.kind, first.labels, first.bounds) != (family.kind, family.labels, family.bounds):

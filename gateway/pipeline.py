@@ -84,6 +84,7 @@ _DROPPED = frozenset(
         "transfer-encoding", "upgrade", "set-cookie", "set-cookie2", "server", "date", "via", "alt-svc",
         "content-length", "content-encoding", "x-request-id", "request-id", "x-should-retry", "retry-after",
         "retry-after-ms", "strict-transport-security", "nel", "report-to", "x-powered-by",
+        "server-timing",
     }
 )  # fmt: skip
 _NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -596,6 +597,7 @@ class Run:
 
     async def _commit(self) -> None:
         """Headers and a comment go out before an upstream answered. Fallbacks stay possible, only silently."""
+        logs.handling.set(self.watch)  # this task came of the wheel, which belongs to no request
         out = self._head(200, {"Content-Type": EVENT_STREAM}, answered=False)
         self.exchange.client_started = self.exchange.streamed = True
         try:

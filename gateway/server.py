@@ -24,6 +24,7 @@ from multidict import istr
 from gateway.dialects import PLAIN_DIALECT
 from gateway.errors import BadRequest, GatewayError, RequestTimeout, TooLarge, UnsupportedMedia
 from gateway.exchange import Credentials, Exchange, RequestView, new_id
+from gateway.logs import looks_like_key
 from gateway.pipeline import ClientGone, Run
 from gateway.routes import Route
 from gateway.watch import SHUTDOWN
@@ -405,7 +406,7 @@ class Server:
         view.path_params = params
         exchange = Exchange(new_id(), view, snapshot, route)
         asked_id = request.headers.get(_X_REQUEST_ID)
-        if asked_id is not None and _REQUEST_ID.fullmatch(asked_id):
+        if asked_id is not None and _REQUEST_ID.fullmatch(asked_id) and not looks_like_key(asked_id):
             exchange.request_id = asked_id
         if fault is None:
             exchange.credentials = _credentials(request)

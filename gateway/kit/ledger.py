@@ -65,7 +65,7 @@ class State(msgspec.Struct, frozen=True, gc=False):
 class Rule(msgspec.Struct, eq=False):
     """One limit that one request falls under."""
 
-    key: str  # what is counted together: the rule and its subject, such as `rate_limit:per-key:alice:requests`
+    key: str  # what is counted together: plugin, rule and subject, such as `rate_limit:per-key:alice:requests`
     kind: Literal["rate", "slots", "budget"]
     limit: int  # rate: units per `per`; slots: how many at once; budget: micro-USD
     refuse: Callable[[Rule, State], GatewayError]  # what the client is told
@@ -273,6 +273,9 @@ def _take(exchange: Exchange, rules: Sequence[Rule], verdict: Verdict) -> None:
         for rule, state in zip(rules, verdict, strict=True):
             if rule.refused is not None:
                 rule.refused(rule, state, rule is worst)
+        plugin = worst.key.partition(":")[0]
+        if any(instance.id == plugin for instance in exchange.snapshot.instances):
+            exchange.error_by = f"{plugin}.check_request"
         raise worst.refuse(worst, said)
     for i, rule in enumerate(rules):
         if rule.admitted is not None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import functools
 
+from gateway.logs import without_keys
+
 LONGEST = 200
+_MARGIN = 200  # half a key at the cut would not be seen to be one
 
 
 def cleaned(text: str) -> str:
-    """Cut short, and nothing in it that steers a terminal, breaks a line or isn't UTF-8."""
-    text = text[:LONGEST]
+    """Cut short, without keys (some paste theirs where a name is due) and what steers a terminal or breaks a line."""
+    text = without_keys(text[: LONGEST + _MARGIN])[:LONGEST]
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
-# Names of models, principals and addresses come again and again.
-clean = functools.lru_cache(maxsize=4096)(cleaned)
+_kept = functools.lru_cache(maxsize=4096)(cleaned)
+
+
+def clean(text: str) -> str:
+    """`cleaned`, for names of models, principals and addresses, which come again and again."""
+    return _kept(text[: LONGEST + _MARGIN])  # what is kept is short too

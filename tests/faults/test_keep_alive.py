@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from gateway import hookimpl
+from gateway import hookimpl, logs
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import (
     Error,
     Hang,
     Json,
+    Pause,
     ScriptedUpstream,
     Stream,
     Until,
@@ -277,3 +278,24 @@ async def test_a_keep_alive_that_comes_too_late_is_not_sent():
             second = await gw.chat()
         assert first.body.endswith(b"data: [DONE]\n\n")
         assert (second.status, second.data["object"]) == (200, "chat.completion")
+
+
+async def test_lines_about_a_stream_that_was_committed_early_are_its_own():
+    """Who logs while the headers go out before an upstream answered, logs for this request, as always."""
+
+    heard = []
+
+    class Speaker:
+        reads_settings = ()
+
+        def __init__(self, config, services): ...
+
+        @hookimpl
+        def response_started(self, exchange):
+            watch = logs.handling.get()
+            heard.append(watch is not None and watch.exchange is exchange)
+
+    answer = Stream(Pause(0.3), *chat_events("Hello"))
+    async with Gateway.test(plugins=[Speaker], upstream=ScriptedUpstream(answer), settings={"server": SOON}) as gw:
+        await gw.chat(stream=True)
+    assert heard == [True]

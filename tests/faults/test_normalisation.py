@@ -369,6 +369,7 @@ HEADERS_OF_UPSTREAMS = [
     ("Keep-Alive", "timeout=5"), ("X-Hop", "secret"), ("Connection", "X-Hop"), ("Proxy-Authenticate", "Basic"),
     ("Upgrade", "h2c"), ("Alt-Svc", "h3"), ("X-Powered-By", "Express"), ("x-xenios-model", "forged"),
     ("x-xenios-attempts", "77"), ("X-Request-Id", "theirs"), ("X-RateLimit-Remaining", "3"), ("x-should-retry", "true"),
+    ("Server-Timing", "theirs;dur=1"),
     ("Access-Control-Allow-Origin", "*"), ("Strict-Transport-Security", "max-age=1"), ("X-Generation-Id", "gen-7"),
     ("X-Good", "yes"), ("Trailer", "x"),
 ]  # fmt: skip
@@ -425,14 +426,16 @@ async def test_every_endpoint_says_who_answered(endpoint):
 
 
 async def test_a_clients_request_id_is_kept_if_it_is_one():
-    """A client's own X-Request-Id is used, at the upstream too; one that could break a log line isn't."""
+    """A client's own X-Request-Id is used, at the upstream too; one that could break a log line isn't, nor is a key."""
     async with Gateway.test() as gw:
+        key = await gw.post("/v1/chat/completions", {}, headers={"X-Request-Id": gw.key})
         body = {"model": "m", "messages": []}
         good = await gw.post("/v1/chat/completions", body, headers={"X-Request-Id": "abc-1:2"})
         bad = await gw.post("/v1/chat/completions", body, headers={"X-Request-Id": 'a"b c'})
         assert (await sent(gw)).headers["x-request-id"] == "abc-1:2"
     assert good.headers["x-request-id"] == "abc-1:2"
     assert bad.headers["x-request-id"].startswith("req_")
+    assert key.headers["x-request-id"].startswith("req_")
 
 
 async def test_x_should_retry_is_said_only_after_own_fallbacks():

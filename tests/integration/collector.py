@@ -72,9 +72,10 @@ def _value(value: AnyValue) -> Any:
 
 @dataclass
 class Collector:
-    """`status`: what it answers; `hang`: it takes what it is sent, and never answers."""
+    """`status` and `reply`: what it answers; `hang`: it takes what it is sent, and never answers."""
 
     status: int = 200
+    reply: bytes = b""
     hang: bool = False
     spans: list[Received] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
@@ -123,4 +124,4 @@ class Collector:
             self._news.notify_all()
         if self.hang:
             await asyncio.Event().wait()
-        return web.Response(status=self.status)
+        return web.Response(status=self.status, body=self.reply)

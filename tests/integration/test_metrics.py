@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from gateway import Refused, Tasks, hookimpl
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Error, Hang, Json, Pause, ScriptedUpstream, Stream, chat_completion, chat_events
 from gateway.plugins import PluginStartError
+from gateway_plugins.metrics import Config
 from tests.integration import metrics_table
 from tests.integration.metrics_table import README
 from tests.integration.process import serving
@@ -162,6 +164,17 @@ async def test_why_requests_failed():
         assert "invented-by-upstream" not in text
 
 
+async def test_which_limit_refused():
+    """The plugin that set it, though the gateway judges the limits of all together."""
+    limits = {"limits": [{"name": "one", "requests": 1, "per": "1h"}]}
+    async with Gateway.test(plugins=[*PLUGINS, ("rate_limit", limits)]) as gw:
+        assert [(await gw.chat()).status for _ in range(3)] == [200, 429, 429]
+        await gw.finished(3)
+        found = await told(gw)
+        assert total(found, "xenios_refusals_total", plugin="rate_limit", code="rate_limit_exceeded") == 2
+        assert total(found, "xenios_errors_total", by="rate_limit.check_request") == 2
+
+
 async def test_what_is_under_way_and_what_was_not_told():
     """Requests in flight are a gauge; a client that left and an answer without usage are counted as such."""
     upstream = ScriptedUpstream(Json({**chat_completion("Hi"), "usage": None}))
@@ -179,6 +192,19 @@ async def test_what_is_under_way_and_what_was_not_told():
         found = await told(gw)
         assert total(found, "xenios_requests_in_flight") == 1
         assert total(found, "xenios_requests_total", outcome="client_disconnect", status="none") == 1
+
+
+async def test_what_is_only_explained_is_no_request_for_a_model():
+    """A dry run is counted as one: it would make models look quick, and requests cheap."""
+    async with Gateway.test(plugins=PLUGINS) as gw:
+        body = {"model": "test/model", "messages": [{"role": "user", "content": "Hello"}]}
+        reply = await gw.post("/v1/chat/completions", body, headers={"X-Xenios-Explain": "1"})
+        assert reply.status == 200
+        await gw.finished()
+        found = await told(gw)
+        assert total(found, "xenios_requests_total", endpoint="/admin/explain", model="", outcome="ok") == 1
+        assert total(found, "xenios_requests_total", endpoint="chat/completions") == 0
+        assert not [name for name, _ in found if name.startswith("gen_ai_")]
 
 
 async def test_a_reload_keeps_what_was_counted():
@@ -203,9 +229,23 @@ async def test_a_scraper_gets_the_format_that_it_asks_for():
         assert reply.headers["Content-Type"].startswith("application/openmetrics-text")
         names = {family.name for family in openmetrics(reply.body.decode())}
         assert {"xenios_requests", "xenios_request_duration_seconds", "xenios_build_info"} <= names
-        plain = await gw.get("/metrics")
-        assert plain.headers["Content-Type"].startswith("text/plain")
+        for accept in ("", "*/*", "application/json", "text/plain; version=0.0.4", "\xff;;=", ";" * 4000):
+            plain = await gw.get("/metrics", headers={"Accept": accept})
+            assert plain.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        for version in ("abc", "²", "9" * 100, "1.0.0; escaping=nonsense", ""):
+            odd = await gw.get("/metrics", headers={"Accept": f"application/openmetrics-text; version={version}"})
+            assert odd.headers["Content-Type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
         assert plain.headers["Cache-Control"] == "no-store"
+
+
+async def test_scrapes_at_the_same_time_are_one():
+    """However many ask at once, the text is made for the first and once more for all others."""
+    made = []
+    async with Gateway.test(plugins=PLUGINS) as gw:
+        gw.worker.metrics.before_export(lambda: made.append(1))
+        replies = await asyncio.gather(*(gw.get("/metrics") for _ in range(30)))
+        assert {reply.status for reply in replies} == {200}
+        assert len(made) <= 5
 
 
 async def test_all_metrics_are_in_the_table():
@@ -269,6 +309,51 @@ async def test_a_port_of_its_own():
                 assert reply.status == status
 
 
+async def test_a_reload_changes_a_port_of_its_own_at_once():
+    """Another token or path counts for all who ask from then on, though a request that began before is not yet over;
+    a reload that is refused changes neither."""
+    port = free_port()
+
+    def metrics(**more):
+        return [("metrics", {"port": port, **more}), "api_keys"]
+
+    async def asked(path, token, times=8):
+        """Over new connections: the kernel chooses who of those that listen takes one."""
+        found = set()
+        for _ in range(times):
+            async with aiohttp.ClientSession() as session:
+                headers = {"Authorization": f"Bearer {token}"}
+                async with session.get(f"http://127.0.0.1:{port}{path}", headers=headers) as reply:
+                    found.add(reply.status)
+        return found
+
+    tasks = Tasks()
+    async with Gateway.test(plugins=metrics(token="the-first-token"), upstream=ScriptedUpstream(Hang())) as gw:
+        slow = tasks.spawn(gw.chat(), "a slow one")
+        await gw.upstream.wait_seen(1)
+        await gw.reload(plugins=metrics(token="another-token", path="/m"))
+        assert await asked("/m", "another-token") == {200}
+        assert await asked("/m", "the-first-token") == {401}
+        assert await asked("/metrics", "the-first-token") == {404}
+
+        class Breaks:
+            """Fails after the port was opened anew."""
+
+            def __init__(self, config, services): ...
+
+            @contextlib.asynccontextmanager
+            async def lifespan(self):
+                raise RuntimeError("no")
+                yield
+
+        with pytest.raises(PluginStartError, match="Breaks"):
+            await gw.reload(plugins=[*metrics(token="a-third-token"), Breaks])
+        assert await asked("/m", "another-token") == {200}
+        slow.cancel()
+        await gw.finished(1)
+        assert await asked("/m", "another-token") == {200}
+
+
 async def test_a_port_that_is_taken_is_named_at_the_start():
     """The start fails, and says which plugin."""
     with socket.socket() as taken:
@@ -277,6 +362,21 @@ async def test_a_port_that_is_taken_is_named_at_the_start():
         with pytest.raises(PluginStartError, match="metrics"):
             async with Gateway.test(plugins=[("metrics", {"port": taken.getsockname()[1]})]):
                 pass
+
+
+async def test_listed_twice_it_would_count_twice():
+    """The start fails, and says so."""
+    plugins = [("metrics", {}), {"use": "metrics", "id": "second", "config": {"path": "/m"}}]
+    with pytest.raises(PluginStartError, match="List `metrics` once"):
+        async with Gateway.test(plugins=plugins):
+            pass
+
+
+@pytest.mark.parametrize("path", ["metrics", "", "/m?x=1", "/m#x", "/a b", "/{x}", "/é"])
+def test_a_path_that_nobody_can_ask_for_is_refused(path):
+    """It is a mistake in the configuration."""
+    with pytest.raises(ValueError, match="write it as a path, such as /metrics"):
+        Config(path=path)
 
 
 # --- invented names --------------------------------------------------------------------------------------------------

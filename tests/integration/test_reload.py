@@ -447,7 +447,7 @@ def test_a_worker_that_can_not_start_again_says_why(tmp_path):
         assert not [line for line in running.said if "Traceback" in line]
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_changed_files_are_taken_up(tmp_path, count):
     """`server.watch_config`: the file, a file that it names, and a plugin's file; each change once."""
     (tmp_path / "limit").write_text("100000\n")

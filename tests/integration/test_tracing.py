@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 import structlog
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTracePartialSuccess,
+    ExportTraceServiceResponse,
+)
 
 from gateway import BadRequest, RateLimited, Reply, hookimpl
 from gateway.kit.testing import Gateway
@@ -499,3 +503,28 @@ async def test_a_reload_sends_the_rest():
         await gw.chat()
         assert len(await old.received(2)) == 2
         assert len(await new.received(2)) == 2
+
+
+async def test_what_a_collector_refuses_in_part_is_counted(said):
+    """It answers 200 and says how many it dropped, and why: they are missing in the traces, so they are told."""
+    refused = ExportTraceServiceResponse(
+        partial_success=ExportTracePartialSuccess(rejected_spans=1, error_message="too long")
+    )
+    async with tracing() as (gw, collector):
+        collector.reply = refused.SerializeToString()
+        await gw.chat()
+        await collector.received(2)
+        exporter = gw.plugin("tracing")._exporter
+    assert exporter.dropped == 1
+    assert [line["error"] for line in said if line["event"] == "traces_not_exported"] == ["1 spans were refused"]
+
+
+async def test_any_success_is_one(said):
+    """Some backends answer 202 or 204."""
+    async with tracing() as (gw, collector):
+        collector.status = 202
+        await gw.chat()
+        await collector.asked(1)
+        exporter = gw.plugin("tracing")._exporter
+    assert exporter.dropped == 0
+    assert not [line for line in said if line["event"] == "traces_not_exported"]

@@ -95,6 +95,7 @@ async def test_a_thousand_at_once_get_what_the_budget_pays_for(tmp_path, server,
         assert await sums() == (1000, 0)
 
 
+@pytest.mark.full
 @pytest.mark.promise("P4.settled")
 async def test_what_was_not_spent_is_there_for_others(tmp_path, server, postgres):
     """Replies that cost a fifth of what was reserved, one by one, whichever process serves them: at least 45 of 50."""

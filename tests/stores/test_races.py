@@ -8,6 +8,7 @@ import hashlib
 import time
 
 import aiohttp
+import pytest
 import redis.asyncio
 
 from gateway.kit.ledger import _JUDGE, _SETTLE, RENEW_SECONDS, SETTLE_SECONDS
@@ -94,6 +95,7 @@ async def test_requests_race_over_two_workers(tmp_path, server):
         assert first > OFFERED / 10, second
 
 
+@pytest.mark.full
 async def test_tokens_race_over_two_workers(tmp_path, server):
     """The estimates of those that are admitted at once never exceed the limit, and use it up to two in a hundred."""
     async with (
@@ -111,6 +113,7 @@ async def test_tokens_race_over_two_workers(tmp_path, server):
             assert (await asked_by(valkey))[0] > OFFERED / 10
 
 
+@pytest.mark.full
 async def test_places_race_over_two_workers(tmp_path, server):
     """Exactly as many at once as there are places; when they leave, all places are free again."""
     async with (

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import logging
+import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -253,3 +255,45 @@ def test_an_object_that_can_not_be_shown_is_named(log):
     first, second = log.lines()
     assert first["value"] == "<Broken: RuntimeError>"
     assert second["exception"][0]["exc_type"] == "BrokenError"
+
+
+def test_what_a_library_can_not_even_say_is_a_line(log):
+    """A message that can't be shown, or arguments that don't fit it."""
+
+    class Broken:
+        def __str__(self):
+            raise RuntimeError("canary")
+
+        __repr__ = __str__
+
+    log.setup()
+    logging.getLogger("some.library").error(Broken())
+    logging.getLogger("some.library").error("%d of %s", Broken())  # noqa: PLE1206 - is what is tested
+    one, two = log.lines()
+    assert one["event"].startswith("<Broken: RuntimeError>")
+    assert two["event"].startswith("%d of %s")
+
+
+WORKER = """
+import logging, structlog, sys
+from gateway import logs
+from gateway.settings import LogSettings
+
+logs.setup(LogSettings(format="json"))
+for _ in range(20):
+    structlog.get_logger("test").info("long", one=sys.argv[1] * 9000, two=sys.argv[1] * 9000)
+    structlog.get_logger("test").info("short")
+    logging.getLogger("some.library").error(sys.argv[1] * 9000)
+"""
+
+
+def test_workers_do_not_mix_their_lines():
+    """Three processes, one pipe that is always full, lines that it does not take at once: each line is whole."""
+    reading, writing = os.pipe()
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, letter], stderr=writing) for letter in "abc"]
+    os.close(writing)
+    text = b"".join(iter(lambda: os.read(reading, 3000), b""))
+    os.close(reading)
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert len(lines) == 3 * 60

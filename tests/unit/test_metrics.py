@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 import gateway.metrics
+from gateway.errors import StoreUnavailable
 from gateway.metrics import MOST_MODELS, MOST_SERIES, Metrics
 
 
@@ -233,9 +234,41 @@ async def test_a_broken_file_is_no_worker(tmp_path):
 
 
 async def test_workers_that_differ_after_a_reload(tmp_path):
-    """While one has yet to swap, a metric that changed its labels is told as who is asked knows it."""
+    """While one has yet to swap, a metric that changed its labels is told as the first of them knows it."""
     one, two = Metrics(tmp_path, 1), Metrics(tmp_path, 2)
     one.counter("c_total", "", ("x",)).add(1, "a")
     two.counter("c_total", "").add(1)
     await one.read()
-    assert told(await two.read(), "c_total") == {(): 1}
+    assert told(await two.read(), "c_total") == told(await one.read(), "c_total") == {("a",): 1}
+
+
+async def test_a_sum_is_the_same_whoever_is_asked(tmp_path):
+    """Not smaller by a hair, as fractions are that are added up in another order: a counter would have gone down."""
+    workers = [Metrics(tmp_path, number) for number in (1, 2, 3, 4)]
+    for metrics, cost in zip(workers, (0.63, 0.07, 0.01, 0.84), strict=True):
+        metrics.counter("cost_total", "").add(cost)
+        await metrics.read()
+    sums = {told(await metrics.read(), "cost_total")[()] for metrics in workers}
+    assert len(sums) == 1
+
+
+async def test_numbers_that_can_not_be_exchanged_are_not_told(tmp_path):
+    """A full disk, a folder that is gone, a file that can't be read: an error that says so, not what is less than
+    before; and all of it once it is mended."""
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    one, two = Metrics(folder, 1), Metrics(folder, 2)
+    for metrics in (one, two):
+        metrics.counter("c_total", "").add(1)
+        await metrics.read()
+    folder.rename(tmp_path / "gone")
+    with pytest.raises(StoreUnavailable, match=r"exchange their numbers in data_dir: No such file"):
+        await one.read()
+    (tmp_path / "gone").rename(folder)
+    (folder / "2").rename(tmp_path / "2")
+    (folder / "2").mkdir()
+    with pytest.raises(StoreUnavailable, match="Is a directory"):
+        await one.read()
+    (folder / "2").rmdir()
+    (tmp_path / "2").rename(folder / "2")
+    assert told(await one.read(), "c_total") == {(): 2}

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import threading
+import tracemalloc
 
 import pytest
 import structlog
@@ -23,6 +24,7 @@ from gateway import (
     Unauthenticated,
     Usage,
 )
+from gateway.kit import clean, new_key
 from gateway.kit.testing import Gateway
 from gateway_plugins import access_log
 from tests.scraped import closed, scraped
@@ -166,6 +168,30 @@ async def test_hostile_text_stays_in_its_field(text, tmp_path):
     assert path.read_bytes().count(b"\n") == 1
     assert all(c.isprintable() for c in path.read_text().rstrip("\n"))
     assert path.stat().st_size < 12_000
+
+
+async def test_a_key_where_a_name_is_due_is_not_logged(tmp_path):
+    """Some paste theirs into the wrong field; wherever the name is cut, not even half of it stands in the line."""
+    key = new_key()
+    for before in ("", "x " * 80, "x " * 98):
+        made = finished(request_id=before + key, principal=Principal(before + key))
+        made.body = {"model": before + key}
+        (line,) = await lines(tmp_path / "log", made)
+        (tmp_path / "log").unlink()
+        assert key[10:20] not in repr(line)
+        assert line["model_asked"].startswith(before or "sk-xenios-***")
+
+
+def test_of_a_huge_name_no_more_is_kept_than_is_shown():
+    """A client who sends them again and again fills no memory."""
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            assert len(clean(f"{number}" + "x" * 1_000_000)) == 200
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1_000_000
 
 
 async def test_letters_of_any_language_are_kept(tmp_path):

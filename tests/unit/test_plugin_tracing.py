@@ -1,6 +1,8 @@
 import json
 import random
 import string
+import time
+import tracemalloc
 
 import msgspec
 import pytest
@@ -11,10 +13,11 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 from plugin_objects import exchange, services
 from pydantic import SecretStr, ValidationError
 
-from gateway import AttemptRecord, Cause, Outcome, Target
+from gateway import AttemptRecord, Cause, Outcome, Target, logs
 from gateway.exchange import Reply
+from gateway.kit import new_key
 from gateway_plugins import tracing
-from gateway_plugins.tracing import otlp
+from gateway_plugins.tracing import export, otlp
 from gateway_plugins.tracing.content import Content, Listener
 from gateway_plugins.tracing.context import new_trace, trace_of
 from gateway_plugins.tracing.spans import Spans
@@ -218,6 +221,26 @@ def test_what_clients_choose_is_no_secret_and_no_megabyte():
         SpanMessage.FromString(otlp.encoded(span))
 
 
+def test_a_word_of_the_environment_is_a_word(monkeypatch):
+    """A model that the configuration takes from a variable is named; what is secret everywhere is not."""
+    monkeypatch.setattr(logs, "_hidden", set())
+    monkeypatch.setattr(logs, "_secret", set())
+    logs.hide(["author/model-of-mine"])
+    logs.hide(["author/secret-canary"], everywhere=True)
+    made = exchange({"model": "author/model-of-mine"})
+    tried(made, model="author/model-of-mine")
+    tried(made, model="author/secret-canary")
+    server, one, two = spans(made)
+    assert server.attributes["xenios.model_asked"] == one.attributes["gen_ai.request.model"] == "author/model-of-mine"
+    assert one.name == "chat author/model-of-mine"
+    assert two.name == "chat ***"
+
+
+def test_a_state_with_a_key_is_dropped():
+    """It would stand in spans as it came, and go to upstreams."""
+    assert trace(PARENT, f"vendor={new_key()}").state == ""
+
+
 def test_an_unknown_method_has_no_name():
     """Nobody makes a span name of theirs by sending it."""
     made = exchange()
@@ -284,6 +307,21 @@ async def test_without_a_collector_nothing_is_kept():
     assert made.trace_id is None
 
 
+@given(st.binary())
+def test_any_reply_of_a_collector_is_read(reply):
+    """Also what is no protobuf."""
+    assert otlp.refused(reply) >= 0
+
+
+def test_a_span_on_a_terminal_steers_nothing():
+    """Whatever is in it, it is one line of ASCII."""
+    content = {"gen_ai.input.messages": "\x9b2J\x7f\u2028\udcff\n\x1b", "count": 1}
+    line = export._line(otlp.Span("a\x9b", otlp.SERVER, 1, 2, 0, 0, 0, content)).decode()
+    assert line[:-1].isascii()
+    assert line[:-1].isprintable()
+    assert json.loads(line)["attributes"]["gen_ai.input.messages"].startswith("\x9b2J\x7f\u2028")
+
+
 # --- content ---------------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +352,34 @@ def test_a_key_is_not_shown_wherever_the_text_is_cut(at):
     text = "." * at + " sk-xenios-" + "canary" * 40 + "." * 10_000
     assert "canary" not in Content(100, ()).shown(text)
     assert "canary" not in Content(5000, ()).shown(text)
+
+
+MANY = {
+    "numbers": ("embeddings", {"input": [1] * 2_000_000}),
+    "empty texts": ("chat/completions", {"messages": [{"role": "user", "content": [""] * 2_000_000}]}),
+    "nothing at all": ("chat/completions", {"messages": [{"role": "user", "content": [None] * 2_000_000}]}),
+    "empty lists": ("chat/completions", {"messages": [], "tools": [[]] * 2_000_000}),
+    "empty objects": ("chat/completions", {"messages": [], "tools": [{"": {}}] * 2_000_000}),
+    "messages": ("chat/completions", {"messages": [{"role": "user", "content": ""}] * 2_000_000}),
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_of_a_million_items_few_are_looked_at(what):
+    """Whatever a client sends very many of, spans are short, and making them takes neither memory nor time."""
+    endpoint, body = MANY[what]
+    made = exchange(body, endpoint=endpoint)
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        found = Content(1000, ()).attributes(made, None)
+        taken = time.process_time() - began
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(map(len, found.values())) < 20_000
+    assert most < 2_000_000
+    assert taken < 0.2
 
 
 def test_files_are_not_kept():

@@ -7,7 +7,9 @@ configuration and the catalogue: an invented model is `other`. All names stand i
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
@@ -15,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 from gateway import Reply, hookimpl
 from gateway_plugins.metrics.port import Port
 from gateway_plugins.metrics.recorder import Recorder
-from gateway_plugins.metrics.shown import shown
+from gateway_plugins.metrics.shown import OPENMETRICS, PLAIN, Format, Newest, accepted, shown
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _path(value: str) -> str:
-    if not value.startswith("/") or "{" in value:
+    if not re.fullmatch(r"/[\w./~-]*", value, re.ASCII):
         raise ValueError("write it as a path, such as /metrics")
     return value
 
@@ -64,12 +66,15 @@ class Plugin:
     reads_settings = ("upstreams",)
 
     def __init__(self, config: Config, services: Services) -> None:
+        if sum(entry.use == "metrics" for entry in services.settings.plugins) > 1:
+            raise ValueError("List `metrics` once: two would count each request twice.")
         self._config = config
         self._metrics = services.metrics
         # An empty variable is no token.
         self._token = (config.token.get_secret_value() if config.token else "") or None
         self._recorder = Recorder(services.metrics)
         self._kinds = {name: upstream.kind for name, upstream in services.settings.upstreams.items()}
+        self._texts = {kind: Newest(partial(self._make, kind)) for kind in (PLAIN, OPENMETRICS)}
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -102,6 +107,10 @@ class Plugin:
         return Reply(200, text, {"Content-Type": content_type, "Cache-Control": "no-store"})
 
     async def _shown(self, accept: str) -> tuple[bytes, str]:
+        kind = accepted(accept)
+        return await self._texts[kind].get(), kind.content_type
+
+    async def _make(self, kind: Format) -> bytes:
         """In a thread: thousands of series take some tens of milliseconds."""
         families = await self._metrics.read()
-        return await asyncio.to_thread(shown, families, accept, self._kinds if self._config.genai else None)
+        return await asyncio.to_thread(shown, families, kind.encode, self._kinds if self._config.genai else None)

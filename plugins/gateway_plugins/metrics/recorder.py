@@ -126,13 +126,15 @@ class Recorder:
         for one in tries:
             upstream += (one.finished or finished) - one.started
             self._attempt(exchange.endpoint, one)
+        # A dry run by its header: no model was asked.
+        endpoint = "/admin/explain" if exchange.explained else exchange.endpoint
         target = exchange.served
-        if target is None and (tries or (decision is not None and decision.targets)):
+        if target is None and not exchange.explained and (tries or (decision is not None and decision.targets)):
             target = tries[-1].target if tries else decision.targets[0] if decision else None
         at, model = (target.upstream, target.model) if target is not None else ("", "")
         task, rule = (decision.task, decision.rule) if decision is not None else (None, None)
         outcome = exchange.outcome or Outcome.ERROR
-        kind = (exchange.endpoint, exchange.stream, outcome, exchange.status, at, model, task, rule)
+        kind = (endpoint, exchange.stream, outcome, exchange.status, at, model, task, rule)
         series = self._kinds.get(kind) or self._of(kind)
         series.requests.value += 1
         duration = finished - started
@@ -151,7 +153,7 @@ class Recorder:
             for skipped in exchange.skipped:
                 self._skips.add(1, self.metrics.model(skipped.upstream, skipped.model))
         if exchange.error is not None:
-            self._failed(exchange, outcome)
+            self._failed(exchange, endpoint, outcome)
 
     def _of(self, kind: _Kind) -> _Series:
         if len(self._kinds) >= MOST_KINDS:
@@ -215,7 +217,7 @@ class Recorder:
             else:
                 self._fallbacks.add(1, name, self.metrics.model(after.target.upstream, after.target.model), cause)
 
-    def _failed(self, exchange: Exchange, outcome: Outcome) -> None:
+    def _failed(self, exchange: Exchange, endpoint: str, outcome: Outcome) -> None:
         error = exchange.error
         if error is None:
             return
@@ -223,6 +225,6 @@ class Recorder:
         of_upstream = isinstance(error, UpstreamError)
         code = error.cause if isinstance(error, UpstreamError) else error.error_code
         by = exchange.error_by or ("upstream" if of_upstream else "gateway")
-        self._errors.add(1, exchange.endpoint, code, by)
+        self._errors.add(1, endpoint, code, by)
         if outcome is Outcome.REFUSED:
             self._refusals.add(1, by.partition(".")[0], code)

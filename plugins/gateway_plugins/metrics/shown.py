@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import asyncio
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prometheus_client import exposition
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from gateway import Family, Series
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
     from prometheus_client.core import Metric
 
@@ -50,12 +52,45 @@ _GENAI = {
 }
 
 
-def shown(families: Sequence[Family], accept: str, upstreams: Mapping[str, str] | None) -> tuple[bytes, str]:
-    """(text, content type) as the client accepts it. `upstreams`: name → kind; None: without GenAI's names."""
-    encode, content_type = choose_encoder(accept)
+class Format(NamedTuple):
+    """Of the text. Names are plain ASCII, so no way of writing others needs to be agreed on."""
+
+    encode: Callable[[Any], bytes]
+    content_type: str
+
+
+PLAIN = Format(exposition.generate_latest, exposition.CONTENT_TYPE_PLAIN_0_0_4)
+OPENMETRICS = Format(openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST)
+
+
+def accepted(accept: str) -> Format:
+    return OPENMETRICS if "application/openmetrics-text" in accept.lower() else PLAIN
+
+
+def shown(families: Sequence[Family], encode: Callable[[Any], bytes], upstreams: Mapping[str, str] | None) -> bytes:
+    """`upstreams`: name → kind; None: without GenAI's names."""
     genai = _genai(families, upstreams) if upstreams is not None else ()
-    text: bytes = encode(_Collected([*families, *genai]))
-    return text, content_type
+    return encode(_Collected([*families, *genai]))
+
+
+class Newest:
+    """One text for all who ask at the same time: making it is what a scrape costs."""
+
+    def __init__(self, make: Callable[[], Awaitable[bytes]]) -> None:
+        self._make = make
+        self._making = asyncio.Lock()
+        self._begun = self._made = 0
+        self._text = b""
+
+    async def get(self) -> bytes:
+        """One that was begun after this was called: an older one may tell less than another worker did since."""
+        wanted = self._begun + 1
+        async with self._making:
+            if self._made < wanted:
+                self._begun = number = self._begun + 1
+                self._text = await self._make()
+                self._made = number
+            return self._text
 
 
 class _Collected:

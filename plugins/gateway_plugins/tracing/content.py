@@ -1,12 +1,14 @@
 """Prompts and answers as span attributes, where the configuration asks for them: redacted, and cut short.
 
 In the form of the semantic conventions for generative AI: messages with parts. What a field holds is told by its shape,
-whatever endpoint it came from; images, sound and files are not kept.
+whatever endpoint it came from; images, sound and files are not kept. Messages and parts are made as they are shown:
+of a million, only the few that there is room for.
 """
 
 from __future__ import annotations
 
 import re
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,7 +16,7 @@ import msgspec
 from gateway.kit import scrub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from gateway import Event, Exchange, Outcome
 
@@ -24,6 +26,7 @@ _SYSTEM = ("system", "instructions")
 _TOOLS = "tools"
 _FILES = frozenset({"data", "file_data", "b64_json", "image_url", "embedding"})
 _DEEPEST = 32
+_NOTHING = "[]"
 # A secret that the end of a cut text may be the beginning of is shorter; JWTs are the longest.
 _AHEAD = 4096
 _EVENT_PER_CHARACTER = 16  # an event of 200 bytes brings some ten characters
@@ -61,14 +64,15 @@ class Content:
         body = exchange.body
         names = [name for name in exchange.dialect.text_fields if name in body]
         found = {
-            "gen_ai.system_instructions": [part for name in names if name in _SYSTEM for part in _parts(body[name])],
-            "gen_ai.input.messages": [
+            "gen_ai.system_instructions": (part for name in names if name in _SYSTEM for part in _parts(body[name])),
+            "gen_ai.input.messages": (
                 message for name in names if name not in (*_SYSTEM, _TOOLS) for message in _messages(body[name])
-            ],
+            ),
             "gen_ai.tool.definitions": body.get(_TOOLS),
             "gen_ai.output.messages": _answer(exchange, heard),
         }
-        shown: dict[str, Any] = {name: self.shown(value) for name, value in found.items() if value}
+        texts = {name: self.shown(value) for name, value in found.items() if value}
+        shown: dict[str, Any] = {name: text for name, text in texts.items() if text != _NOTHING}
         stop = exchange.body.get("stop", exchange.body.get("stop_sequences"))
         if stop:
             shown["gen_ai.request.stop_sequences"] = self.shown(stop)
@@ -90,16 +94,18 @@ class Content:
             for key, item in value.items():
                 if room[0] <= 0:
                     break
+                room[0] -= 1  # nothing is for nothing: not even the empty
                 is_file = key in _FILES and isinstance(item, str | list)
                 name = self._text(str(key), room)
                 shown[name] = f"[{len(item)}]" if is_file else self._redacted(item, room, depth + 1)
             return shown
-        if isinstance(value, list) and depth < _DEEPEST:
+        if isinstance(value, list | GeneratorType) and depth < _DEEPEST:
             items: list[Any] = []
             for item in value:
                 if room[0] <= 0:
                     items.append("…")
                     break
+                room[0] -= 1
                 items.append(self._redacted(item, room, depth + 1))
             return items
         room[0] -= 8
@@ -124,42 +130,45 @@ class Content:
 # --- by their shape ------------------------------------------------------------------------------------------------
 
 
-def _messages(value: Json) -> list[Json]:
+def _messages(value: Json) -> Iterator[Json]:
     """Chat messages, items of a response's input, or texts."""
-    items = value if isinstance(value, list) else [value]
-    return [
-        _message(item) if isinstance(item, dict) and "role" in item else {"role": "user", "parts": _parts(item)}
-        for item in items
-    ]
+    for item in value if isinstance(value, list) else (value,):
+        is_message = isinstance(item, dict) and "role" in item
+        yield _message(item) if is_message else {"role": "user", "parts": _parts(item)}
 
 
 def _message(item: dict[str, Any]) -> Json:
-    parts = _parts(item.get("content"))
+    return {"role": item["role"], "parts": _parts_of_message(item)}
+
+
+def _parts_of_message(item: dict[str, Any]) -> Iterator[Json]:
+    reasoning = item.get("reasoning") or item.get("reasoning_content")
+    if isinstance(reasoning, str):
+        yield {"type": "reasoning", "content": reasoning}
     if item.get("role") == "tool":
-        parts = [{"type": "tool_call_response", "id": item.get("tool_call_id"), "response": item.get("content")}]
+        yield {"type": "tool_call_response", "id": item.get("tool_call_id"), "response": item.get("content")}
+    else:
+        yield from _parts(item.get("content"))
     calls = item.get("tool_calls")
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
-            parts.append({"type": "tool_call", "id": call.get("id"), **function})
-    reasoning = item.get("reasoning") or item.get("reasoning_content")
-    if isinstance(reasoning, str):
-        parts.insert(0, {"type": "reasoning", "content": reasoning})
-    return {"role": item["role"], "parts": parts}
+            yield {"type": "tool_call", "id": call.get("id"), **function}
 
 
-def _parts(content: Json) -> list[Json]:
-    if content is None:
-        return []
-    if isinstance(content, list):
-        return [part for item in content for part in _parts(item)]
-    if isinstance(content, dict):
-        text = content.get("text")
-        return [{"type": "text", "content": text}] if isinstance(text, str) else [content]
-    return [{"type": "text", "content": content}]
+def _parts(content: Json) -> Iterator[Json]:
+    if content is not None:
+        yield from map(_part, content if isinstance(content, list) else (content,))
 
 
-def _answer(exchange: Exchange, heard: Listener | None) -> list[Json]:
+def _part(item: Json) -> Json:
+    if not isinstance(item, dict):
+        return {"type": "text", "content": item}
+    text = item.get("text")
+    return {"type": "text", "content": text} if isinstance(text, str) else item
+
+
+def _answer(exchange: Exchange, heard: Listener | None) -> Iterable[Json]:
     if heard is not None:
         return _streamed([event.data for event in heard.events])
     reply = exchange.reply
@@ -171,15 +180,15 @@ def _answer(exchange: Exchange, heard: Listener | None) -> list[Json]:
         return []
 
 
-def _whole(data: Json) -> list[Json]:
+def _whole(data: Json) -> Iterable[Json]:
     """Of chat, completions, messages, responses and transcriptions; vectors, rankings and pictures are no messages."""
     if not isinstance(data, dict):
         return []
     choices, output = data.get("choices"), data.get("output")
     if isinstance(choices, list):
-        return [_choice(choice) for choice in choices if isinstance(choice, dict)]
+        return (_choice(choice) for choice in choices if isinstance(choice, dict))
     if isinstance(output, list):
-        return [_item(item) for item in output if isinstance(item, dict)]
+        return (_item(item) for item in output if isinstance(item, dict))
     if data.get("role") == "assistant":
         return [_message(data) | {"finish_reason": data.get("stop_reason")}]
     return [{"role": "assistant", "parts": _parts(data["text"])}] if isinstance(data.get("text"), str) else []
@@ -200,7 +209,7 @@ def _item(item: dict[str, Any]) -> Json:
     return {"role": "assistant", "parts": [item]}
 
 
-def _streamed(events: Sequence[Json]) -> list[Json]:
+def _streamed(events: Sequence[Json]) -> Iterable[Json]:
     """The same, of the events that were heard. A cut stream has what came of it."""
     texts: dict[Any, list[str]] = {}
     finish: dict[Any, Any] = {}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from gateway.kit import scrub
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -77,9 +79,9 @@ def trace_of(exchange: Exchange) -> Trace | None:
 
 
 def _state(values: Sequence[str]) -> str:
-    """All of it or nothing."""
+    """All of it or nothing; it goes into spans and to upstreams as it came."""
     state = ",".join(values)
-    if not state or len(state) > _LONGEST_STATE:
+    if not state or len(state) > _LONGEST_STATE or state != scrub(state):
         return ""
     found = [member.strip(" \t") for member in state.split(",")]
     sound = [_MEMBER.fullmatch(member) for member in found if member]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import ssl
 import sys
@@ -17,7 +18,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import msgspec
 from multidict import CIMultiDict
 
 from gateway import Tasks, __version__
@@ -38,16 +38,17 @@ CLOSE_SECONDS = 2.0
 TRIES = 3
 QUIET_SECONDS = 60.0  # between two lines about a collector that comes and goes
 _LATER = frozenset({429, 502, 503, 504})  # OTLP: what may be sent again
-_ACCEPTED = 200
+_LONGEST_REPLY = 4096
 _GZIP = 16 + zlib.MAX_WBITS
 
 
 class NotExportedError(Exception):
-    """A batch was not taken. `again`: it may be later."""
+    """A batch was not taken, or only in part. `again`: it may be later; `spans`: so many of it, None: all."""
 
-    def __init__(self, message: str, *, again: bool) -> None:
+    def __init__(self, message: str, *, again: bool, spans: int | None = None) -> None:
         super().__init__(message)
         self.again = again
+        self.spans = spans
 
 
 class Exporter:
@@ -123,7 +124,8 @@ class Exporter:
             except Exception as error:  # noqa: BLE001 - whatever it is, the next batch has its chance
                 self._failed(str(error) if isinstance(error, NotExportedError) else type(error).__name__)
                 if number == tries or not (isinstance(error, NotExportedError) and error.again):
-                    return len(batch)
+                    refused = error.spans if isinstance(error, NotExportedError) else None
+                    return len(batch) if refused is None else min(refused, len(batch))
                 await asyncio.sleep(2.0 ** (number - 1))
             else:
                 if self._failing:
@@ -167,9 +169,11 @@ async def _sender(config: Config) -> AsyncIterator[Send]:
                 body = await asyncio.to_thread(_gzip, body)
             try:
                 async with session.post(config.endpoint, data=body, allow_redirects=False) as reply:
-                    if reply.status != _ACCEPTED:
+                    if not 200 <= reply.status < 300:
                         raise NotExportedError(f"HTTP {reply.status}", again=reply.status in _LATER)
-                    await reply.read()
+                    refused = otlp.refused(await reply.content.read(_LONGEST_REPLY))
+                    if refused:
+                        raise NotExportedError(f"{refused} spans were refused", again=False, spans=refused)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise NotExportedError(type(error).__name__, again=True) from error
 
@@ -200,10 +204,8 @@ def _gzip(data: bytes) -> bytes:
 
 
 def _line(span: Span) -> bytes:
-    try:
-        return msgspec.json.encode(otlp.readable(span)) + b"\n"
-    except (UnicodeEncodeError, ValueError):
-        return msgspec.json.encode({"name": ascii(span.name), "attributes": ascii(span.attributes)}) + b"\n"
+    """In ASCII: content may hold what steers a terminal, or makes a line look like two."""
+    return json.dumps(otlp.readable(span)).replace("\x7f", "\\u007f").encode() + b"\n"
 
 
 async def _print(batch: Sequence[bytes]) -> None:

@@ -82,6 +82,16 @@ def request(resource: Mapping[str, Any], version: str, spans: Iterable[bytes]) -
     return _field(b"\x0a", of_resource + _field(b"\x12", of_scope))
 
 
+def refused(reply: bytes) -> int:
+    """How many spans a collector took and dropped: ExportTraceServiceResponse.partial_success.rejected_spans."""
+    try:
+        partial = _first(reply, 1)
+        count = _first(partial, 1) if isinstance(partial, bytes) else None
+    except IndexError:  # it ends within a field, or is something else
+        return 0
+    return count if isinstance(count, int) and count < 1 << 63 else 0
+
+
 def readable(span: Span) -> dict[str, Any]:
     """For people."""
     return {
@@ -132,6 +142,30 @@ def _text(tag: bytes, text: str) -> bytes:
 
 def _field(tag: bytes, payload: bytes) -> bytes:
     return tag + _varint(len(payload)) + payload
+
+
+def _first(message: bytes, wanted: int) -> bytes | int | None:
+    """The first field of this number, of those that are varints or have a length."""
+    at = 0
+    while at < len(message):
+        tag, at = _read_varint(message, at)
+        number, at = _read_varint(message, at)
+        value: bytes | int = number
+        if tag & 7 == 2:
+            value, at = message[at : at + number], at + number
+        elif tag & 7:
+            return None
+        if tag >> 3 == wanted:
+            return value
+    return None
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    number = shift = 0
+    while message[at] >= 0x80:
+        number |= (message[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return number | message[at] << shift, at + 1
 
 
 def _varint(number: int) -> bytes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from gateway import Cause, Outcome, Source
-from gateway.kit import clean, scrub
+from gateway.kit import clean
 from gateway_plugins.tracing.context import new_span_id
 from gateway_plugins.tracing.otlp import CLIENT, INTERNAL, SERVER, Event, Span
 
@@ -144,11 +144,11 @@ def _server(exchange: Exchange, *, failed: bool) -> tuple[str, Attributes]:
         "xenios.outcome": str(exchange.outcome or Outcome.ERROR),
     }
     if exchange.request_id != exchange.id:
-        attributes["xenios.request_id"] = _shown(exchange.request_id)
+        attributes["xenios.request_id"] = clean(exchange.request_id)
     if exchange.status is not None:
         attributes["http.response.status_code"] = exchange.status
     if exchange.error is not None:
-        attributes["xenios.error_code"] = _shown(exchange.error.error_code)
+        attributes["xenios.error_code"] = clean(exchange.error.error_code)
     if exchange.error_by is not None:
         attributes["xenios.error_by"] = exchange.error_by
     if failed:
@@ -179,7 +179,7 @@ def _proxied(exchange: Exchange, attributes: Attributes) -> None:
     attributes["xenios.attempts"] = len(exchange.attempts)
     asked = exchange.asked_model
     if asked:
-        attributes["xenios.model_asked"] = _shown(asked)
+        attributes["xenios.model_asked"] = clean(asked)
     served = exchange.served
     if served is not None:
         attributes["xenios.model_served"] = clean(served.model)
@@ -187,8 +187,8 @@ def _proxied(exchange: Exchange, attributes: Attributes) -> None:
     tries = exchange.attempts
     if exchange.skipped or len(tries) > 1 or (tries and tries[0].cause is not None):
         attributes["xenios.tries"] = [
-            *(f"{_shown(target.name)} {Cause.CIRCUIT_OPEN}" for target in exchange.skipped),
-            *(f"{_shown(record.target.name)} {record.cause or 'ok'}" for record in tries),
+            *(f"{clean(target.name)} {Cause.CIRCUIT_OPEN}" for target in exchange.skipped),
+            *(f"{clean(record.target.name)} {record.cause or 'ok'}" for record in tries),
         ]
     if exchange.cost.usd is not None:
         attributes["xenios.cost_usd"] = exchange.cost.usd
@@ -196,7 +196,7 @@ def _proxied(exchange: Exchange, attributes: Attributes) -> None:
 
 
 def _target(target: Target) -> Attributes:
-    return {"gen_ai.request.model": _shown(target.model), "xenios.upstream": target.upstream}
+    return {"gen_ai.request.model": clean(target.model), "xenios.upstream": target.upstream}
 
 
 def _answering(exchange: Exchange) -> AttemptRecord | None:
@@ -209,7 +209,7 @@ def _answering(exchange: Exchange) -> AttemptRecord | None:
 def _attempt(exchange: Exchange, record: AttemptRecord) -> tuple[str, Attributes]:
     dialect, target, usage = exchange.dialect, record.target, record.usage
     client = exchange.snapshot.upstreams[target.upstream]
-    model = _shown(target.model)
+    model = clean(target.model)
     attributes: Attributes = {
         "gen_ai.operation.name": dialect.operation,
         "gen_ai.provider.name": client.kind,
@@ -239,7 +239,7 @@ def _attempt(exchange: Exchange, record: AttemptRecord) -> tuple[str, Attributes
     if record.generation_id is not None:
         attributes["gen_ai.response.id"] = clean(record.generation_id)
     if record.first_content is not None:
-        attributes["gen_ai.response.model"] = _shown(record.served.model)
+        attributes["gen_ai.response.model"] = clean(record.served.model)
         if exchange.stream:
             attributes["gen_ai.response.time_to_first_chunk"] = record.first_content - record.started
     if usage.source is not Source.UNKNOWN:
@@ -252,12 +252,6 @@ def _attempt(exchange: Exchange, record: AttemptRecord) -> tuple[str, Attributes
         attributes["xenios.cost_usd"] = record.cost.usd
         attributes["xenios.cost_source"] = str(record.cost.source)
     return f"{dialect.operation} {model}", attributes
-
-
-@functools.lru_cache(maxsize=4096)
-def _shown(text: str) -> str:
-    """What a client may have chosen: no secret, no megabyte."""
-    return clean(scrub(text))
 
 
 @functools.lru_cache(maxsize=64)
