@@ -1,22 +1,22 @@
 import pytest
 from plugin_objects import exchange
 
-from gateway.access import check_models, check_route, may_see
-from gateway.errors import Forbidden, ModelNotFound
-from gateway.exchange import Decision, Principal, Scopes, Target
+from gateway.access import check_bearer, check_models, check_route, may_see
+from gateway.errors import Forbidden, ModelNotFound, Unauthenticated
+from gateway.exchange import Credentials, Decision, Principal, Scopes, Target
 from gateway.routes import Route
 
 OPUS, SONNET, GPT = "anthropic/opus", "anthropic/sonnet", "openai/gpt"
 
 
-def asking(access="principal", *, proxied=True, principal=None, **body):
+def asking(access="principal", *, proxied=True, principal=None, token=None, **body):
     made = exchange({"model": GPT, **body}, principal=principal)
 
     async def handler(_):
         raise AssertionError
 
     old = made.route
-    made.route = Route("POST", old.path, old.endpoint, old.dialect, None if proxied else handler, access)
+    made.route = Route("POST", old.path, old.endpoint, old.dialect, None if proxied else handler, access, bearer=token)
     return made
 
 
@@ -33,6 +33,7 @@ def decided(asked=GPT, *models, task=None, alias=None):
     [
         ("public", None, None),
         ("public", who(endpoints=["embeddings"]), None),
+        ("bearer", None, None),
         ("principal", None, "may not do that"),
         ("principal", who(), None),
         ("principal", who(endpoints=["embeddings"]), "may not use chat/completions"),
@@ -58,6 +59,28 @@ def test_a_route_is_for_whom_its_rule_names(access, principal, words):
 def test_scopes_of_endpoints_are_for_what_is_proxied():
     """A key for embeddings alone can still list models."""
     check_route(asking(proxied=False, principal=who(endpoints=["embeddings"])))
+
+
+@pytest.mark.parametrize("token, shown, enters", [
+    (None, Credentials(None, None), True),
+    (None, None, True),
+    ("secret-é", Credentials("secret-é", None), True),
+    ("secret", Credentials("secret-", None), False),
+    ("secret", Credentials("", None), False),
+    ("secret", Credentials(None, "secret"), False),
+    ("secret", None, False),
+])  # fmt: skip
+def test_a_route_with_a_token_is_for_who_shows_it(token, shown, enters):
+    """A program such as Prometheus enters by its token alone, as a bearer; other routes ask for none."""
+    asked = asking("bearer", token=token)
+    asked.credentials = shown
+    if enters:
+        check_bearer(asked)
+        return
+    with pytest.raises(Unauthenticated) as caught:
+        check_bearer(asked)
+    words = "This needs a token of its own. Send it as `Authorization: Bearer <token>`."
+    assert (caught.value.status_code, caught.value.message) == (401, words)
 
 
 def allowed(scopes, decision, **body):
@@ -114,6 +137,43 @@ def test_each_model_that_openrouter_might_take_must_be_granted(body):
     assert allowed({}, decided(), **body)
 
 
+def test_a_target_s_own_models_must_be_granted_too():
+    """An alias whose target lets the upstream choose of several models grants itself; its models grant it only together."""
+    choice = Decision("fast", (Target(GPT, "openrouter", overrides={"models": [GPT, OPUS]}),), alias="fast")
+    assert not allowed({"models": [GPT]}, choice)
+    assert allowed({"models": [GPT, OPUS]}, choice)
+    assert allowed({"aliases": ["fast"]}, choice)
+
+
+def test_without_model_each_of_models_must_be_granted():
+    """The first of `models` is no less asked for when `model` is missing."""
+    made = asking(principal=who(models=[OPUS]))
+    made.body = {"models": [GPT, OPUS]}
+    with pytest.raises(ModelNotFound, match=GPT):
+        check_models(made, decided(OPUS))
+
+
+@pytest.mark.parametrize("field, helpers, words", [
+    ("plugins", "fusion", "This key is for certain models: `plugins` must be a list of objects."),
+    ("tools", [{"type": "function"}, "x"], "This key is for certain models: `tools` must be a list of objects."),
+    ("plugins", [{"id": "fusion"}], "This key is for certain models, and 'fusion' may ask another."),
+    ("plugins", [{"id": "function"}], "This key is for certain models, and 'function' may ask another."),
+    ("plugins", [{"id": "custom"}], "This key is for certain models, and 'custom' may ask another."),
+    ("plugins", [{}], "This key is for certain models, and 'None' may ask another."),
+    ("tools", [{"type": "z" * 101}], f"This key is for certain models, and '{'z' * 100}' may ask another."),
+    ("deferred_tools", {"type": "image_generation"},
+     "This key is for certain models, and 'image_generation' may ask another."),
+    # a client's function before it hides nothing
+    ("tools", [{"type": "function"}, {"type": "advisor"}],
+     "This key is for certain models, and 'advisor' may ask another."),
+])  # fmt: skip
+def test_what_may_ask_another_model_is_named(field, helpers, words):
+    """Whoever holds a key for certain models is told which plugin or tool it can't use, and where it stands."""
+    with pytest.raises(Forbidden) as caught:
+        check_models(asking(principal=who(models=[GPT]), **{field: helpers}), decided())
+    assert (caught.value.message, caught.value.param) == (words, field)
+
+
 @pytest.mark.parametrize("body, expected", [
     ({"preset": "mine"}, False),
     ({"plugins": [{"id": "web", "max_results": 3}, {"id": "response-healing"}]}, True),
@@ -125,6 +185,13 @@ def test_each_model_that_openrouter_might_take_must_be_granted(body):
     ({"plugins": {"id": "fusion"}}, False),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"model": OPUS}}}]}, True),
     ({"tools": [{"name": "f", "input_schema": {}}, {"type": "custom", "model": OPUS}]}, True),
+    # Anthropic's function has no type, or none that says anything
+    ({"tools": [{"name": "f", "input_schema": {"model": OPUS}}]}, True),
+    ({"tools": [{"name": "f", "type": None, "input_schema": {"model": OPUS}}]}, True),
+    ({"tools": {"type": "function"}}, True),
+    # what stands below `model` names models, but not what stands below an object there
+    ({"tools": [{"type": "mcp", "model": {"name": OPUS, "labels": ["x"]}}]}, True),
+    ({"tools": [{"type": "mcp", "models": [[OPUS]]}]}, False),
     ({"tools": [{"type": "web_search_20260209"}, {"type": "openrouter:web_search"}, {"type": "mcp"}]}, True),
     ({"tools": [{"type": "web_search_preview_2025_03_11"}, {"type": "bash_20250124"}]}, True),
     ({"tools": [{"type": "image_generation"}]}, False),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dialects import COMMON_HEADERS, DIALECTS, PLAIN_DIALECT, Mark, read_cost, read_usage
+from gateway.dialects import COMMON_HEADERS, DIALECTS, DONE, PLAIN_DIALECT, Mark, _mark_typed, read_cost, read_usage
 from gateway.errors import BadRequest, GatewayError, NotFound, RateLimited, Unauthenticated
 from gateway.exchange import Event, Source, Usage
 from gateway.kit.upstream import (
@@ -444,6 +444,53 @@ def test_a_schema_is_written_where_the_endpoint_reads_it(dialect):
     assert form.get("schema", form.get("json_schema", {}).get("schema")) == schema
     assert made.keys() == {field}
     assert body.get(field, {}).items() <= made[field].items()
+
+
+SCHEMA = {"type": "object"}
+
+
+@pytest.mark.parametrize("dialect, body, made", [
+    (CHAT, {}, {"response_format": {
+        "type": "json_schema", "json_schema": {"name": "label", "strict": True, "schema": SCHEMA}}}),
+    (RESPONSES, {"text": {"verbosity": "low"}}, {"text": {
+        "verbosity": "low", "format": {"type": "json_schema", "name": "label", "strict": True, "schema": SCHEMA}}}),
+    (RESPONSES, {"text": "nonsense"}, {"text": {
+        "format": {"type": "json_schema", "name": "label", "strict": True, "schema": SCHEMA}}}),
+    (MESSAGES, {}, {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
+])  # fmt: skip
+def test_a_schema_is_written_as_each_api_has_it(dialect, body, made):
+    """OpenAI's APIs name a schema and hold to it strictly, each in its own nesting; Anthropic's has the schema alone."""
+    assert dialect.with_schema(body, "label", SCHEMA, strict=True) == made
+
+
+@pytest.mark.parametrize("raw, mark", [
+    (b"event: ping", Mark()),
+    (b"data: [DONE]", DONE),
+    (b"data: [DONE] and more", DONE),
+    (b"data: [1]", Mark(malformed=True)),
+    (b"data: {half", Mark(malformed=True)),
+    (b"data: {}", Mark()),
+    (b'data: {"type": null}', Mark()),
+    (b'data: {"type": "song.begins"}', Mark()),
+    (b'data: {"type": "song.line"}', Mark(content=True)),
+    (b'data: {"type": "a.song.line"}', Mark()),
+    (b'data: {"type": "song.line.more"}', Mark()),
+    (b'data: {"type": "song.done"}', Mark(content=True, finish=True)),
+    (b'data: {"type": "song.done", "usage": {"n": 1}}', Mark(content=True, finish=True, usage={"n": 1})),
+    (b'data: {"type": "song.done", "response": {"usage": {"n": 2}}, "usage": {"n": 1}}',
+     Mark(content=True, finish=True, usage={"n": 2})),
+    (b'data: {"type": "song.line", "usage": "many"}', Mark(content=True)),
+    (b'data: {"type": "error", "message": "m"}', Mark(error={"type": "error", "message": "m", "error_type": None})),
+    (b'data: {"type": "response.failed", "response": {"error": {"message": "m"}}, "error_type": "t"}',
+     Mark(error={"message": "m", "error_type": "t"})),
+    (b'data: {"type": "song.line", "error": "m"}', Mark(error={"message": "m", "error_type": None})),
+    (b'data: {"type": "error", "error": {"message": "m", "error_type": "own"}, "response": {"error": "x"}}',
+     Mark(error={"message": "m", "error_type": "own"})),
+])  # fmt: skip
+def test_events_that_name_their_type_are_known_by_it(raw, mark):
+    """Content, end, usage and failure of a stream are told by its events' types, whichever types it has."""
+    sung = _mark_typed(re.compile(r"song\.line"), frozenset({"song.done"}))
+    assert sung(Event(raw + b"\n\n")) == mark
 
 
 def test_an_endpoint_without_schemas_gets_none():

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from plugin_objects import exchange, settings
 
 from gateway.errors import BadRequest, TooLarge, UnsupportedMedia
-from gateway.exchange import Form, FormFile
+from gateway.exchange import Form, FormFile, Target
 from gateway.incoming import (
     CHOOSING_FIELDS,
+    LONGEST_MODEL,
+    MOST_MODELS,
     MULTIPART_PARTS,
     NEVER,
     VARIANTS,
@@ -20,6 +22,7 @@ from gateway.incoming import (
     asked_models,
     closed_fields,
     json_form_value,
+    may_choose,
     parse_body,
     parse_form,
     parse_object,
@@ -79,20 +82,25 @@ def test_any_bytes_are_read_or_refused(raw):
 @pytest.mark.parametrize(
     "raw, words",
     [
-        (b"", "has no body"),
+        (b"", "^The request has no body; a JSON object is due.$"),
         (b" \r\n\t", "has no body"),
-        (b"[1]", "must be a JSON object"),
+        (b"[1]", "^The body must be a JSON object.$"),
         (b'"text"', "must be a JSON object"),
         (b"null", "must be a JSON object"),
         (b'{"a": NaN}', "not valid JSON"),
         (b'{"a": Infinity}', "not valid JSON"),
         (b'{"a": 1e999}', "not valid JSON"),
-        (b'{"a": "\\ud800"}', "not valid JSON"),
+        (
+            b'{"a": "\\ud800"}',
+            "^The body is not valid JSON: a string ends too early, or holds half of a surrogate pair.$",
+        ),
+        (b'{"a": "x}', ": a string ends too early"),
+        (b'{"a": [1', "^The body is not valid JSON: Input data was truncated.$"),
         (b'\xef\xbb\xbf{"a": 1}', "not valid JSON"),
-        (b'{"a": "\xff"}', "not valid JSON: .*UTF-8"),
-        (b'{"a": 1,}', "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON: not UTF-8 at byte 7"),
+        (b'{"a": 1,}', r"^The body is not valid JSON: JSON is malformed: .*byte 8"),
         (b'{"a": 1} x', "not valid JSON"),
-        (b'{"a": ' * 5000, "nested too deeply"),
+        (b'{"a": ' * 5000, "^The JSON body is nested too deeply.$"),
         (b"[" * 100_000, "nested too deeply"),
     ],
 )
@@ -179,13 +187,38 @@ def test_a_large_file_stays_whole():
 def test_a_broken_form_is_refused():
     """A form without boundary, end or header, or with too many parts, is the client's mistake."""
     raw = form(("model", "m"))
-    assert "no boundary" in refusal(parse_form, raw, "").message
-    for broken in (raw[:-8], b"", b"x" + raw, form(("model", b"\xff\xfe"))):
-        assert "broken" in refusal(parse_form, broken, "boundary=b").message
+    assert refusal(parse_form, raw, "").message == "Content-Type: multipart/form-data has no boundary."
+    for broken, words in (
+        (raw[:-8], "broken: Unexpected end of multipart stream"),
+        (b"", "broken: Unexpected end of multipart stream"),
+        (b"x" + raw, "broken: Unexpected byte in front of first boundary"),
+        (raw.replace(b"\r\n", b"\n"), "broken: Invalid line break"),
+        (form(("model", b"\xff\xfe")), "broken: 'utf-8' codec can't decode"),
+    ):
+        assert words in refusal(parse_form, broken, "boundary=b").message
     many = [(f"f{n}", "v") for n in range(MULTIPART_PARTS)]
     assert len(parse_form(form(*many), "boundary=b").fields) == MULTIPART_PARTS
     error = refusal(parse_form, form(*many, ("more", "v")), "boundary=b", error=TooLarge)
     assert (error.status_code, "too many or too large parts" in error.message) == (413, True)
+
+
+def test_a_name_comes_back_cut_short():
+    """A client that sends half a page as a name is told which it was by its first hundred characters."""
+    long = "z" * 500
+    for parts in ([(long, "a"), (long, "b")], [(long, "a"), (long, "f", "text/plain", b"a")]):
+        made = exchange({}, endpoint=TRANSCRIPTS)
+        made.raw_body = form(*parts)
+        error = refusal(parse_body, made, "multipart/form-data; boundary=b")
+        assert (error.param, error.message.count("z")) == ("z" * 100, 100)
+    made = exchange({})
+    assert refusal(parse_body, made, "text/" + long, error=UnsupportedMedia).message.count("z") == 95
+
+
+def test_the_type_of_a_file_is_kept_or_unknown():
+    """A file without a type is bytes of an unknown kind to the upstream."""
+    for kind, sent in (("audio/wav", "audio/wav"), ("", "application/octet-stream")):
+        [file] = parse_form(form(("file", "a.bin", kind, b"x")), "boundary=b").files
+        assert file.content_type == sent
 
 
 def test_fields_that_send_a_key_elsewhere_never_pass():
@@ -239,6 +272,56 @@ def test_a_fallback_names_a_model_and_nothing_that_chooses_another(field):
     body = {"model": "m", "messages": [1], "fallbacks": [{"model": "n", field: "x"}]}
     assert f"`{field}`" in refusal(admitted, body).message
     assert admitted({**body, "fallbacks": ["n", {"model": "n", "temperature": 1}]})
+
+
+@pytest.mark.parametrize("body, message", [
+    ({"models": "m"}, "`models` must be a list of model names."),
+    ({"model": 7}, "`model` must be a string."),
+    ({"fallbacks": "m"}, "`fallbacks` must be a list."),
+    ({"fallbacks": [{}]}, "`fallbacks` must be a list of objects with a `model`."),
+    ({"fallbacks": ["n", {"model": "n", "tools": []}]}, "A fallback can't have `tools`."),
+    ({"model": "a/b:online"}, "`:online` is not allowed on this gateway."),
+    ({"model": "@preset/mine"}, "Presets are not allowed on this gateway."),
+    ({"model": "openrouter/auto"}, "Automatic routers are not allowed on this gateway."),
+])  # fmt: skip
+def test_a_refusal_is_a_sentence(body, message):
+    """Whoever reads the error knows what to change."""
+    error = refusal(admitted, {"model": "m", "messages": [1], **body}, ["models", "fallbacks"])
+    assert (error.message, error.param) == (message, *body)
+
+
+def test_a_request_names_so_many_models_and_no_more():
+    """Each model that is named is looked at several times: there is an end to them, and to their length."""
+    body = {"model": "m", "messages": [1]}
+    fits = {**body, "models": ["n"] * (MOST_MODELS - 1)}
+    assert admitted(dict(fits)).body == fits
+    error = refusal(admitted, {**body, "models": ["n"] * MOST_MODELS})
+    assert (error.message, error.param) == (f"A request may name {MOST_MODELS} models at most.", "models")
+    longest = {**body, "model": "m" * LONGEST_MODEL}
+    assert admitted(dict(longest)).body == longest
+    error = refusal(admitted, {**body, "fallbacks": ["m" * (LONGEST_MODEL + 1)]})
+    assert (error.message, error.param) == (f"A model's name has {LONGEST_MODEL} characters at most.", "model")
+
+
+@pytest.mark.parametrize("body, target, chooses", [
+    ({"model": "a"}, Target("vendor/a", "u"), False),
+    ({"model": "a", "temperature": 1}, Target("vendor/a", "u", overrides={"temperature": 0}), False),
+    # the client's own lists
+    ({"model": "a", "models": ["b"]}, Target("vendor/a", "u"), True),
+    ({"model": "a", "fallbacks": ["b"]}, Target("vendor/a", "u"), True),
+    ({"model": "a", "preset": "p"}, Target("vendor/a", "u"), True),
+    ({"model": "a", "models": ["b"]}, Target("vendor/a", "u", strip=("models", "fallbacks", "preset")), False),
+    # what the operator's target says
+    ({"model": "a"}, Target("vendor/a", "u", overrides={"models": ["b"]}), True),
+    ({"model": "a"}, Target("vendor/a@preset/p", "u"), True),
+    ({"model": "a"}, Target("@preset/p", "u"), True),
+    ({"model": "a"}, Target("~vendor/a-latest", "u"), True),
+    ({"model": "a"}, Target("openrouter/auto", "u"), True),
+    ({"model": "a"}, Target("vendor/openrouter/~a", "u"), False),
+])  # fmt: skip
+def test_who_may_answer_with_another_model_is_known(body, target, chooses):
+    """An answer's model is checked, and priced, as another only where the upstream was free to choose it."""
+    assert may_choose(body, target) is chooses
 
 
 @pytest.mark.parametrize("given, became", [

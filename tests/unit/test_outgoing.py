@@ -2,15 +2,17 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 from plugin_objects import exchange
 
 from gateway.dialects import COMMON_HEADERS, DIALECTS
+from gateway.errors import PluginError
 from gateway.exchange import Form, FormFile, Limits, RequestView, Target
 from gateway.incoming import parse_form
-from gateway.outgoing import attempt_for, target_body, write_form
+from gateway.outgoing import attempt_for, bad_body, target_body, write_form
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 OPENROUTER_ONLY = {
@@ -92,6 +94,60 @@ def test_the_operators_provider_wins():
         assert body_for({**body, "provider": odd}, provider=own)["provider"] == own
     assert body_for({"model": "x", "messages": MESSAGES}, provider=own)["provider"] == own
     assert "provider" not in body_for(body, provider=own, kind="openai")
+
+
+@pytest.mark.parametrize("server, target, client, sent", [
+    # what is said of the target, then of its upstream, then the client's
+    ({"sort": "latency", "zdr": True}, {"sort": "throughput"}, {"sort": "price", "only": ["x"]},
+     {"sort": "throughput", "zdr": True, "only": ["x"]}),
+    (None, {"sort": "throughput"}, {"sort": "price", "only": ["x"]}, {"sort": "throughput", "only": ["x"]}),
+    (None, {"sort": "throughput"}, None, {"sort": "throughput"}),
+    ({"zdr": True}, {}, {"only": ["x"]}, {"zdr": True, "only": ["x"]}),
+])  # fmt: skip
+def test_providers_are_preferred_by_who_knows_best(server, target, client, sent):
+    """Preference by preference: the target's, its upstream's, then the client's own."""
+    body = {"model": "x", "messages": MESSAGES, **({"provider": client} if client else {})}
+    assert body_for(body, Target("a", "u", overrides={"provider": target}), provider=server)["provider"] == sent
+
+
+def test_a_stripped_provider_is_not_the_clients_to_say():
+    """A target that strips `provider` takes the client's away; what the operator set still holds."""
+    body = {"model": "x", "messages": MESSAGES, "provider": {"sort": "price"}}
+    target = Target("a", "u", strip=("provider",))
+    assert "provider" not in body_for(body, target)
+    assert body_for(body, target, provider={"zdr": True})["provider"] == {"zdr": True}
+
+
+def test_what_a_plugin_made_unsendable_is_the_plugins_failure():
+    """A body that can't be written is told to the operator with who may have edited it; the client learns nothing of it."""
+    made = exchange()
+    made.body["bad"] = object()
+    made.snapshot = snapshot(upstream(), Limits(), {"chat/completions": ()})
+    made.snapshot.hooks = SimpleNamespace(
+        prepare_request=[SimpleNamespace(plugin="first"), SimpleNamespace(plugin="second")]
+    )
+    with structlog.testing.capture_logs() as lines, pytest.raises(PluginError):
+        attempt_for(made, Target("m", "u"))
+    [line] = lines
+    assert made.error_by == "first.prepare_request, second.prepare_request"
+    assert line.pop("found") == "what is no JSON: Encoding objects of type object is unsupported"
+    assert line == {
+        "event": "plugin_left_bad_body",
+        "log_level": "error",
+        "plugins": ["first", "second"],
+        "request_id": made.request_id,
+    }
+
+
+def test_who_is_known_to_have_failed_stays_so():
+    """The plugin that is known to have spoiled a body is not hidden by all those that might have; logs stay short."""
+    made = exchange()
+    made.snapshot.hooks = SimpleNamespace(prepare_request=[SimpleNamespace(plugin="other")])
+    made.error_by = "known.prepare_request"
+    with structlog.testing.capture_logs() as lines:
+        bad_body(made, "x" * 5000)
+    assert made.error_by == "known.prepare_request"
+    assert lines[0]["found"] == "x" * 200
 
 
 def snapshot(server, limits, forwarded, *, send_request_id=False):
@@ -182,6 +238,7 @@ def test_an_unchanged_form_leaves_as_it_came():
     kwargs = {"endpoint": "audio/transcriptions", "form": form, "raw": b"as it came"}
     same = attempt(body, {"Content-Type": kind}.items(), **kwargs)
     assert (same.body, same.headers["Content-Type"]) == (b"as it came", kind)
+    assert attempt(body, **kwargs).headers["Content-Type"] == ""
     for changed in (
         attempt(body, target=Target("n", "u"), **kwargs),
         attempt({**body, "language": "en"}, **kwargs),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from plugin_objects import exchange
 
 from gateway.exchange import Decision, Form, FormFile, Principal
+from gateway.kit.subjects import input_estimate
 from gateway.scoping import compile_when, conditions, faults, matcher
 from gateway.settings import When, load_text
 
@@ -290,32 +291,160 @@ def test_globs_compiled_together_are_as_each_alone(globs, text):
     assert matcher(globs)(text) is any(fnmatchcase(text, glob) for glob in globs)
 
 
+def a_request(principal=BOT, **body):
+    made = exchange({"model": "openai/gpt-5", "messages": [], **body}, principal=principal)
+    made.decision = Decision("openai/gpt-5", (), task="chat")
+    made.started_at = datetime(2026, 11, 26, 14, 5, tzinfo=BERLIN).timestamp()
+    return made
+
+
 @pytest.mark.parametrize(
     "condition, words",
     [
+        ({"endpoint": ["images/*", "audio/*"]}, "the endpoint is chat/completions (images/*, audio/*)"),
+        ({"phase": "run"}, "the phase is live (run)"),
         ({"models": "gpt-*"}, "the model is openai/gpt-5 (gpt-*)"),
         ({"tasks": "label"}, "the task is chat (label)"),
         ({"stream": True}, "it is no stream"),
+        ({"keys": "other"}, "the caller is app-1 (other)"),
         ({"teams": ["red", "green"]}, "the caller's team is blue (red, green)"),
+        ({"tenants": "other"}, "the caller's tenant is acme (other)"),
         ({"roles": "admin"}, "the caller's role is bot, free (admin)"),
         ({"claims": {"plan": "free"}}, "the claim plan is pro (free)"),
         ({"claims": {"nope": "x"}}, "the claim nope is none (x)"),
-        ({"headers": {"x-tier": "gold"}}, "the header x-tier is absent (gold)"),
+        ({"headers": {"x-tier": ["gold", "silver"]}}, "the header x-tier is absent (gold, silver)"),
         ({"headers": {"x-tier": True}}, "the header x-tier is absent"),
         ({"input_tokens": {"min": 1000}}, "it has about 10 input tokens (min 1000)"),
+        ({"input_tokens": {"min": 1, "max": 2}}, "it has about 10 input tokens (min 1 and max 2)"),
         ({"tools": True}, "it has no tools"),
-        ({"time": {"days": "mon", "to": "06:00", "zone": "Europe/Berlin"}},
-         "the time is thu 14:05 (mon 00:00 to 06:00 Europe/Berlin)"),
+        ({"json_schema": True}, "no JSON schema"),
+        ({"images": True}, "it has no images"),
+        ({"audio": True}, "it has no audio"),
+        ({"time": {"days": ["mon", "tue"], "to": "06:00", "zone": "Europe/Berlin"}},
+         "the time is thu 14:05 (mon, tue 00:00 to 06:00 Europe/Berlin)"),
+        ({"time": [{"to": "06:00"}, {"from": "22:00"}]},
+         "the time is thu 13:05 (00:00 to 06:00 UTC or 22:00 to 24:00 UTC)"),
     ],
 )  # fmt: skip
 def test_why_not_is_said_in_words(condition, words):
-    """Each condition says what a request is instead, and what was wanted."""
-    made = exchange({"model": "openai/gpt-5", "messages": []}, principal=BOT)
-    made.decision = Decision("openai/gpt-5", (), task="chat")
-    made.started_at = datetime(2026, 11, 26, 14, 5, tzinfo=BERLIN).timestamp()
+    """Each condition says under its field's name what a request is instead, and what was wanted."""
+    made = a_request()
     [one] = conditions(when(**condition))
     assert not one.test(made)
-    assert one.found(made) == words
+    assert (one.field, one.found(made)) == (*condition, words)
+
+
+@pytest.mark.parametrize("field, words", [
+    ("stream", "it is a stream"),
+    ("tools", "it has tools"),
+    ("json_schema", "a JSON schema"),
+    ("images", "it has images"),
+    ("audio", "it has audio"),
+])  # fmt: skip
+def test_what_a_request_must_not_bring_is_said_too(field, words):
+    """A rule for requests without images says of one with images that it has some."""
+    sound = {"type": "input_audio", "input_audio": {}}
+    made = a_request(**said(IMAGE, sound, tools=[{"type": "function"}], response_format=SCHEMA, stream=True))
+    [one] = conditions(when(**{field: False}))
+    assert not one.test(made)
+    assert (one.field, one.found(made)) == (field, words)
+
+
+@pytest.mark.parametrize("field, words", [
+    ("keys", "the caller is none (?*)"),
+    ("teams", "the caller's team is none (?*)"),
+    ("tenants", "the caller's tenant is none (?*)"),
+    ("roles", "the caller's role is none (?*)"),
+    ("tasks", "the task is none (?*)"),
+    ("models", "the model is none (?*)"),
+])  # fmt: skip
+def test_what_is_not_there_is_said_to_be_none(field, words):
+    """Of a request of nobody, without a model, nothing is invented."""
+    made = exchange({}, principal=None)
+    [one] = conditions(when(**{field: "?*"}))
+    assert not one.test(made)
+    assert (one.field, one.found(made)) == (field, words)
+
+
+def test_a_header_that_is_there_is_said_to_be():
+    """Who wants a header to be absent is told that it is there; a value that fits no glob is shown."""
+    made = exchange(headers={"x-tier": "bronze"})
+    for wanted, words in ((False, "the header x-tier is there"), ("gold", "the header x-tier is bronze (gold)")):
+        [one] = conditions(when(headers={"x-tier": wanted}))
+        assert not one.test(made)
+        assert (one.field, one.found(made)) == ("headers", words)
+
+
+def test_every_model_that_is_asked_for_is_said():
+    """Of a request that names several models all are shown."""
+    [one] = conditions(when(models=["gpt-*", "o1"]))
+    made = a_request(models=["b/y"])
+    assert not one.test(made)
+    assert one.found(made) == "the model is openai/gpt-5 or b/y (gpt-*, o1)"
+
+
+def test_the_model_may_be_read_elsewhere():
+    """Where one target is judged, not the request, `models` and `tasks` are about what that place says."""
+    made = a_request()
+    model, task = conditions(
+        when(models=["gpt-*"], tasks="label"), model=lambda _: "vendor/other", task=lambda _: "summary"
+    )
+    assert (model.field, model.test(made), model.found(made)) == ("models", False, "the model is vendor/other (gpt-*)")
+    assert (task.field, task.test(made), task.found(made)) == ("tasks", False, "the task is summary (label)")
+    [fits] = conditions(when(models=["gpt-*"]), model=lambda _: "gpt-5")
+    assert fits.test(made)
+
+
+def test_conditions_about_different_things_read_different_things():
+    """Rules remember by field and by which header or claim: no answer about one is taken for another's."""
+    found = conditions(
+        when(keys="a", models="a", time={"days": "mon"}, headers={"x-a": "1", "x-b": True}, claims={"plan": "p", "a.b": "q"})
+    )  # fmt: skip
+    assert sorted((one.field, one.of) for one in found) == [
+        ("claims", "a.b"), ("claims", "plan"), ("headers", "x-a"), ("headers", "x-b?"),
+        ("keys", ""), ("models", ""), ("time", ""),
+    ]  # fmt: skip
+
+
+def test_a_minute_reads_as_one():
+    """What a rule of time remembers holds for the minute, and not for the next."""
+    [one] = conditions(when(time={"days": "thu"}))
+    made, read = a_request(), []
+    began = made.started_at
+    for minute in range(90):
+        seconds = set()
+        for second in (0, 30.5, 59.9):
+            made.started_at = began + minute * 60 + second
+            seconds.add(one.reads(made))
+        read.append(*seconds)
+    assert len(set(read)) == 90
+
+
+def test_a_window_from_an_hour_to_the_same_is_a_day():
+    """`from` 09:00 `to` 09:00 lasts until the next morning."""
+    made = exchange()
+    for moment, expected in (
+        ("2026-11-26 08:59", False), ("2026-11-26 09:00", True), ("2026-11-27 08:59", True), ("2026-11-27 09:00", False),
+    ):  # fmt: skip
+        made.started_at = datetime.fromisoformat(moment).replace(tzinfo=UTC).timestamp()
+        assert compile_when(when(time={"days": "thu", "from": "09:00", "to": "09:00"}))(made) is expected, moment
+
+
+def test_a_claim_s_case_counts():
+    """Texts are compared as they are; only true and false are written in small letters."""
+    caller = Principal("x", claims={"plan": "Pro", "beta": True})
+    assert matches({"claims": {"plan": "Pro"}}, principal=caller)
+    assert not matches({"claims": {"plan": "pro"}}, principal=caller)
+    assert matches({"claims": {"beta": "true"}}, principal=caller)
+
+
+def test_ends_of_an_estimate_belong_to_it():
+    """`min` and `max` hold for the very size that they name."""
+    made = exchange({"model": "m", "messages": "x" * 400})
+    size = input_estimate(made)
+    for least, most, expected in ((size, size, True), (size + 1, None, False), (None, size - 1, False)):
+        given = {name: value for name, value in (("min", least), ("max", most)) if value is not None}
+        assert compile_when(when(input_tokens=given))(made) is expected
 
 
 ALL = when(

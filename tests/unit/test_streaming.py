@@ -68,6 +68,7 @@ def test_half_an_event_waits():
 
 def test_what_is_whole_leaves_at_once():
     """No event waits for the next one: all that are whole leave with the piece that completed them."""
+    assert Splitter(LIMIT).feed(b"\n\ndata: 1") == b"\n\n"
     for end in ENDS:
         splitter = Splitter(LIMIT)
         whole = b"data: 1" + end * 2 + b"data: 2" + end * 2
@@ -207,10 +208,10 @@ async def test_what_comes_with_the_first_content_is_kept():
 @pytest.mark.parametrize(
     "chunks, cause, words",
     [
-        ([], Cause.TRUNCATED, "before any content"),
+        ([], Cause.TRUNCATED, "^The upstream ended the stream before any content.$"),
         (chat()[:2], Cause.TRUNCATED, "before any content"),
-        ([*chat()[:2], *data("[DONE]")], Cause.TRUNCATED, "before any content"),
-        ([*chat()[:2], b"data: {half\n\n"], Cause.BAD_REPLY, "not JSON"),
+        ([*chat()[:2], *data("[DONE]")], Cause.TRUNCATED, "^The upstream ended the stream before any content.$"),
+        ([*chat()[:2], b"data: {half\n\n"], Cause.BAD_REPLY, "^The upstream sent an event that is not JSON.$"),
         ([*chat()[:2], b"data: []\n\n"], Cause.BAD_REPLY, "not JSON"),
         ([*chat()[:2], *data(chat_error(429, "Slow down"))], Cause.RATE_LIMIT, "Slow [*]{3}"),
         ([b"data: " + b" " * PREAMBLE_LIMIT + b"{}\n\n"], Cause.BAD_REPLY, "No content within"),
@@ -222,7 +223,8 @@ async def test_what_comes_with_the_first_content_is_kept():
 async def test_a_stream_that_fails_before_content_is_an_error(chunks, cause, words):
     """A stream without content is a failure that another model can make good."""
     limit = 1000 if words.startswith("larger") else LIMIT
-    silent = words != "before any content"  # what is wrong in the stream itself is told at once
+    ends = "before any content" in words and b"[DONE]" not in b"".join(chunks)
+    silent = not ends  # what is wrong in the stream itself is told at once
     with pytest.raises(UpstreamError, match=words) as caught:
         await stream("chat/completions", *chunks, max_event=limit, silent=silent, secret="down").first_content()
     assert caught.value.cause is cause
@@ -232,6 +234,8 @@ async def test_a_stream_that_fails_before_content_is_an_error(chunks, cause, wor
 async def test_a_preamble_up_to_its_limit_is_fine():
     """A long preamble that ends in time is passed on."""
     one = b"data: {}\n\n"
+    whole = b"data: " + b" " * (PREAMBLE_LIMIT - len(one)) + b"{}\n\n"
+    assert (await relayed(stream("chat/completions", whole, *chat(comments=False, preamble=False)))).startswith(whole)
     found = stream("chat/completions", one * (PREAMBLE_LIMIT // len(one)), *chat(comments=False, preamble=False))
     assert (await relayed(found)).endswith(b"[DONE]\n\n")
     content = b'data: {"choices":[{"delta":{"content":"' + b"x" * PREAMBLE_LIMIT + b'"}}]}\n\n'
@@ -263,7 +267,7 @@ async def test_done_without_a_finish_reason_is_a_truncation():
     found = stream("chat/completions", *chat(finish=None), silent=True)
     out, error = await failure(found)
     assert (error.cause, b"[DONE]" in out) == (Cause.TRUNCATED, False)
-    assert "without finishing" in error.message
+    assert error.message == "The upstream ended the stream without finishing the answer."
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["ended", "lost"])
@@ -374,6 +378,77 @@ async def test_bytes_pass_as_they_come():
     await found.first_content()
     assert [await found.next_block() for _ in range(3)] == [b"ab", b"c", None]
     assert (found.usage, found.last) == (None, b"")
-    with pytest.raises(UpstreamError, match="empty body") as caught:
+    assert (found.answered, found.finish()) == (False, b"")
+    with pytest.raises(UpstreamError, match=r"^The upstream sent an empty body\.$") as caught:
         await ByteStream(Response()).first_content()
     assert caught.value.cause is Cause.BAD_REPLY
+
+
+async def test_a_stream_that_was_not_read_has_said_nothing():
+    """Who asks before the first event learns that nothing is known, and no default hides what an upstream says."""
+    found = EventStream(
+        Response(b'data: {"choices":[{"delta":{"content":"XXXX"}}]}\n\n', *chat(comments=False)),
+        DIALECTS["chat/completions"].grammar,
+        forward_usage=True,
+        max_event=LIMIT,
+    )
+    assert (found.usage, found.last, found.events) == (None, b"", 0)
+    assert (found.finished, found.answered, found.usage_is_final) == (False, False, False)
+    assert b"XXXX" in await relayed(found)
+
+
+@pytest.mark.parametrize("endpoint, steps, model", [
+    ("chat/completions", [{"model": "a/b", "choices": [{"delta": {"content": "x"}}]}], "a/b"),
+    ("chat/completions", [{"choices": []}, {"model": "a/b", "choices": [{"delta": {"content": "x"}}]}], "a/b"),
+    ("chat/completions", [{"model": 7, "choices": [{"delta": {"content": "x"}}]}], None),
+    ("chat/completions", [{"choices": [{"delta": {"content": "x"}}]}], None),
+    ("responses", [{"type": "response.created", "response": {"model": "a/b"}},
+                   {"type": "response.output_text.delta"}], "a/b"),
+    ("messages", [{"type": "message_start", "message": {"model": "a/b"}}, {"type": "content_block_delta"}], "a/b"),
+])  # fmt: skip
+async def test_the_model_that_answers_is_read_from_the_first_events(endpoint, steps, model):
+    """Which of several models answers is known before the first byte goes out, wherever the dialect says it."""
+    comment = [b"event: ping\n\n"] if endpoint == "messages" else []
+    found = stream(endpoint, *comment, *data(*steps))
+    await found.first_content()
+    assert found.model() == model
+
+
+@pytest.mark.parametrize("leak", [
+    b'data: {"choices":[{"delta":{"content":"sk-secret"}}]}\n\n',
+    b'sk-secret: field\ndata: {"choices":[]}\n\n',
+])  # fmt: skip
+@pytest.mark.parametrize("tapped", [False, True])
+async def test_our_own_key_is_not_passed_on(leak, tapped):
+    """An upstream that repeats the key that it was sent is cut off there: no client reads the operator's key."""
+    before = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
+    for chunks in ((before, leak), (before, before + leak + before), (before + leak,)):
+        found = stream("chat/completions", *chunks, *chat(comments=False), secret="sk-secret")
+        found.tap = (lambda e: [e]) if tapped else None
+        out, error = await failure(found)
+        assert out == before * (2 if chunks[-1].startswith(before) and len(chunks) == 2 else 1)
+        assert (error.cause, error.message) == (
+            Cause.BAD_REPLY,
+            "The upstream's stream held what must not be passed on.",
+        )
+
+
+@pytest.mark.parametrize("secret", ["", "sk-secret"])
+async def test_plain_events_pass_unread(secret):
+    """After the first content a block of plain events leaves as the very bytes that came: it is not taken apart."""
+    first, block = chat(comments=False)[1], b"".join(chat(comments=False)[2:4])
+    found = stream("chat/completions", first, block, secret=secret)
+    await found.first_content()
+    assert await found.next_block() == first
+    assert await found.next_block() is block
+
+
+@pytest.mark.parametrize("end", [b"data: [DONE]", b"data: [DONE]\n", b"data: [DONE]\r\n", b"data:[DONE] "])
+async def test_a_done_without_its_blank_line_is_an_end(end):
+    """An upstream that closes right after [DONE] did say that it was done: the client gets a whole event."""
+    steps = chat(comments=False)
+    found = stream("chat/completions", *steps[:-1], end)
+    assert await relayed(found) == b"".join(steps[:-1]) + end.rstrip(b"\r\n") + b"\n\n"
+    assert found.finished
+    _, error = await failure(stream("chat/completions", *steps[:-1], b"data: [DON"))
+    assert error.cause is Cause.TRUNCATED

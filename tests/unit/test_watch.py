@@ -1,10 +1,14 @@
 """Limits of one exchange. Times that the wheel is told are passed in; where it turns by itself, tests wait for events."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
-from gateway.watch import DEADLINE, FIRST_EVENT, SHUTDOWN, STALL, TICK, TOTAL, WRITE, Watch, _wheels
+from gateway.metrics import Metrics
+from gateway.timing import PluginCounts
+from gateway.watch import DEADLINE, FIRST_EVENT, SHUTDOWN, STALL, TICK, TOTAL, WRITE, Watch, _Wheel, _wheels, running
 
 SOON = TICK / 10
 
@@ -95,6 +99,55 @@ async def test_a_limit_holds_only_while_it_is_waited_for():
     watch.wait(FIRST_EVENT, None)
     assert (watch.waiting_for, watch.is_due(now + 6)) == (FIRST_EVENT, False)
     assert watch.is_due(now + 1001)
+    watch.close()
+
+
+@pytest.mark.parametrize("prepare, reason", [
+    (lambda w: w.wait(STALL, 5), STALL),
+    (lambda w: w.attempt(5), TOTAL),
+    (lambda w: w.shorten(5), DEADLINE),
+])  # fmt: skip
+async def test_a_limit_is_over_at_its_very_moment(prepare, reason):
+    """A limit of five seconds ends the exchange after five seconds, not before, and once."""
+
+    async def run():
+        watch = Watch()
+        watch._loop = SimpleNamespace(time=lambda: 100.0)
+        prepare(watch)
+        assert not watch.is_due(104.9)
+        watch.fire(104.9)
+        assert watch.expired is None
+        assert watch.is_due(105.0)
+        watch.fire(105.0)
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            told = watch.take()
+            watch.fire(106.0)
+            return told, watch.expired
+        finally:
+            watch.close()
+
+    assert await started(run()) == (reason, None)
+
+
+async def test_a_keep_alive_is_due_at_its_very_moment():
+    """A client that closes after five silent seconds hears something after five seconds."""
+    watch, beats = Watch(), []
+    watch._loop = SimpleNamespace(time=lambda: 100.0)
+    watch.beat(5, 3, lambda: beats.append(1))
+    for now, count in ((104.9, 0), (105.0, 1), (107.9, 1), (108.0, 2)):
+        watch.fire(now)
+        assert len(beats) == count, now
+    watch.close()
+
+
+async def test_what_is_sent_without_keep_alives_starts_none():
+    """Where nobody wants keep-alives, there are none after something was sent."""
+    watch = Watch(1000)
+    watch.touch()
+    watch.fire(asyncio.get_running_loop().time() + 1)
+    assert (watch.expired, watch.waiting_for) == (None, None)
     watch.close()
 
 
@@ -234,3 +287,86 @@ async def test_a_closed_watch_ends_nothing():
 
     async with asyncio.timeout(5):
         assert await started(run()) == "whole"
+
+
+class Turns:
+    """A loop of which the test is the clock: `at(seconds)` is the wheel's next turn."""
+
+    def __init__(self):
+        self.now, self._next = 0.0, None
+
+    def time(self):
+        return self.now
+
+    def call_later(self, _, call):
+        self._next = call
+
+    def at(self, now):
+        self.now = now
+        self._next()
+
+
+def watched(running=None):
+    """An exchange whose plugins are counted."""
+    counts = PluginCounts(Metrics())
+    return SimpleNamespace(request_id="r", running=running, snapshot=SimpleNamespace(plugin_counts=counts)), counts.slow
+
+
+async def test_a_hook_that_runs_for_a_second_is_seen_once():
+    """A plugin that hangs is counted while it hangs, once for each call, though nobody measures the request."""
+    exchange, slow = watched()
+    loop, watch, idle = Turns(), Watch(exchange=exchange), Watch()
+    wheel = _Wheel(loop)
+    wheel.add(watch)
+    wheel.add(idle)  # no exchange runs in it
+    for now in (0.0, 50.0):
+        loop.at(now)
+    exchange.running = ("a", "x")
+    for now, seen in ((50.1, 0), (50.6, 0), (51.1, 1), (55.0, 1)):
+        loop.at(now)
+        assert slow.of("a", "x").value == seen, now
+    exchange.running = (exchange.running[0], "x")  # another call of the same hook
+    for now, seen in ((56.0, 1), (56.5, 1), (57.0, 2)):
+        loop.at(now)
+        assert slow.of("a", "x").value == seen, now
+    exchange.running = None
+    for now in (58.0, 60.0):
+        loop.at(now)
+    assert slow.of("a", "x").value == 2
+    watch.close()
+    idle.close()
+
+
+async def test_who_holds_the_loop_is_known():
+    """A loop that stands still can be asked from another thread which plugin's hook it stands in."""
+    loop = asyncio.get_running_loop()
+    assert running(loop) is None
+    exchange, _ = watched(("a", "x"))
+    other, _ = watched(("b", "y"))
+    resting, go_on = asyncio.Event(), asyncio.Event()
+
+    async def rests():
+        watch = Watch(exchange=other)
+        resting.set()
+        await go_on.wait()
+        watch.close()
+
+    task = started(rests())
+    await resting.wait()
+    assert running(loop) is None  # its hook waits; who runs is this test
+    idle, watch = Watch(), Watch(exchange=exchange)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(running, loop).result() == ("a", "x")  # this test stands still meanwhile
+    exchange.running = None
+    assert running(loop) is None
+    go_on.set()
+    await task
+    watch.close()
+    idle.close()
+
+
+def test_a_loop_without_requests_is_held_by_nobody():
+    """Before its first request a loop has no watches."""
+    loop = asyncio.new_event_loop()
+    assert running(loop) is None
+    loop.close()
