@@ -49,13 +49,13 @@ test-full: lint types layers coverage full promises-check mutation  ## What take
 # Processes that tests start are measured too.
 coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branches
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -m "not full" -n 2 --dist loadfile --hypothesis-profile=default
+	@$(BIN)/coverage run -m pytest -m "not full" -n 2 --dist loadfile --hypothesis-profile=new
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=90
 	@$(BIN)/coverage json --quiet -o - | $(BIN)/python -m tests.branches 90
 
 full: $(VENV)/.test  ## The tests that take minutes: many streams at once, a hammering
-	@$(BIN)/python -m pytest -m full --hypothesis-profile=default
+	@$(BIN)/python -m pytest -m full --hypothesis-profile=new
 
 mutation: $(VENV)/.test  ## Change the core's logic in 1,900 places and see unit tests fail
 	@$(BIN)/python -m tests.mutation

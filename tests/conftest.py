@@ -1,8 +1,11 @@
 """What all tests share: how far Hypothesis looks."""
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
+# How long an example takes says how busy the machine is.
+untimed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 # `make test` tries the same examples each time, so a red run is the change's doing. `make test-full` looks for new ones
-# (--hypothesis-profile=default); what it finds becomes an @example or a test of its own.
-settings.register_profile("repeatable", derandomize=True)
+# (--hypothesis-profile=new); what it finds becomes an @example or a test of its own.
+settings.register_profile("repeatable", derandomize=True, **untimed)
+settings.register_profile("new", **untimed)
 settings.load_profile("repeatable")
