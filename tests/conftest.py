@@ -1,5 +1,7 @@
-"""What all tests share: how far Hypothesis looks."""
+"""What all tests share: how far Hypothesis looks, and a log as it was."""
 
+import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 # How long an example takes says how busy the machine is.
@@ -9,3 +11,10 @@ untimed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("repeatable", derandomize=True, **untimed)
 settings.register_profile("new", **untimed)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_log():
+    """A gateway in this process may have set it up."""
+    yield
+    structlog.reset_defaults()
