@@ -13,7 +13,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "mutants"
-COPIED = ("gateway", "plugins/gateway_plugins", "config", "tests/unit", "pyproject.toml", "README.md", "LICENSE")
+COPIED = (
+    "gateway",
+    "plugins/gateway_plugins",
+    "config",
+    "tests/conftest.py",
+    "tests/unit",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 MUTMUT = Path(sys.executable).with_name("mutmut")
 # Measured: 90. Messages cut differently, limits off by one and what runs at import (mutmut can't see it fail) make the
 # rest.
