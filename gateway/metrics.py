@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import time
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
 
@@ -102,7 +103,7 @@ class _Dump(msgspec.Struct):
 _Made = TypeVar("_Made", Cell, Spread)
 
 
-class _Metric(Generic[_Made]):
+class _Metric(ABC, Generic[_Made]):
     kind: Kind
 
     def __init__(self, name: str, about: str, labels: Labels, merge: Merge, bounds: Sequence[float]) -> None:
@@ -113,8 +114,9 @@ class _Metric(Generic[_Made]):
         self.bounds = tuple(bounds)
         self._series: dict[Labels, _Made] = {}
 
+    @abstractmethod
     def _new(self, series: Series | None = None) -> _Made:
-        raise NotImplementedError
+        """One series, empty or as it was told."""
 
     def of(self, *values: str) -> _Made:
         """The series with these label values, to be kept by whoever needs it often."""
@@ -133,8 +135,9 @@ class _Metric(Generic[_Made]):
         series = [self._told(labels, made) for labels, made in self._series.items()]
         return Family(self.name, self.kind, self.help, self.labels, self.merge, list(self.bounds), series)
 
+    @abstractmethod
     def _told(self, labels: Labels, made: _Made) -> Series:
-        raise NotImplementedError
+        """One series, as it is now."""
 
     def go_on_from(self, family: Family) -> None:
         """From what a process counted that is no more."""
