@@ -40,19 +40,15 @@ class Plugin:
         self._content = Content(config.max_content, config.redact) if config.capture_content else None
         self._exporter: Exporter | None = None
         self._dropped = services.metrics.dropped("spans")
-        self._counted = 0
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        self._exporter = exporter = Exporter(self._config, self._services.log)
-        counting_ends = self._services.metrics.before_export(self._count)
+        self._exporter = exporter = Exporter(self._config, self._services.log, self._dropped)
         try:
             async with exporter.running():
                 yield
         finally:
-            self._count()
             self._exporter = None
-            counting_ends()
 
     # --- a request ---------------------------------------------------------------------------------------------------
 
@@ -107,8 +103,3 @@ class Plugin:
             content = self._content.attributes(exchange, exchange.get(self._heard))
         timings = (exchange.timings or ()) if self._config.plugin_spans else ()
         self._exporter.put(Spans(exchange, trace).all(content, timings))
-
-    def _count(self) -> None:
-        if self._exporter is not None:
-            self._dropped.value += self._exporter.dropped - self._counted
-            self._counted = self._exporter.dropped

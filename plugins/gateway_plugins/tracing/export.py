@@ -26,6 +26,7 @@ from gateway_plugins.tracing import otlp
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from gateway import Cell
     from gateway_plugins.tracing.otlp import Span
     from gateway_plugins.tracing.settings import Config
 
@@ -54,7 +55,7 @@ class NotExportedError(Exception):
 class Exporter:
     """The way out of one plugin's spans: bounded, and what does not get through is counted in `dropped`."""
 
-    def __init__(self, config: Config, log: Any) -> None:
+    def __init__(self, config: Config, log: Any, dropped: Cell) -> None:
         self._config = config
         self._log = log
         self._encode = _line if config.exporter == "console" else otlp.encoded
@@ -63,7 +64,7 @@ class Exporter:
         self._full = asyncio.Event()
         self._failing = False
         self._told_at = float("-inf")
-        self.dropped = 0
+        self.dropped = dropped
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -79,13 +80,13 @@ class Exporter:
                     async with asyncio.timeout(CLOSE_SECONDS):
                         await self._send_all(send, tries=1)
                 if self._waiting:
-                    self.dropped += len(self._waiting)
+                    self.dropped.value += len(self._waiting)
                     self._log.error("traces_incomplete", spans_lost=len(self._waiting))
 
     def put(self, spans: Sequence[Span]) -> None:
         """The spans of one request: all, or none while too much waits."""
         if self._bytes >= MOST_WAITING:
-            self.dropped += len(spans)
+            self.dropped.value += len(spans)
             return
         for span in spans:
             data = self._encode(span)
@@ -111,7 +112,7 @@ class Exporter:
                     break
                 batch.append(data)
             lost = await self._send(send, batch, tries)
-            self.dropped += lost
+            self.dropped.value += lost
             for data in batch:  # they counted as waiting until now
                 self._bytes -= len(data)
                 self._waiting.popleft()
