@@ -41,7 +41,7 @@ async def measured(headers, **config):
     """(the hooks of one request, what sending its spans takes later), both at the quietest moment."""
     config = tracing.Config(**config)
     plugin = tracing.Plugin(config, services())
-    plugin._exporter = exporter = export.Exporter(config, None)
+    plugin._exporter = exporter = export.Exporter(config, None, services().metrics.dropped("spans"))
     about, hooks, sending = export.resource(config), float("inf"), float("inf")
     for _ in range(ROUNDS):
         asked = requests(headers)

@@ -1,7 +1,8 @@
 """A span, and its bytes in OTLP's protobuf encoding (opentelemetry-proto, trace/v1, stable).
 
 By hand, since it is a handful of fields: the encoder of OpenTelemetry's SDK takes 100 µs a span, which is more than all
-other plugins together take for a request. This takes a tenth, as most attributes are the same as before.
+other plugins together take for a request. This takes a tenth, as most attributes are the same as in other spans: those
+are encoded once, as `Shared`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ Attributes: TypeAlias = dict[str, Any]  # of str, bool, int, float or lists of t
 INTERNAL, SERVER, CLIENT = 1, 2, 3  # SpanKind
 _SAMPLED, _HAS_IS_REMOTE, _IS_REMOTE = 0x01, 0x100, 0x200  # SpanFlags
 _ERROR = b"\x7a\x02\x18\x02"  # status: code: STATUS_CODE_ERROR
-_LONGEST_KEPT = 100
-_UNIQUE = frozenset({"xenios.id", "xenios.request_id", "gen_ai.response.id"})
+_SPAN_ATTRIBUTE, _EVENT_ATTRIBUTE, _RESOURCE_ATTRIBUTE = b"\x4a", b"\x1a", b"\x0a"
 
 _fixed64 = struct.Struct("<Q").pack
 _fixed32 = struct.Struct("<I").pack
@@ -36,6 +36,16 @@ class Event(msgspec.Struct):
     attributes: Attributes
 
 
+class Shared:
+    """Attributes that many spans have in common. Nobody changes them."""
+
+    __slots__ = ("attributes", "encoded")
+
+    def __init__(self, attributes: Attributes) -> None:
+        self.attributes = attributes
+        self.encoded = b"".join([_attribute(_SPAN_ATTRIBUTE, key, value) for key, value in attributes.items()])
+
+
 class Span(msgspec.Struct):
     """One finished span. Times are nanoseconds since 1970; `parent_id` 0: the trace begins here."""
 
@@ -47,6 +57,7 @@ class Span(msgspec.Struct):
     started: int
     ended: int
     attributes: Attributes
+    shared: tuple[Shared, ...] = ()  # no name that is in `attributes` too
     failed: bool = False
     events: list[Event] = []
     state: str = ""
@@ -64,9 +75,11 @@ def encoded(span: Span) -> bytes:
         _kept_text(b"\x2a", span.name), b"\x30", _varint(span.kind),
         b"\x39", _fixed64(span.started), b"\x41", _fixed64(span.ended),
     )  # fmt: skip
-    parts += _attributes(b"\x4a", span.attributes)
+    parts += [shared.encoded for shared in span.shared]
+    parts += _attributes(_SPAN_ATTRIBUTE, span.attributes)
     for event in span.events:
-        inner = [b"\x09", _fixed64(event.at), _text(b"\x12", event.name), *_attributes(b"\x1a", event.attributes)]
+        attributes = _attributes(_EVENT_ATTRIBUTE, event.attributes)
+        inner = [b"\x09", _fixed64(event.at), _text(b"\x12", event.name), *attributes]
         parts.append(_field(b"\x5a", b"".join(inner)))
     if span.failed:
         parts.append(_ERROR)
@@ -78,7 +91,7 @@ def request(resource: Mapping[str, Any], version: str, spans: Iterable[bytes]) -
     """The message ExportTraceServiceRequest of encoded spans."""
     scope = _text(b"\x0a", "xenios") + _text(b"\x12", version)
     of_scope = _field(b"\x0a", scope) + b"".join([_field(b"\x12", span) for span in spans])
-    of_resource = _field(b"\x0a", b"".join(_attributes(b"\x0a", resource)))
+    of_resource = _field(b"\x0a", b"".join(_attributes(_RESOURCE_ATTRIBUTE, resource)))
     return _field(b"\x0a", of_resource + _field(b"\x12", of_scope))
 
 
@@ -92,6 +105,14 @@ def refused(reply: bytes) -> int:
     return count if isinstance(count, int) and count < 1 << 63 else 0
 
 
+def all_attributes(span: Span) -> Attributes:
+    """The shared ones and its own."""
+    found = dict(span.attributes)
+    for shared in span.shared:
+        found |= shared.attributes
+    return found
+
+
 def readable(span: Span) -> dict[str, Any]:
     """For people."""
     return {
@@ -103,7 +124,7 @@ def readable(span: Span) -> dict[str, Any]:
         "started": span.started / 1e9,
         "seconds": (span.ended - span.started) / 1e9,
         "failed": span.failed,
-        "attributes": span.attributes,
+        "attributes": all_attributes(span),
         "events": [{"name": e.name, "at": e.at / 1e9, "attributes": e.attributes} for e in span.events],
     }
 
@@ -112,16 +133,14 @@ def readable(span: Span) -> dict[str, Any]:
 
 
 def _attributes(tag: bytes, attributes: Mapping[str, Any]) -> list[bytes]:
-    out: list[bytes] = []
-    for key, value in attributes.items():
-        kind = type(value)
-        kept = kind is int or kind is bool or (kind is str and len(value) <= _LONGEST_KEPT and key not in _UNIQUE)
-        out.append(_kept_attribute(tag, key, value) if kept else _attribute(tag, key, value))
-    return out
+    return [
+        _kept_count(tag, key, value) if type(value) is int else _attribute(tag, key, value)
+        for key, value in attributes.items()
+    ]
 
 
 def _attribute(tag: bytes, key: str, value: Any) -> bytes:
-    return _field(tag, _text(b"\x0a", key) + _field(b"\x12", _value(value)))
+    return _field(tag, _key(key) + _field(b"\x12", _value(value)))
 
 
 def _value(value: Any) -> bytes:
@@ -179,6 +198,10 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
-# Typed, as True is 1.
-_kept_attribute = functools.lru_cache(maxsize=4096, typed=True)(_attribute)
+@functools.lru_cache(maxsize=256)
+def _key(key: str) -> bytes:
+    return _text(b"\x0a", key)
+
+
+_kept_count = functools.lru_cache(maxsize=2048)(_attribute)
 _kept_text = functools.lru_cache(maxsize=1024)(_text)
