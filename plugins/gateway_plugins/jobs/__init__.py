@@ -1,0 +1,53 @@
+"""Jobs: work that is done later, by workers on RQ: single requests, background responses, batches; and webhooks.
+
+The database knows every job, so that nothing is lost with Redis, which only says who works on what now.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from gateway import hookimpl
+from gateway.kit import Schema
+from gateway_plugins.jobs import settings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from gateway import Router, Services
+    from gateway_plugins.jobs.parts import Part
+
+Config = settings.Config
+
+
+class Plugin:
+    """Takes requests as jobs, and runs them in workers."""
+
+    Config: TypeAlias = settings.Config
+    reads_settings = ()
+    schema = Schema("jobs", Path(__file__).parent)
+    commands = "`xenios worker`, `jobs`, `queues` and `webhooks` come with the plugin jobs."
+
+    def __init__(self, config: Config, services: Services) -> None:
+        self.config = config
+        self.services = services
+        self.parts: list[Part] = []
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for part in self.parts:
+                await stack.enter_async_context(part.lifespan())
+            yield
+
+    @hookimpl
+    def register_routes(self, router: Router) -> None:
+        for part in self.parts:
+            part.register_routes(router)
+
+    @hookimpl
+    def register_commands(self, cli: Any) -> None:
+        for part in self.parts:
+            part.add_commands(cli)
