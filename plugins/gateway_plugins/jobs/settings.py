@@ -112,7 +112,10 @@ class Config(BaseModel):
         7 * 86400.0, ge=60, le=365 * 86400, description="How long a finished job can be asked for. Default 7d."
     )
     failure_ttl: Duration = Field(
-        30 * 86400.0, ge=60, le=365 * 86400, description="How long a failed job can be asked for, and retried. Default 30d."
+        30 * 86400.0,
+        ge=60,
+        le=365 * 86400,
+        description="How long a failed job can be asked for, and retried. Default 30d.",
     )
     run_within: Duration = Field(
         86400.0, ge=60, le=30 * 86400, description="A job that has not begun by then has failed. Default 24h."
