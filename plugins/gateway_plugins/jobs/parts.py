@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    import contextlib
+
     from gateway import Router
 
 # Does the work with this id, in a worker process. It may raise Again. One that is cancelled asks the queue why.
