@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from gateway import hookimpl
 from gateway.kit import Schema
 from gateway_plugins.jobs import settings
+from gateway_plugins.jobs.events import Events
+from gateway_plugins.jobs.jobs import Jobs
+from gateway_plugins.jobs.parts import NoWebhooks, Shared
+from gateway_plugins.jobs.queue import Queue
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from gateway import Router, Services
+    from gateway import Exchange, Reply, Router, Services
     from gateway_plugins.jobs.parts import Part
 
 Config = settings.Config
@@ -33,11 +37,16 @@ class Plugin:
     def __init__(self, config: Config, services: Services) -> None:
         self.config = config
         self.services = services
-        self.parts: list[Part] = []
+        self.queue = Queue(config, services)
+        self.events = Events(services)
+        shared = Shared(config, services, self.queue, self.events, NoWebhooks())
+        self.parts: list[Part] = [Jobs(shared)]
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.queue.lifespan())
+            stack.push_async_callback(self.events.close)
             for part in self.parts:
                 await stack.enter_async_context(part.lifespan())
             yield
@@ -46,6 +55,21 @@ class Plugin:
     def register_routes(self, router: Router) -> None:
         for part in self.parts:
             part.register_routes(router)
+
+    @hookimpl
+    async def prepare_request(self, exchange: Exchange) -> None:
+        if exchange.phase == "live":
+            for part in self.parts:
+                part.prepare(exchange)
+
+    @hookimpl
+    async def lookup_response(self, exchange: Exchange) -> Reply | None:
+        if exchange.phase != "accept":
+            return None
+        for part in self.parts:
+            if (taken := await part.accept(exchange)) is not None:
+                return taken
+        return None
 
     @hookimpl
     def register_commands(self, cli: Any) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from gateway import BadRequest
+
 if TYPE_CHECKING:
     import contextlib
 
     from gateway import Exchange, Reply, Router
     from gateway.kit import Statements
     from gateway_plugins.jobs.events import Events
+    from gateway_plugins.jobs.queue import Queue
     from gateway_plugins.jobs.settings import Config
 
 # Does the work with this id, in a worker process. It may raise Again. One that is cancelled asks the queue why.
@@ -41,13 +44,26 @@ class Webhooks(Protocol):
         """May it be called? Raises BadRequest."""
 
 
+class NoWebhooks:
+    """Nobody is told."""
+
+    async def send(
+        self, statements: Statements, tenant: str, event: str, data: Mapping[str, Any], *, target: str | None
+    ) -> None: ...
+
+    async def wake(self) -> None: ...
+
+    def check(self, url: str) -> None:
+        raise BadRequest(f"Webhooks are not called on this gateway, not {url[:100]!r} either.", param="webhook")
+
+
 @dataclass(frozen=True)
 class Shared:
     """What the parts are made with."""
 
     config: Config
     services: Any
-    queue: Any
+    queue: Queue
     events: Events
     webhooks: Webhooks
 
