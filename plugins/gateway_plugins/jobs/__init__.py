@@ -14,14 +14,15 @@ from gateway.kit import Schema
 from gateway_plugins.jobs import settings
 from gateway_plugins.jobs.events import Events
 from gateway_plugins.jobs.jobs import Jobs
-from gateway_plugins.jobs.parts import NoWebhooks, Shared
+from gateway_plugins.jobs.parts import Shared
 from gateway_plugins.jobs.queue import Queue
+from gateway_plugins.jobs.webhooks.part import Webhooks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from gateway import Exchange, Reply, Router, Services
-    from gateway_plugins.jobs.parts import Part
+    from gateway_plugins.jobs.parts import Part, Taker
 
 Config = settings.Config
 
@@ -39,8 +40,10 @@ class Plugin:
         self.services = services
         self.queue = Queue(config, services)
         self.events = Events(services)
-        shared = Shared(config, services, self.queue, self.events, NoWebhooks())
-        self.parts: list[Part] = [Jobs(shared)]
+        webhooks = Webhooks(config.webhooks, services, self.queue)
+        shared = Shared(config, services, self.queue, self.events, webhooks)
+        self.takers: list[Taker] = [Jobs(shared)]  # in the order in which they are asked
+        self.parts: list[Part] = [*self.takers, webhooks]
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -59,19 +62,18 @@ class Plugin:
     @hookimpl
     async def prepare_request(self, exchange: Exchange) -> None:
         if exchange.phase == "live":
-            for part in self.parts:
-                part.prepare(exchange)
+            for taker in self.takers:
+                taker.prepare(exchange)
 
     @hookimpl
     async def lookup_response(self, exchange: Exchange) -> Reply | None:
         if exchange.phase != "accept":
             return None
-        for part in self.parts:
-            if (taken := await part.accept(exchange)) is not None:
+        for taker in self.takers:
+            if (taken := await taker.accept(exchange)) is not None:
                 return taken
         return None
 
     @hookimpl
     def register_commands(self, cli: Any) -> None:
-        for part in self.parts:
-            part.add_commands(cli)
+        """The plugin is not constructed: each part's module says what it has."""

@@ -29,7 +29,7 @@ KEPT_SECONDS = 3600
 RECONNECT_SECONDS = 1.0
 LISTEN_SECONDS = 60.0
 _EVERYBODY = "{xenios}:jobs:bell"  # keeps the subscription alive that others join and leave
-_EVENT_END = re.compile(rb"(?:\r\n|\r(?!\n)|\n){2}")
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\r?\n|\r\r")
 _PIECES = 100
 
 # One entry for what came at once: its number is that of its last event.

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+import gateway
 from gateway import (
     BadRequest,
     Conflict,
     ContextKey,
-    LateRequest,
     RateLimited,
     Reply,
     StatementError,
@@ -32,6 +32,8 @@ from gateway_plugins.jobs.follow import Follower
 from gateway_plugins.jobs.runner import Runner
 from gateway_plugins.jobs.store import ENDED, End, Job, Store
 from gateway_plugins.jobs.tidying import Tidier, put
+
+LateRequest: Any = getattr(gateway, "LateRequest", None)  # until it is there
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -80,8 +82,6 @@ class Jobs:
         from gateway_plugins.jobs.routes import Routes  # noqa: PLC0415 - a server's business
 
         Routes(self, self._shared).register(router)
-
-    def add_commands(self, cli: Any) -> None: ...
 
     async def tidy(self) -> None:
         await self._tidier.tidy()
@@ -132,7 +132,7 @@ class Jobs:
         await put(self._shared, KIND, job, after=after)
         return job, True
 
-    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, LateRequest]:
+    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, Any]:
         principal, decision = exchange.principal, exchange.decision
         if principal is None:
             raise RuntimeError("A request was admitted that is nobody's.")

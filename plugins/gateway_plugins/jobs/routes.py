@@ -55,7 +55,7 @@ class Routes:
         most = self._shared.config.max_body + (64 << 10)
         about = "A request that is answered later: {endpoint, body, queue, priority, webhook, metadata, delay, …}."
         router.add("POST", "/v1/jobs", self.create, max_body=most, summary=about)
-        router.add("GET", "/v1/jobs", self.list, summary="Your jobs. Query: status, queue, task, after, limit.")
+        router.add("GET", "/v1/jobs", self.page, summary="Your jobs. Query: status, queue, task, after, limit.")
         router.add("GET", "/v1/jobs/{id}", self.show, summary="One job.")
         router.add("GET", "/v1/jobs/{id}/result", self.result, summary="What its request was answered.")
         router.add(
@@ -78,12 +78,12 @@ class Routes:
         reply: Reply = await services.submit(exchange, wanted.endpoint, wanted.body, phase="accept")
         return reply
 
-    async def list(self, exchange: Exchange) -> Reply:
+    async def page(self, exchange: Exchange) -> Reply:
         given = query_of(exchange, ("status", "queue", "task", "after", "limit", "tenant"))
         tenant = _tenant(exchange, given)
         if given.get("status", "queued") not in STATUSES:
             raise BadRequest(f"`status` is one of {', '.join(STATUSES)}.", param="status")
-        equal = {name: given[name] for name in ("status", "queue", "task") if name in given}
+        equal: dict[str, str] = {name: given[name] for name in ("status", "queue", "task") if name in given}
         try:
             jobs, more = await self._jobs.store.listed(
                 tenant, equal, limit_of(given, default=20, most=MOST), given.get("after")
@@ -153,13 +153,14 @@ class Routes:
         if wanted.queue is not None and wanted.queue not in queues:
             raise BadRequest(f"There is no queue {wanted.queue!r}; there are {', '.join(queues)}.", param="queue")
         if wanted.webhook is not None:
-            self._shared.webhooks.check(wanted.webhook)
+            self._shared.webhooks.check_url(wanted.webhook)
         at = now()
         run_after = None if wanted.delay is None else at + int(wanted.delay * 1000)
         run_before = None if wanted.run_before is None else wanted.run_before * 1000
         if run_before is not None and not (run_after or at) < run_before <= at + LATEST * 2000:
             raise BadRequest(
-                f"`run_before` is seconds since 1970, later than now ({int(time.time())}) and `delay`.", param="run_before"
+                f"`run_before` is seconds since 1970, later than now ({int(time.time())}) and `delay`.",
+                param="run_before",
             )
         given = idempotency_key(exchange)
         if given is not None and wanted.idempotency_key not in {None, given}:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -50,6 +50,14 @@ LONGEST_BACKOFF = 3600.0
 FLUSH_SECONDS = 0.03
 RETRY_SECONDS = 1.0
 COMMIT_SECONDS = 60.0
+
+
+class Ended(NamedTuple):
+    """A run that has ended: the job as it stands now, why, and ids of the messages that tell of it."""
+
+    job: Job
+    end: End
+    messages: list[str]
 
 
 class Sink:
@@ -153,10 +161,10 @@ class Runner:
     def sink(self, job: Job) -> Sink:
         return Sink(self._events, job)
 
-    async def tell(self, statements: Statements, job: Job) -> None:
-        """The job has ended: within the same transaction, a webhook's message."""
-        data = {"id": job.id, "status": job.status, "metadata": msgspec.json.decode(job.metadata or "null")}
-        await self._webhooks.send(statements, job.tenant, f"job.{job.status}", data, target=job.webhook)
+    async def tell(self, statements: Statements, job: Job) -> list[str]:
+        """The job has ended: within the same transaction, messages to whoever wants to know. Their ids."""
+        data = {"id": job.id, "status": job.status, "metadata": msgspec.json.decode(job.metadata or "{}")}
+        return await self._webhooks.send(statements, job.tenant, f"job.{job.status}", data, target=job.webhook)
 
     # --- one job ---------------------------------------------------------------------------------------------------
 
@@ -184,10 +192,9 @@ class Runner:
         """A job that is not being run ends. None: it is not as it was read any more."""
         async with self._services.database.transaction() as statements:
             closed = await self._store.close(statements, job, end, ttl=self._ttl(end))
-            if closed is not None:
-                await self.tell(statements, closed)
+            messages = await self.tell(statements, closed) if closed is not None else []
         if closed is not None:
-            await self._webhooks.wake()
+            await self._webhooks.wake(messages)
             await self._events.ring(job.id)
         return closed
 
@@ -209,7 +216,7 @@ class Runner:
         """The pipeline, and what comes of it."""
         late = LateRequest.from_json(await self._store.request(job.id))
         sink = self.sink(job)
-        ended: list[tuple[Job, End]] = []
+        ended: list[Ended] = []
 
         async def commit(exchange: Exchange, row: bytes) -> None:
             ended.extend(await self._commit(job, sink, exchange, row))
@@ -233,15 +240,15 @@ class Runner:
                 ended.extend(await self._end(job, self._later(job, error, counts=False)))
         finally:
             await asyncio.shield(self._after(sink, ended))
-        for _, end in ended:
+        for _, end, _ in ended:
             if end.status == "queued":
                 raise Again(end.after)
 
-    async def _commit(self, job: Job, sink: Sink, exchange: Exchange, row: bytes) -> list[tuple[Job, End]]:
+    async def _commit(self, job: Job, sink: Sink, exchange: Exchange, row: bytes) -> list[Ended]:
         end = self._judged(job, sink, exchange)
         return await self._end(job, end, row)
 
-    async def _end(self, job: Job, end: End | None, row: bytes = b"") -> list[tuple[Job, End]]:
+    async def _end(self, job: Job, end: End | None, row: bytes = b"") -> list[Ended]:
         """Result, usage row and message in one transaction; none of it but the row if somebody else has the job."""
         deadline = time.monotonic() + COMMIT_SECONDS
         while True:
@@ -251,8 +258,7 @@ class Runner:
                     if end is None:
                         return []
                     ended = await self._store.end(statements, job, end, ttl=self._ttl(end))
-                    if ended.ended:
-                        await self.tell(statements, ended)
+                    messages = await self.tell(statements, ended) if ended.ended else []
             except Lost:
                 end = None
             except StoreUnavailable:
@@ -261,17 +267,15 @@ class Runner:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
             else:
-                return [(ended, end)]
+                return [Ended(ended, end, messages)]
 
-    async def _after(self, sink: Sink, ended: list[tuple[Job, End]]) -> None:
-        for job, _ in ended:
+    async def _after(self, sink: Sink, ended: list[Ended]) -> None:
+        await sink.close()
+        for job, _, messages in ended:
+            await self._events.ring(job.id)
+            await self._webhooks.wake(messages)
             with contextlib.suppress(StoreUnavailable):
                 await self._store.settled(job.id, job.operation)
-            if job.ended:
-                await self._webhooks.wake()
-        await sink.close()
-        for job, _ in ended:
-            await self._events.ring(job.id)
 
     # --- how it ended ----------------------------------------------------------------------------------------------
 

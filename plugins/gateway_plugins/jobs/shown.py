@@ -56,7 +56,7 @@ def job(known: Job, position: int | None = None) -> dict[str, Any]:
 
 def event(kind: str, known: Job, result: Result | None = None) -> bytes:
     """What /stream tells of a job whose answer is no stream: `job.queued`, `job.running`, and how it ended."""
-    data = {"type": kind, "job": job(known)}
+    data: dict[str, Any] = {"type": kind, "job": job(known)}
     if result is not None and result.content_type.startswith("application/json") and len(result.body) <= MOST_SHOWN:
         data["result"] = msgspec.Raw(result.body.replace(b"\n", b" ").replace(b"\r", b" "))
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(data))

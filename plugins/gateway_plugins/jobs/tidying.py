@@ -1,4 +1,4 @@
-"""What is done from time to time for jobs of one kind, in one worker: so that none is forgotten, and none kept for ever.
+"""What one worker does from time to time for jobs of one kind, so that none is forgotten, and none kept for ever.
 
 The database says what there is to do. What Redis lost is enqueued again; what a worker did not live to do is done.
 """
@@ -23,6 +23,7 @@ WAITING_SECONDS = 10.0  # after which one that is due should be in the queue
 UNSETTLED_SECONDS = 30.0
 STOPPING_SECONDS = 5.0
 MOST_PAGES = 40
+TIMEOUT_MARGIN = 30.0
 
 
 class Tidier:
@@ -71,9 +72,6 @@ async def put(shared: Shared, kind: str, job: Job, *, front: bool = False, after
         await shared.queue.put(
             kind, job.id, queue=job.queue, priority=job.priority, front=front, after=after, timeout=timeout
         )
-
-
-TIMEOUT_MARGIN = 30.0
 
 
 async def _pages(read: Callable[[str], Awaitable[list[Job]]]) -> AsyncIterator[list[Job]]:
