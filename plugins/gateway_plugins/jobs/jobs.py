@@ -29,6 +29,7 @@ from gateway import (
 from gateway.kit import input_estimate
 from gateway_plugins.jobs import shown, store
 from gateway_plugins.jobs.follow import Follower
+from gateway_plugins.jobs.queue import DEFAULT
 from gateway_plugins.jobs.runner import Runner
 from gateway_plugins.jobs.store import ENDED, End, Job, Store
 from gateway_plugins.jobs.tidying import Tidier, put
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from gateway import Exchange, Router
     from gateway_plugins.jobs.parts import Handler, Shared
+    from gateway_plugins.jobs.settings import Queue
 
 KIND = "job"
 LONGEST_KEY = 255
@@ -68,6 +70,8 @@ class Jobs:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._config = shared.config
+        # not those that other parts have for themselves
+        self.queues: Mapping[str, Queue] = {DEFAULT: shared.queue.queues[DEFAULT], **shared.config.queues}
         self.store = Store(shared.services)
         self.runner = Runner(shared, self.store)
         self.follower = Follower(self.store, shared.events)
@@ -138,7 +142,7 @@ class Jobs:
             raise RuntimeError("A request was admitted that is nobody's.")
         task = decision.task if decision else None
         name = options.queue or self.queue_for(task, exchange.endpoint)
-        queue = self._shared.queue.queues[name]
+        queue = self.queues[name]
         at = store.now()
         late = replace(LateRequest.of(exchange), deadline=queue.timeout)
         job = Job(
@@ -181,9 +185,9 @@ class Jobs:
 
     def queue_for(self, task: str | None, endpoint: str) -> str:
         """Where a job goes that names no queue: by its task, else by its endpoint."""
-        queues = self._shared.queue.queues
+        queues = self.queues
         by_task = next((name for name, queue in queues.items() if task in queue.tasks), None)
-        return by_task or next((name for name, queue in queues.items() if endpoint in queue.endpoints), "default")
+        return by_task or next((name for name, queue in queues.items() if endpoint in queue.endpoints), DEFAULT)
 
     # --- what becomes of it ------------------------------------------------------------------------------------------
 

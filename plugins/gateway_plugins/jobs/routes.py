@@ -149,11 +149,11 @@ class Routes:
         return job
 
     def _options(self, exchange: Exchange, wanted: NewJob) -> Options:
-        queues = self._shared.queue.queues
+        queues = self._jobs.queues
         if wanted.queue is not None and wanted.queue not in queues:
             raise BadRequest(f"There is no queue {wanted.queue!r}; there are {', '.join(queues)}.", param="queue")
         if wanted.webhook is not None:
-            self._shared.webhooks.check_url(wanted.webhook)
+            self._shared.webhooks.check(wanted.webhook)
         at = now()
         run_after = None if wanted.delay is None else at + int(wanted.delay * 1000)
         run_before = None if wanted.run_before is None else wanted.run_before * 1000

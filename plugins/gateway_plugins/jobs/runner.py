@@ -53,11 +53,10 @@ COMMIT_SECONDS = 60.0
 
 
 class Ended(NamedTuple):
-    """A run that has ended: the job as it stands now, why, and ids of the messages that tell of it."""
+    """A run that has ended: the job as it stands now, and how."""
 
     job: Job
     end: End
-    messages: list[str]
 
 
 class Sink:
@@ -161,10 +160,10 @@ class Runner:
     def sink(self, job: Job) -> Sink:
         return Sink(self._events, job)
 
-    async def tell(self, statements: Statements, job: Job) -> list[str]:
-        """The job has ended: within the same transaction, messages to whoever wants to know. Their ids."""
+    async def tell(self, statements: Statements, job: Job) -> None:
+        """The job has ended: within the same transaction, messages to whoever wants to know."""
         data = {"id": job.id, "status": job.status, "metadata": msgspec.json.decode(job.metadata or "{}")}
-        return await self._webhooks.send(statements, job.tenant, f"job.{job.status}", data, target=job.webhook)
+        await self._webhooks.send(statements, job.tenant, f"job.{job.status}", data, target=job.webhook)
 
     # --- one job ---------------------------------------------------------------------------------------------------
 
@@ -192,9 +191,10 @@ class Runner:
         """A job that is not being run ends. None: it is not as it was read any more."""
         async with self._services.database.transaction() as statements:
             closed = await self._store.close(statements, job, end, ttl=self._ttl(end))
-            messages = await self.tell(statements, closed) if closed is not None else []
+            if closed is not None:
+                await self.tell(statements, closed)
         if closed is not None:
-            await self._webhooks.wake(messages)
+            await self._webhooks.wake()
             await self._events.ring(job.id)
         return closed
 
@@ -240,7 +240,7 @@ class Runner:
                 ended.extend(await self._end(job, self._later(job, error, counts=False)))
         finally:
             await asyncio.shield(self._after(sink, ended))
-        for _, end, _ in ended:
+        for _, end in ended:
             if end.status == "queued":
                 raise Again(end.after)
 
@@ -258,7 +258,8 @@ class Runner:
                     if end is None:
                         return []
                     ended = await self._store.end(statements, job, end, ttl=self._ttl(end))
-                    messages = await self.tell(statements, ended) if ended.ended else []
+                    if ended.ended:
+                        await self.tell(statements, ended)
             except Lost:
                 end = None
             except StoreUnavailable:
@@ -267,13 +268,13 @@ class Runner:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
             else:
-                return [Ended(ended, end, messages)]
+                await self._webhooks.wake()  # by the task that told
+                return [Ended(ended, end)]
 
     async def _after(self, sink: Sink, ended: list[Ended]) -> None:
         await sink.close()
-        for job, _, messages in ended:
+        for job, _ in ended:
             await self._events.ring(job.id)
-            await self._webhooks.wake(messages)
             with contextlib.suppress(StoreUnavailable):
                 await self._store.settled(job.id, job.operation)
 
