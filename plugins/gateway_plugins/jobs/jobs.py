@@ -75,7 +75,7 @@ class Jobs:
         self.store = Store(shared.services)
         self.runner = Runner(shared, self.store)
         self.follower = Follower(self.store, shared.events)
-        self._tidier = Tidier(shared, self.store, KIND)
+        self._tidier = Tidier(shared, self.store, KIND, self.runner.close)
         self.options: ContextKey[Options] = ContextKey("jobs.options")
         self.handlers: Mapping[str, Handler] = {KIND: self.runner.run}
 
