@@ -16,6 +16,7 @@ from gateway_plugins.jobs.events import Events
 from gateway_plugins.jobs.jobs import Jobs
 from gateway_plugins.jobs.parts import Shared
 from gateway_plugins.jobs.queue import Queue
+from gateway_plugins.jobs.responses.part import Responses
 from gateway_plugins.jobs.webhooks.part import Webhooks
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Plugin:
         self.events = Events(services)
         webhooks = Webhooks(config.webhooks, services, self.queue)
         shared = Shared(config, services, self.queue, self.events, webhooks)
-        self.takers: list[Taker] = [Jobs(shared)]  # in the order in which they are asked
+        self.takers: list[Taker] = [Responses(shared), Jobs(shared)]  # in the order in which they are asked
         self.parts: list[Part] = [*self.takers, webhooks]
 
     @asynccontextmanager
@@ -63,7 +64,7 @@ class Plugin:
     async def prepare_request(self, exchange: Exchange) -> None:
         if exchange.phase == "live":
             for taker in self.takers:
-                taker.prepare(exchange)
+                await taker.prepare(exchange)
 
     @hookimpl
     async def lookup_response(self, exchange: Exchange) -> Reply | None:

@@ -1,4 +1,4 @@
-"""`xenios jobs list | show | cancel | retry | rm`, by the database alone: a worker acts on it within ten seconds or so."""
+"""`xenios jobs list | show | cancel | retry | rm`, by the database alone: a worker acts on it within some seconds."""
 
 from __future__ import annotations
 
