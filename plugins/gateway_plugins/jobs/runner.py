@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -20,7 +20,7 @@ from gateway_plugins.jobs.parts import Again
 from gateway_plugins.jobs.store import End, Lost, Result
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
     from multidict import CIMultiDict
 
@@ -52,12 +52,21 @@ RETRY_SECONDS = 1.0
 COMMIT_SECONDS = 60.0
 
 
+class Ended(NamedTuple):
+    """A run that has ended: the job as it stands now, and how."""
+
+    job: Job
+    end: End
+
+
 class Sink:
     """The client that a job's request has: it keeps the reply, and tells the events of a stream as they come."""
 
-    def __init__(self, events: Events, job: Job) -> None:
+    def __init__(self, events: Events, job: Job, *, offset: int = 0) -> None:
+        """`offset`: how many events of this run are known without being told here."""
         self._events = events
         self._job = job
+        self._offset = offset
         self._tasks = Tasks()
         self._splitter: Splitter | None = None
         self._parts: list[bytes] = []
@@ -83,7 +92,11 @@ class Sink:
         if self._splitter is None:
             self._parts.append(data)
             return
-        self._parts += [self.changed(event) for event in self._splitter.feed(data)]
+        self.add(changed for event in self._splitter.feed(data) if (changed := self.changed(event)) is not None)
+
+    def add(self, events: Iterable[bytes]) -> None:
+        """They are kept, and told."""
+        self._parts += events
         if not self._telling and self._told < len(self._parts):
             self._telling = True
             self._tasks.spawn(self._tell(), "jobs: events")
@@ -95,8 +108,8 @@ class Sink:
 
     # --- for the runner ---
 
-    def changed(self, event: bytes) -> bytes:
-        """What is kept and told of a stream's event."""
+    def changed(self, event: bytes) -> bytes | None:
+        """What is kept and told of a stream's event. None: nothing."""
         return event
 
     def result(self) -> Result | None:
@@ -115,7 +128,7 @@ class Sink:
         try:
             while self._told < len(self._parts):
                 events = self._parts[self._told :]
-                await self._events.publish(self._job.id, self._job.attempts, self._told + 1, events)
+                await self._events.publish(self._job.id, self._job.attempts, self._offset + self._told + 1, events)
                 self._told += len(events)
                 await asyncio.sleep(FLUSH_SECONDS)
         except StoreUnavailable:
@@ -150,12 +163,12 @@ class Runner:
 
     # --- what subclasses change ------------------------------------------------------------------------------------
 
-    def sink(self, job: Job) -> Sink:
+    async def sink(self, job: Job) -> Sink:
         return Sink(self._events, job)
 
     async def tell(self, statements: Statements, job: Job) -> None:
-        """The job has ended: within the same transaction, a webhook's message."""
-        data = {"id": job.id, "status": job.status, "metadata": msgspec.json.decode(job.metadata or "null")}
+        """The job has ended: within the same transaction, messages to whoever wants to know."""
+        data = {"id": job.id, "status": job.status, "metadata": msgspec.json.decode(job.metadata or "{}")}
         await self._webhooks.send(statements, job.tenant, f"job.{job.status}", data, target=job.webhook)
 
     # --- one job ---------------------------------------------------------------------------------------------------
@@ -208,8 +221,8 @@ class Runner:
     async def _through(self, job: Job) -> None:
         """The pipeline, and what comes of it."""
         late = LateRequest.from_json(await self._store.request(job.id))
-        sink = self.sink(job)
-        ended: list[tuple[Job, End]] = []
+        sink = await self.sink(job)
+        ended: list[Ended] = []
 
         async def commit(exchange: Exchange, row: bytes) -> None:
             ended.extend(await self._commit(job, sink, exchange, row))
@@ -237,11 +250,11 @@ class Runner:
             if end.status == "queued":
                 raise Again(end.after)
 
-    async def _commit(self, job: Job, sink: Sink, exchange: Exchange, row: bytes) -> list[tuple[Job, End]]:
+    async def _commit(self, job: Job, sink: Sink, exchange: Exchange, row: bytes) -> list[Ended]:
         end = self._judged(job, sink, exchange)
         return await self._end(job, end, row)
 
-    async def _end(self, job: Job, end: End | None, row: bytes = b"") -> list[tuple[Job, End]]:
+    async def _end(self, job: Job, end: End | None, row: bytes = b"") -> list[Ended]:
         """Result, usage row and message in one transaction; none of it but the row if somebody else has the job."""
         deadline = time.monotonic() + COMMIT_SECONDS
         while True:
@@ -261,17 +274,15 @@ class Runner:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
             else:
-                return [(ended, end)]
+                await self._webhooks.wake()  # by the task that told
+                return [Ended(ended, end)]
 
-    async def _after(self, sink: Sink, ended: list[tuple[Job, End]]) -> None:
-        for job, _ in ended:
-            with contextlib.suppress(StoreUnavailable):
-                await self._store.settled(job.id, job.operation)
-            if job.ended:
-                await self._webhooks.wake()
+    async def _after(self, sink: Sink, ended: list[Ended]) -> None:
         await sink.close()
         for job, _ in ended:
             await self._events.ring(job.id)
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.settled(job.id, job.operation)
 
     # --- how it ended ----------------------------------------------------------------------------------------------
 
