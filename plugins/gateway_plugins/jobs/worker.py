@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
+import socket
 import threading
 import time
 import traceback
@@ -133,7 +135,9 @@ class AsyncWorker(BaseWorker):
             for name, settings in queues.items()
         ]
         all_queues = [queue for lane in self._lanes for queue in lane.queues]
-        super().__init__(all_queues, connection=connection, serializer=JSONSerializer, log_job_description=False)
+        # prepare_for_work would ask Redis, which may be away
+        super().__init__(all_queues, connection=connection, serializer=JSONSerializer, prepare_for_work=False)
+        self.hostname, self.pid = socket.gethostname(), os.getpid()
         self._handlers = handlers
         self._places = threading.Semaphore(concurrency) if concurrency else None
         self._lease = max(1, round(lease))
@@ -382,14 +386,14 @@ class AsyncWorker(BaseWorker):
             if not run.ending:  # the process is torn down: its lease will end
                 raise
             outcome = _ENDED[run.ending]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a handler's own, of any kind
             if run.ending:
                 outcome = _ENDED[run.ending]
             elif isinstance(error, StoreUnavailable):
                 outcome, after = "again", STORE_SECONDS
             else:
                 outcome, failure = "failed", type(error).__name__
-                log.exception("job_failed", kind=kind, id=work, exc_info=error)
+                _tell_of(error, "job_failed", kind=kind, id=work)
         finally:
             run.settling = True
             if timer is not None:
@@ -461,8 +465,8 @@ class AsyncWorker(BaseWorker):
                 await self._in_thread(chore)
             except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
                 self._trouble(error)
-            except Exception as error:
-                log.exception("jobs_chore_failed", chore=chore.__name__, error=type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - one job that can't be read, of thousands
+                _tell_of(error, "jobs_chore_failed", chore=chore.__name__)
                 await self._try_to_clear()
             else:
                 self._well(chore)
@@ -600,10 +604,11 @@ class AsyncWorker(BaseWorker):
             pipeline.execute()
 
 
-def _where(error: BaseException) -> list[str]:
-    """Its last frames. What it says may be somebody's prompt."""
+def _tell_of(error: BaseException, event: str, **about: str) -> None:
+    """Its kind and its last frames. What it says may be somebody's prompt."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
-    return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+    where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+    log.error(event, error=type(error).__name__, where=where, **about)
 
 
 def _job_of(composite_key: str) -> str:
