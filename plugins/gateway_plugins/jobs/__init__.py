@@ -77,4 +77,7 @@ class Plugin:
 
     @hookimpl
     def register_commands(self, cli: Any) -> None:
-        """The plugin is not constructed: each part's module says what it has."""
+        from gateway_plugins.jobs import commands  # noqa: PLC0415 - a command's business
+
+        # the plugin is not constructed, nor are its parts
+        commands.add_commands(self, cli)

@@ -79,7 +79,7 @@ class Jobs:
         self.store = Store(shared.services, self.kind)
         self.runner = self.runs(shared, self.store)
         self.follower = self.follows(self.store, shared.events)
-        self._tidier = Tidier(shared, self.store, self.kind)
+        self._tidier = Tidier(shared, self.store, self.kind, self.runner.close)
         self.options: ContextKey[Options] = ContextKey("jobs.options")
         self.handlers: Mapping[str, Handler] = {self.kind: self.runner.run}
 

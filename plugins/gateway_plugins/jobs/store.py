@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gateway import Services
     from gateway.kit import Database, Row, Statements
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -118,10 +117,17 @@ def now() -> int:
     return int(time.time() * 1000)
 
 
+class Holder(Protocol):
+    """Has a database, perhaps not yet."""
+
+    @property
+    def database(self) -> Database: ...
+
+
 class Store:
     """The table. `kind` tells jobs and background responses apart. All raise StoreUnavailable."""
 
-    def __init__(self, services: Services, kind: str = "job") -> None:
+    def __init__(self, services: Holder, kind: str = "job") -> None:
         self._services = services
         self._kind = kind
 
@@ -257,8 +263,10 @@ class Store:
         return None if row is None else _job(row)
 
     async def ask_cancel(self, job_id: str) -> None:
+        """Whoever runs it, or next looks at it, ends it."""
         await self._database.execute(
-            "UPDATE jobs_jobs SET cancel_asked = coalesce(cancel_asked, $2) WHERE id = $1 AND status = 'running'",
+            "UPDATE jobs_jobs SET cancel_asked = coalesce(cancel_asked, $2) "
+            "WHERE id = $1 AND status IN ('queued', 'running')",
             job_id, now(),
         )  # fmt: skip
 
@@ -301,8 +309,8 @@ class Store:
         return await self._some("settlement IS NOT NULL AND coalesce(finished_at, run_after) < $3", older, after)
 
     async def stopping(self, *, older: float, after: str = "") -> list[Job]:
-        """Those that run on though they were cancelled so many seconds ago."""
-        return await self._some("status = 'running' AND cancel_asked < $3", older, after)
+        """Those that wait or run though they were cancelled so many seconds ago."""
+        return await self._some("status IN ('queued', 'running') AND cancel_asked < $3", older, after)
 
     async def _some(self, where: str, older: float, after: str) -> list[Job]:
         rows = await self._database.fetch(
