@@ -40,6 +40,7 @@ class Services:
     redis: RedisStore | None = field(default=None, repr=False)
     opened_database: Database | None = field(default=None, repr=False)
     submitter: Callable[..., Awaitable[Reply]] | None = field(default=None, repr=False)
+    serves: bool = True  # False: a process beside the gateway, such as a worker of jobs; a plugin opens no port there
     plugin_id: str = "core"
     log: Any = None
 
