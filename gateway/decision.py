@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gateway import dispatch, outgoing
 from gateway.access import check_models
 from gateway.errors import PluginError
 from gateway.exchange import Decision, Target
-from gateway.incoming import admit_body, asked_models
+from gateway.incoming import admit_body, asked_models, check_refused
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
+
+
+NO_JOBS = "No plugin takes jobs: `offload` is ignored, and the request is answered at once."
 
 
 async def prepare(exchange: Exchange) -> None:
@@ -23,6 +27,7 @@ async def prepare(exchange: Exchange) -> None:
         await dispatch.run_all(exchange, hooks.prepare_request)
         _check_prepared(exchange)
         exchange.stream = exchange.dialect.wants_stream(exchange.body)
+    check_refused(exchange)
 
 
 def _check_prepared(exchange: Exchange) -> None:
@@ -44,8 +49,20 @@ async def decide(exchange: Exchange) -> None:
     for target in decision.targets:
         if target.upstream not in snapshot.upstreams:
             raise PluginError(f"The decision names the upstream {target.upstream!r}, which does not exist.")
+    if decision.offload:
+        decision = _offloaded(exchange, decision)
     exchange.decision = decision
     check_models(exchange, decision)
+
+
+def _offloaded(exchange: Exchange, decision: Decision) -> Decision:
+    """A job from here on, unless it is one at work, or nobody takes any."""
+    if exchange.phase != "live":
+        return decision
+    if not exchange.snapshot.derived.takes_jobs:
+        return replace(decision, offload=False, reasons=(*decision.reasons, NO_JOBS))
+    exchange.phase = "accept"
+    return decision
 
 
 @functools.lru_cache(maxsize=1024)

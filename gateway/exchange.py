@@ -15,17 +15,20 @@ import msgspec
 from multidict import CIMultiDict, CIMultiDictProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from gateway.dialects import Dialect
     from gateway.errors import Cause, GatewayError
     from gateway.kit.ledger import Admission, Rule
+    from gateway.late import LateRequest
     from gateway.routes import Route
     from gateway.snapshot import Snapshot
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
+# `live`: answered at once. `accept`: taken as a job, by whoever answers `lookup_response`. `run`: that job, at work.
 Phase = Literal["live", "accept", "run"]
+Abandoned = Literal["tenant", "operator"]  # who pays for a run whose worker died
 Timing = tuple[str, str, float, float]  # plugin, hook, and from when to when it ran, as `time.monotonic()` counts
 
 # Whatever can carry a credential: plugins don't see it in `request.headers`, upstreams never get it.
@@ -284,9 +287,9 @@ class Event(bytes):
 
 
 class Reply:
-    """A whole reply to the client. Bytes that nobody changed leave as they came."""
+    """A reply to the client. Bytes that nobody changed leave as they came."""
 
-    __slots__ = ("_body", "_data", "_dirty", "headers", "status")
+    __slots__ = ("_body", "_data", "_dirty", "chunks", "headers", "status")
 
     def __init__(
         self,
@@ -295,19 +298,32 @@ class Reply:
         headers: Mapping[str, str] | None = None,
         *,
         data: Any = None,
+        chunks: AsyncIterator[bytes] | None = None,
     ) -> None:
-        """Give `body` (bytes) or `data` (JSON, encoded when it is sent). Raises ValueError or TypeError."""
+        """Give `body` (bytes), `data` (JSON, encoded when it is sent), or `chunks`. Raises ValueError or TypeError.
+
+        `chunks`: a body that is made while it is sent, for as long as that takes: `server.request_timeout` ends with
+        the head. It is asked for more when the client has taken what there was, and closed (`aclose`) at the end, also
+        when the client left. With a `Content-Length` among the headers it must have just that many bytes. A content
+        type of `text/event-stream` makes it a stream of server-sent events, each chunk one or more whole ones: the
+        core breaks long silences by keep-alives, and what fails, or the gateway's end, is told as the dialect's error
+        event. No tap and no `transform_response` sees chunks.
+        """
         if not 200 <= status <= 599:
             raise ValueError(f"{status!r} is no status of a reply")
         if body is not None and not isinstance(body, bytes):
             raise TypeError(f"a body is bytes, not {type(body).__name__}")
+        if chunks is not None and not (body is None and data is None and hasattr(chunks, "__anext__")):
+            raise TypeError("`chunks` is an asynchronous iterator, and stands alone")
         self.status = status
         self.headers: CIMultiDict[str] = headers if isinstance(headers, CIMultiDict) else CIMultiDict(headers or ())
+        self.chunks = chunks
         self._body = body
         self._data = data
         self._dirty = body is None
         if body is None:
-            self.headers.setdefault("Content-Type", "application/json")
+            kind = "application/json" if chunks is None else "application/octet-stream"
+            self.headers.setdefault("Content-Type", kind)
 
     @property
     def body(self) -> bytes:
@@ -440,9 +456,11 @@ class Exchange:
 
     __slots__ = (
         "_context",
+        "_upload",
         "admission",
         "attempts",
         "body",
+        "charge_abandoned",
         "client_started",
         "cost",
         "credentials",
@@ -456,6 +474,7 @@ class Exchange:
         "first_content",
         "form",
         "id",
+        "late",
         "outcome",
         "parent",
         "phase",
@@ -470,6 +489,7 @@ class Exchange:
         "rules",
         "running",
         "scope_memo",
+        "settlement",
         "skipped",
         "snapshot",
         "started",
@@ -479,6 +499,7 @@ class Exchange:
         "streamed",
         "timings",
         "trace_id",
+        "traceparent",
         "usage",
     )
 
@@ -504,6 +525,14 @@ class Exchange:
         # Of the trace that this request belongs to, 32 hex digits; set by a tracing plugin in `request_received` where
         # somebody else may know the trace. The access log's line has it.
         self.trace_id: str | None = None
+        # This request's own place in its trace, as W3C's header says it: set by a tracing plugin in `request_received`,
+        # kept with a job. In phase `run` it is there before any hook: the place of the request that was accepted.
+        self.traceparent: str | None = None
+        # In phase `run`: what was kept, who pays if this worker dies, and, once it is over, what is to be settled
+        # (`services.settle_late`).
+        self.late: LateRequest | None = None
+        self.charge_abandoned: Abandoned = "tenant"
+        self.settlement: list[Any] | None = None
         self.credentials: Credentials | None = None
         self.principal: Principal | None = None
         self.raw_body = b""
@@ -548,6 +577,7 @@ class Exchange:
         # outside of `call_next`, a tap one for the whole stream, as long as all its calls together.
         self.timings: list[Timing] | None = None
         self.scope_memo: dict[int, bool] = {}
+        self._upload: AsyncIterator[bytes] | None = None
         self._context: dict[ContextKey[Any], Any] = {}
 
     def get(self, key: ContextKey[T], default: T | None = None) -> T | None:
@@ -562,6 +592,20 @@ class Exchange:
         if self.rules is None:
             self.rules = []
         self.rules.extend(rules)
+
+    def upload(self) -> AsyncIterator[bytes]:
+        """The body piece by piece, in a handler whose route says `body="stream"`; once.
+
+        Raises TooLarge beyond the route's `max_body`, RequestTimeout, BadRequest, or ClientGone, also in the middle.
+        """
+        pieces, self._upload = self._upload, None
+        if pieces is None:
+            raise RuntimeError("The body was read already, or its route does not say `stream`.")
+        return pieces
+
+    def offer_upload(self, pieces: AsyncIterator[bytes] | None) -> None:
+        """The core's: what `upload` will give."""
+        self._upload = pieces
 
     def attempt(self, target: Target) -> Attempt:
         """What would be sent to this target, with the body as it stands."""

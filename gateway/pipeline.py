@@ -19,8 +19,9 @@ from multidict import CIMultiDict, istr
 
 from gateway import dispatch, explain, logs, timing, watch
 from gateway.access import check_bearer, check_route
+from gateway.client import ClientGone
 from gateway.decision import decide, prepare
-from gateway.dialects import read_cost
+from gateway.dialects import PLAIN_EVENTS, read_cost
 from gateway.errors import (
     Cause,
     DeadlineExceeded,
@@ -29,6 +30,7 @@ from gateway.errors import (
     Refused,
     ShuttingDown,
     Unauthenticated,
+    Unavailable,
     UpstreamError,
 )
 from gateway.exchange import (
@@ -49,8 +51,9 @@ from gateway.upstream import UpstreamReply, error_from, error_from_body
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
+    from gateway.client import Client, Inbound
     from gateway.exchange import Attempt, Exchange
     from gateway.finisher import Finisher
     from gateway.routes import Handler
@@ -69,6 +72,8 @@ _UNSURE = frozenset({Source.ESTIMATE, Source.UNKNOWN})
 # Those that are worth telling; what else an upstream writes there may be anything.
 _MEDIA_TYPE = re.compile(r"(text/(html|plain|xml)|application/(xml|octet-stream|problem\+json|x-ndjson))")
 ERROR_BODY_LIMIT = 1 << 20
+PIECE = 256 * 1024  # of what a plugin sends: a client must have taken it within the write timeout
+CLOSE_SECONDS = 1.0  # that a plugin's stream has for its own end
 AFTERWARDS = 1.0  # seconds that an upstream has to end its body after the whole answer
 _OURS = frozenset({watch.DEADLINE, watch.STALL, watch.TOTAL, watch.SHUTDOWN})
 _MOST_TRIES = 10  # in the reply's header
@@ -91,38 +96,6 @@ _NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _DROPPED_PREFIXES = ("cf-", "x-xenios-", "x-ratelimit-", "access-control-")
 
 
-class ClientGone(Exception):
-    """The client left, or stopped reading."""
-
-
-class Client(Protocol):
-    """Where the answer goes. Each method raises ClientGone once the client left."""
-
-    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
-        """A whole reply; `progress` is called whenever the client has taken some of a large one."""
-
-    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
-        """The head of a streamed reply."""
-
-    async def write(self, data: bytes) -> None:
-        """Some of its body; waits while the client is slow."""
-
-    async def end(self) -> None:
-        """Its proper end."""
-
-    def abort(self) -> None:
-        """Close the connection uncleanly."""
-
-
-class Inbound(Protocol):
-    """What the client still has to say."""
-
-    content_type: str
-
-    async def read(self, limit: int) -> bytes:
-        """The whole body. Raises TooLarge, RequestTimeout or BadRequest."""
-
-
 class Run:
     """One exchange on its way through the hooks."""
 
@@ -135,7 +108,9 @@ class Run:
         tasks: Tasks,
         finisher: Finisher,
         correct: Corrector | None = None,
+        seconds: float | None = None,
     ) -> None:
+        """`seconds`: for all of it, instead of `server.request_timeout`."""
         self.exchange = exchange
         self.client = client
         self.inbound = inbound
@@ -143,13 +118,16 @@ class Run:
         self.finisher = finisher
         self.correct = correct
         self.hooks = exchange.snapshot.hooks
-        seconds = exchange.snapshot.settings.server.request_timeout
+        if seconds is None:
+            seconds = exchange.snapshot.settings.server.request_timeout
         self.watch = Watch(seconds, exchange)
         exchange.deadline = exchange.started + seconds
         self._response: UpstreamResponse | None = None
         self._record: AttemptRecord | None = None
         self._stream: ReplyStream | None = None
         self._taps: TapChain | None = None
+        self._grammar = exchange.dialect.grammar  # of the events that the client gets; None: it gets none
+        self._last = b""  # chunk of a plugin's stream
         self._starting: asyncio.Task[None] | None = None
         self._beating = False
         # (phase, from when) where `Server-Timing` is on
@@ -201,7 +179,7 @@ class Run:
             await self._read_body()
         if route.handler is not None:
             exchange.reply = await self._handle(route.handler)
-            await self._send_whole(exchange.reply)
+            await self._send(exchange.reply, (route.plugin, f"{route.method} {route.path}"))
             return
         if explained:
             exchange.reply = Reply(200, data=await explain.explanation(exchange))
@@ -223,6 +201,8 @@ class Run:
             if hit is not None:
                 await self._answer_hit(hit)
                 return
+        if exchange.phase == "accept":
+            raise Unavailable("Nobody here takes this request as a job.", code="no_job_taken")
         self._enter("upstream")
         reply = await self._through_the_onion()
         self._enter("answer")
@@ -278,11 +258,29 @@ class Run:
     async def _read_body(self) -> None:
         self._enter("body")
         exchange = self.exchange
-        exchange.raw_body = await self.inbound.read(
-            exchange.route.max_body or exchange.snapshot.settings.server.max_body
-        )
-        if exchange.route.body == "json":
-            parse_body(exchange, self.inbound.content_type)
+        limit = exchange.route.max_body or exchange.snapshot.settings.server.max_body
+        if exchange.route.body == "stream":
+            exchange.offer_upload(self._uploaded(limit))
+            return
+        exchange.raw_body = await self.inbound.read(limit)
+        parse_body(exchange, self.inbound.content_type)
+
+    async def _uploaded(self, limit: int) -> AsyncIterator[bytes]:
+        """The body as it comes. The request's time begins anew with each piece; the client's own limit is elsewhere."""
+        exchange = self.exchange
+        seconds = exchange.snapshot.settings.server.request_timeout
+        pieces = self.inbound.pieces(limit)
+        while True:
+            handler, exchange.running = exchange.running, None  # it is the client that is waited for
+            try:
+                piece = await anext(pieces, b"")
+            finally:
+                exchange.running = handler
+            self.watch.extend(seconds)
+            exchange.deadline = time.monotonic() + seconds
+            if not piece:
+                return
+            yield piece
 
     def _enter(self, phase: str) -> None:
         if self._phases is not None:
@@ -510,17 +508,23 @@ class Run:
 
     async def _answer_hit(self, hit: Reply) -> None:
         exchange = self.exchange
+        if hit.chunks is not None:
+            exchange.reply = hit
+            plugins = ", ".join(impl.plugin for impl in self.hooks.lookup_response)
+            await self._send_chunks(hit, hit.chunks, (plugins, "lookup_response"))
+            return
         grammar = exchange.dialect.grammar
         if exchange.stream and grammar is not None and hit.headers.get("Content-Type", "").startswith(EVENT_STREAM):
             stream = EventStream(_Recorded(hit.body), grammar, forward_usage=True, max_event=len(hit.body) + 1)
             await stream.first_content()
+            hit.headers.pop("Content-Length", None)
             await self._relay(stream, hit.headers)
             return
         exchange.reply = hit
         await self._answer_whole(hit)
 
     async def _answer_whole(self, reply: Reply) -> None:
-        if self.hooks.transform_response:
+        if self.hooks.transform_response and self.exchange.phase != "accept":  # then it is no model's answer
             await dispatch.run_all(self.exchange, self.hooks.transform_response)
         await self._send_whole(self.exchange.reply or reply)
 
@@ -533,6 +537,63 @@ class Run:
         headers = self._head(reply.status, reply.headers)
         exchange.client_started = True
         await self._deliver(reply.status, headers, body)
+
+    async def _send(self, reply: Reply, by: tuple[str, str]) -> None:
+        """What a plugin answers by itself."""
+        if reply.chunks is None:
+            await self._send_whole(reply)
+        else:
+            await self._send_chunks(reply, reply.chunks, by)
+
+    async def _send_chunks(self, reply: Reply, chunks: AsyncIterator[bytes], by: tuple[str, str]) -> None:
+        """A body that a plugin makes while it is sent, however long that takes; closed at the end, whatever it was.
+
+        Raises GatewayError or ClientGone.
+        """
+        exchange, server = self.exchange, self.exchange.snapshot.settings.server
+        impl = dispatch.Impl(*by, self._send_chunks)
+        impl.failures = exchange.snapshot.plugin_counts.failures.of(*by)
+        self.watch.extend()
+        exchange.deadline = float("inf")
+        self._grammar = None
+        if reply.headers.get(_CONTENT_TYPE, "").startswith(EVENT_STREAM):
+            self._grammar = exchange.dialect.grammar or PLAIN_EVENTS
+            self._beat(server.keepalive_interval)
+        try:
+            left = _length(reply)
+            await self._start_stream(reply.status, reply.headers)
+            if exchange.request.method != "HEAD":
+                await self._write_chunks(chunks, left, server.write_timeout)
+        except (GatewayError, ClientGone):
+            raise
+        except dispatch.FAILURES as error:
+            if dispatch.is_cancelled(error):
+                raise
+            impl.failed(error, exchange)
+            exchange.error_by = repr(impl)
+            raise GatewayError from error
+        finally:
+            await _close(chunks, impl, exchange)
+        await self._end_stream()
+
+    async def _write_chunks(self, chunks: AsyncIterator[bytes], left: int | None, seconds: float) -> None:
+        """`left`: how many bytes there must be."""
+        wait, write, touch, rest = self.watch.wait, self.client.write, self.watch.touch, self.watch.rest
+        async for chunk in chunks:
+            if not isinstance(chunk, bytes):
+                raise TypeError(f"a chunk is bytes, not {type(chunk).__name__}")
+            if left is not None:
+                left -= len(chunk)
+                if left < 0:
+                    raise ValueError("more bytes than the Content-Length says")
+            for start in range(0, len(chunk), PIECE):
+                wait(watch.WRITE, seconds)
+                await write(chunk[start : start + PIECE])
+            touch()
+            rest()
+            self._last = chunk
+        if left:
+            raise ValueError(f"{left} bytes less than the Content-Length says")
 
     async def _send_late(self, body: bytes) -> None:
         """A whole body for a client whose stream has been committed already: as one event."""
@@ -585,6 +646,8 @@ class Run:
         await self.client.end()
 
     def _beat(self, first: float) -> None:
+        if self.exchange.phase == "run":
+            return  # nobody listens whose connection would be cut
         self.watch.beat(first, self.exchange.snapshot.settings.server.keepalive_interval, self._on_silence)
 
     def _on_silence(self) -> None:
@@ -607,7 +670,7 @@ class Run:
         await self._keep_alive()
 
     async def _keep_alive(self) -> None:
-        grammar = self.exchange.dialect.grammar
+        grammar = self._grammar
         try:
             if grammar is not None and not self._over:
                 await self.client.write(grammar.keep_alive)
@@ -718,11 +781,11 @@ class Run:
             return
         if self._taps is not None:
             self._taps.close(exchange.outcome)
-        grammar = exchange.dialect.grammar
+        grammar = self._grammar
         if grammar is None or not exchange.streamed:
             self.client.abort()
             return
-        last = self._stream.last if self._stream is not None else b""
+        last = self._stream.last if self._stream is not None else _last_event(self._last)
         self.watch.wait(watch.WRITE, exchange.snapshot.settings.server.write_timeout)
         await self.client.write(grammar.error(error, last, exchange.request_id))
         await self._end_stream()
@@ -765,9 +828,10 @@ class Run:
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
         exchange.credentials = None
+        exchange.offer_upload(None)
         exchange.finished = time.monotonic()
         _sum_up(exchange)
-        if exchange.admission is not None or exchange.record is not None:
+        if exchange.late is None and (exchange.admission is not None or exchange.record is not None):
             ledger.settle(exchange.snapshot.services.ledger, exchange)
         if self.hooks.request_finished or exchange.timings is not None:
             self.finisher.put(exchange, self.hooks.request_finished)
@@ -841,6 +905,29 @@ def _layer(
         return reply
 
     return layer
+
+
+def _length(reply: Reply) -> int | None:
+    """What a plugin says of its body's length. Raises ValueError."""
+    said = reply.headers.get("Content-Length")
+    return None if said is None else int(said)
+
+
+async def _close(chunks: AsyncIterator[bytes], impl: dispatch.Impl, exchange: Exchange) -> None:
+    close = getattr(chunks, "aclose", None)
+    if close is None:
+        return
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await close()
+    except dispatch.FAILURES as error:
+        if dispatch.is_cancelled(error):
+            raise
+        impl.failed(error, exchange)
+
+
+def _last_event(chunk: bytes) -> bytes:
+    return chunk[chunk.rfind(b"\n\n", 0, -2) + 1 :]
 
 
 def _sound(headers: CIMultiDict[str]) -> bool:

@@ -25,7 +25,8 @@ jobs = Table(
     *_texts("metadata", "webhook", "idempotency_key", "fingerprint"),
     *_numbers("created_at", "attempts", "max_attempts", nullable=False),
     *_numbers("run_after", "run_before", "started_at", "finished_at", "expires_at"),
-    *_texts("operation", "request_id"),  # the run under way, or the last one: its usage row
+    *_numbers("seen_at"),  # when the process that runs it last said that it does
+    *_texts("operation", "request_id"),  # operation: the run under way, or the last one; its usage row
     *_numbers("result_status"),
     *_texts("result_headers"),
     Column("result", LargeBinary),
@@ -34,6 +35,34 @@ jobs = Table(
     *_texts("settlement"),  # until the ledger has it
     UniqueConstraint("tenant", "idempotency_key"),
     Index("ix_jobs_jobs_tenant_created", "tenant", "created_at"),
+    Index("ix_jobs_jobs_tenant_status", "tenant", "status"),
     Index("ix_jobs_jobs_status", "status", "run_after"),
     Index("ix_jobs_jobs_expires", "expires_at"),
+)
+
+# Who is told of what has ended, and of whoever has a signing secret, which one it is: endpoints that were registered;
+# those of the configuration from when they were found gone; tenants (`tenant:…`) from their first rotation.
+webhook_endpoints = Table(
+    "jobs_webhook_endpoints",
+    metadata,
+    Column("id", Text, primary_key=True),
+    *_texts("tenant", "name", "url", "event_types"),  # event_types: JSON
+    *_numbers("version", "created_at", "updated_at", nullable=False),
+    *_numbers("old_until", "disabled_at"),
+    Index("ix_jobs_webhook_endpoints_tenant", "tenant", "created_at"),
+)
+
+# Messages, one for each receiver.
+webhook_deliveries = Table(
+    "jobs_webhook_deliveries",
+    metadata,
+    Column("id", Text, primary_key=True),
+    *_texts("tenant", "event_type", "body", "status", nullable=False),  # waiting, delivered, dead
+    *_texts("endpoint", "url"),  # one of both: an endpoint, or a job's own webhook
+    *_numbers("created_at", "attempts", "next_at", nullable=False),
+    *_numbers("finished_at", "expires_at", "last_status"),
+    *_texts("last_error"),
+    Index("ix_jobs_webhook_deliveries_status", "status", "next_at"),
+    Index("ix_jobs_webhook_deliveries_created", "created_at"),
+    Index("ix_jobs_webhook_deliveries_expires", "expires_at"),
 )
