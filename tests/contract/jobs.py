@@ -96,11 +96,11 @@ class Commits:
         self.rows.append(row)
 
 
-async def taken(gw, *, plugin="Jobs", **fields):
+async def taken(gw, *, plugin="Jobs", headers=None, **fields):
     reply = await gw.post(
         "/v1/chat/completions",
         {"model": "test/model", "messages": [{"role": "user", "content": "Hello"}], **fields},
-        headers={"Prefer": "respond-async", "X-Request-Id": "mine-1", "X-Title": "An app"},
+        headers={"Prefer": "respond-async", "X-Request-Id": "mine-1", "X-Title": "An app", **(headers or {})},
     )
     assert reply.status == 202
     return gw.plugin(plugin)
