@@ -65,6 +65,7 @@ class Services:
     opened_database: Database | None = field(default=None, repr=False)
     inner: InnerCalls | None = field(default=None, repr=False)
     rows: Rows = field(default_factory=Rows, repr=False)
+    serves: bool = True  # False: a process beside the gateway, such as a worker of jobs; a plugin opens no port there
     plugin_id: str = "core"
     log: Any = None
 
@@ -128,6 +129,6 @@ class Services:
             late, client, operation_id=operation_id, commit=commit, charge_abandoned=charge_abandoned
         )
 
-    def settle_late(self, settlement: Sequence[Any]) -> None:
+    def settle_late(self, settlement: Sequence[Any] | None) -> None:
         """Settle what a worker committed and did not live to settle; doing it twice changes nothing. Does not wait."""
         settle(self.ledger, settlement)

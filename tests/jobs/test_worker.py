@@ -2,6 +2,7 @@ import asyncio
 import logging
 import time
 
+import pytest
 from rq.command import send_stop_job_command
 from rq.job import Job
 
@@ -207,6 +208,7 @@ async def test_what_others_put_into_a_queue_is_thrown_out_and_stops_nothing(url)
             assert connection.lrange(theirs.intermediate_queue_key, 0, -1) in ([], [b"job-gone"])
 
 
+@pytest.mark.full
 async def test_one_that_nobody_can_read_does_not_keep_others_from_being_run_again(url):
     """Unreadable jobs among those of a dead worker, and among those that are due, are discarded; the others run."""
     async with open_queue(url) as queue:
