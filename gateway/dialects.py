@@ -395,6 +395,8 @@ _MESSAGES = Grammar(
     needs_done=True,
     keep_alive=b'event: ping\ndata: {"type": "ping"}\n\n',
 )
+# Of no model: what a plugin streams from a route of its own.
+PLAIN_EVENTS = Grammar(re.compile(rb"(?!)"), lambda _: PLAIN, _typed_error, needs_done=False)
 _IMAGES = Grammar(
     re.compile(rb'"image_generation\.completed"|"error"|\[DONE\]'),
     _mark_typed(re.compile(r"image_generation\..+"), frozenset({"image_generation.completed"})),

@@ -15,7 +15,7 @@ import msgspec
 from multidict import CIMultiDict, CIMultiDictProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from gateway.dialects import Dialect
     from gateway.errors import Cause, GatewayError
@@ -284,9 +284,9 @@ class Event(bytes):
 
 
 class Reply:
-    """A whole reply to the client. Bytes that nobody changed leave as they came."""
+    """A reply to the client. Bytes that nobody changed leave as they came."""
 
-    __slots__ = ("_body", "_data", "_dirty", "headers", "status")
+    __slots__ = ("_body", "_data", "_dirty", "chunks", "headers", "status")
 
     def __init__(
         self,
@@ -295,19 +295,32 @@ class Reply:
         headers: Mapping[str, str] | None = None,
         *,
         data: Any = None,
+        chunks: AsyncIterator[bytes] | None = None,
     ) -> None:
-        """Give `body` (bytes) or `data` (JSON, encoded when it is sent). Raises ValueError or TypeError."""
+        """Give `body` (bytes), `data` (JSON, encoded when it is sent), or `chunks`. Raises ValueError or TypeError.
+
+        `chunks`: a body that is made while it is sent, for as long as that takes: `server.request_timeout` ends with
+        the head. It is asked for more when the client has taken what there was, and closed (`aclose`) at the end, also
+        when the client left. With a `Content-Length` among the headers it must have just that many bytes. A content
+        type of `text/event-stream` makes it a stream of server-sent events, each chunk one or more whole ones: the
+        core breaks long silences by keep-alives, and what fails, or the gateway's end, is told as the dialect's error
+        event. No tap and no `transform_response` sees chunks.
+        """
         if not 200 <= status <= 599:
             raise ValueError(f"{status!r} is no status of a reply")
         if body is not None and not isinstance(body, bytes):
             raise TypeError(f"a body is bytes, not {type(body).__name__}")
+        if chunks is not None and not (body is None and data is None and hasattr(chunks, "__anext__")):
+            raise TypeError("`chunks` is an asynchronous iterator, and stands alone")
         self.status = status
         self.headers: CIMultiDict[str] = headers if isinstance(headers, CIMultiDict) else CIMultiDict(headers or ())
+        self.chunks = chunks
         self._body = body
         self._data = data
         self._dirty = body is None
         if body is None:
-            self.headers.setdefault("Content-Type", "application/json")
+            kind = "application/json" if chunks is None else "application/octet-stream"
+            self.headers.setdefault("Content-Type", kind)
 
     @property
     def body(self) -> bytes:

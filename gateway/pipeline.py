@@ -20,7 +20,7 @@ from multidict import CIMultiDict, istr
 from gateway import dispatch, explain, logs, timing, watch
 from gateway.access import check_bearer, check_route
 from gateway.decision import decide, prepare
-from gateway.dialects import read_cost
+from gateway.dialects import PLAIN_EVENTS, read_cost
 from gateway.errors import (
     Cause,
     DeadlineExceeded,
@@ -49,7 +49,7 @@ from gateway.upstream import UpstreamReply, error_from, error_from_body
 from gateway.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from gateway.exchange import Attempt, Exchange
     from gateway.finisher import Finisher
@@ -69,6 +69,8 @@ _UNSURE = frozenset({Source.ESTIMATE, Source.UNKNOWN})
 # Those that are worth telling; what else an upstream writes there may be anything.
 _MEDIA_TYPE = re.compile(r"(text/(html|plain|xml)|application/(xml|octet-stream|problem\+json|x-ndjson))")
 ERROR_BODY_LIMIT = 1 << 20
+PIECE = 256 * 1024  # of what a plugin sends: a client must have taken it within the write timeout
+CLOSE_SECONDS = 1.0  # that a plugin's stream has for its own end
 AFTERWARDS = 1.0  # seconds that an upstream has to end its body after the whole answer
 _OURS = frozenset({watch.DEADLINE, watch.STALL, watch.TOTAL, watch.SHUTDOWN})
 _MOST_TRIES = 10  # in the reply's header
@@ -150,6 +152,8 @@ class Run:
         self._record: AttemptRecord | None = None
         self._stream: ReplyStream | None = None
         self._taps: TapChain | None = None
+        self._grammar = exchange.dialect.grammar  # of the events that the client gets; None: it gets none
+        self._last = b""  # chunk of a plugin's stream
         self._starting: asyncio.Task[None] | None = None
         self._beating = False
         # (phase, from when) where `Server-Timing` is on
@@ -201,7 +205,7 @@ class Run:
             await self._read_body()
         if route.handler is not None:
             exchange.reply = await self._handle(route.handler)
-            await self._send_whole(exchange.reply)
+            await self._send(exchange.reply, (route.plugin, f"{route.method} {route.path}"))
             return
         if explained:
             exchange.reply = Reply(200, data=await explain.explanation(exchange))
@@ -510,10 +514,16 @@ class Run:
 
     async def _answer_hit(self, hit: Reply) -> None:
         exchange = self.exchange
+        if hit.chunks is not None:
+            exchange.reply = hit
+            plugins = ", ".join(impl.plugin for impl in self.hooks.lookup_response)
+            await self._send_chunks(hit, hit.chunks, (plugins, "lookup_response"))
+            return
         grammar = exchange.dialect.grammar
         if exchange.stream and grammar is not None and hit.headers.get("Content-Type", "").startswith(EVENT_STREAM):
             stream = EventStream(_Recorded(hit.body), grammar, forward_usage=True, max_event=len(hit.body) + 1)
             await stream.first_content()
+            hit.headers.pop("Content-Length", None)
             await self._relay(stream, hit.headers)
             return
         exchange.reply = hit
@@ -533,6 +543,63 @@ class Run:
         headers = self._head(reply.status, reply.headers)
         exchange.client_started = True
         await self._deliver(reply.status, headers, body)
+
+    async def _send(self, reply: Reply, by: tuple[str, str]) -> None:
+        """What a plugin answers by itself."""
+        if reply.chunks is None:
+            await self._send_whole(reply)
+        else:
+            await self._send_chunks(reply, reply.chunks, by)
+
+    async def _send_chunks(self, reply: Reply, chunks: AsyncIterator[bytes], by: tuple[str, str]) -> None:
+        """A body that a plugin makes while it is sent, however long that takes; closed at the end, whatever it was.
+
+        Raises GatewayError or ClientGone.
+        """
+        exchange, server = self.exchange, self.exchange.snapshot.settings.server
+        impl = dispatch.Impl(*by, self._send_chunks)
+        impl.failures = exchange.snapshot.plugin_counts.failures.of(*by)
+        self.watch.endless()
+        exchange.deadline = float("inf")
+        self._grammar = None
+        if reply.headers.get(_CONTENT_TYPE, "").startswith(EVENT_STREAM):
+            self._grammar = exchange.dialect.grammar or PLAIN_EVENTS
+            self._beat(server.keepalive_interval)
+        try:
+            left = _length(reply)
+            await self._start_stream(reply.status, reply.headers)
+            if exchange.request.method != "HEAD":
+                await self._write_chunks(chunks, left, server.write_timeout)
+        except (GatewayError, ClientGone):
+            raise
+        except dispatch.FAILURES as error:
+            if dispatch.is_cancelled(error):
+                raise
+            impl.failed(error, exchange)
+            exchange.error_by = repr(impl)
+            raise GatewayError from error
+        finally:
+            await _close(chunks, impl, exchange)
+        await self._end_stream()
+
+    async def _write_chunks(self, chunks: AsyncIterator[bytes], left: int | None, seconds: float) -> None:
+        """`left`: how many bytes there must be."""
+        wait, write, touch, rest = self.watch.wait, self.client.write, self.watch.touch, self.watch.rest
+        async for chunk in chunks:
+            if not isinstance(chunk, bytes):
+                raise TypeError(f"a chunk is bytes, not {type(chunk).__name__}")
+            if left is not None:
+                left -= len(chunk)
+                if left < 0:
+                    raise ValueError("more bytes than the Content-Length says")
+            for start in range(0, len(chunk), PIECE):
+                wait(watch.WRITE, seconds)
+                await write(chunk[start : start + PIECE])
+            touch()
+            rest()
+            self._last = chunk
+        if left:
+            raise ValueError(f"{left} bytes less than the Content-Length says")
 
     async def _send_late(self, body: bytes) -> None:
         """A whole body for a client whose stream has been committed already: as one event."""
@@ -607,7 +674,7 @@ class Run:
         await self._keep_alive()
 
     async def _keep_alive(self) -> None:
-        grammar = self.exchange.dialect.grammar
+        grammar = self._grammar
         try:
             if grammar is not None and not self._over:
                 await self.client.write(grammar.keep_alive)
@@ -718,11 +785,11 @@ class Run:
             return
         if self._taps is not None:
             self._taps.close(exchange.outcome)
-        grammar = exchange.dialect.grammar
+        grammar = self._grammar
         if grammar is None or not exchange.streamed:
             self.client.abort()
             return
-        last = self._stream.last if self._stream is not None else b""
+        last = self._stream.last if self._stream is not None else _last_event(self._last)
         self.watch.wait(watch.WRITE, exchange.snapshot.settings.server.write_timeout)
         await self.client.write(grammar.error(error, last, exchange.request_id))
         await self._end_stream()
@@ -841,6 +908,29 @@ def _layer(
         return reply
 
     return layer
+
+
+def _length(reply: Reply) -> int | None:
+    """What a plugin says of its body's length. Raises ValueError."""
+    said = reply.headers.get("Content-Length")
+    return None if said is None else int(said)
+
+
+async def _close(chunks: AsyncIterator[bytes], impl: dispatch.Impl, exchange: Exchange) -> None:
+    close = getattr(chunks, "aclose", None)
+    if close is None:
+        return
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await close()
+    except dispatch.FAILURES as error:
+        if dispatch.is_cancelled(error):
+            raise
+        impl.failed(error, exchange)
+
+
+def _last_event(chunk: bytes) -> bytes:
+    return chunk[chunk.rfind(b"\n\n", 0, -2) + 1 :]
 
 
 def _sound(headers: CIMultiDict[str]) -> bool:

@@ -280,13 +280,16 @@ class _Client:
             raise ClientGone from error
 
     async def start(self, status: int, headers: CIMultiDict[str]) -> None:
-        headers[hdrs.CACHE_CONTROL] = "no-cache"
-        headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
-        if self._request.version >= (1, 1):
-            self._writer.enable_chunking()
-            headers[hdrs.TRANSFER_ENCODING] = "chunked"
-        else:
-            self.keep_alive = False  # HTTP/1.0: the end of the body is the end of the connection
+        if hdrs.CONTENT_LENGTH not in headers:
+            headers[hdrs.CACHE_CONTROL] = "no-cache"
+            headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
+            if self._request.method == "HEAD":
+                pass  # no body, so that nothing need tell its end
+            elif self._request.version >= (1, 1):
+                self._writer.enable_chunking()
+                headers[hdrs.TRANSFER_ENCODING] = "chunked"
+            else:
+                self.keep_alive = False  # HTTP/1.0: the end of the body is the end of the connection
         try:
             await self._head(status, headers)
             self._writer.send_headers()

@@ -81,6 +81,10 @@ class Watch:
         """The deadline of all is so far away at most."""
         self._deadline = min(self._deadline, self._loop.time() + seconds)
 
+    def endless(self) -> None:
+        """No deadline of all any more."""
+        self._deadline = _FAR
+
     def rest(self) -> None:
         """It waits for nothing that has a limit of its own."""
         self._due = _FAR

@@ -25,7 +25,8 @@ jobs = Table(
     *_texts("metadata", "webhook", "idempotency_key", "fingerprint"),
     *_numbers("created_at", "attempts", "max_attempts", nullable=False),
     *_numbers("run_after", "run_before", "started_at", "finished_at", "expires_at"),
-    *_texts("operation", "request_id"),  # the run under way, or the last one: its usage row
+    *_numbers("seen_at"),  # when the process that runs it last said that it does
+    *_texts("operation", "request_id"),  # operation: the run under way, or the last one; its usage row
     *_numbers("result_status"),
     *_texts("result_headers"),
     Column("result", LargeBinary),
@@ -34,6 +35,7 @@ jobs = Table(
     *_texts("settlement"),  # until the ledger has it
     UniqueConstraint("tenant", "idempotency_key"),
     Index("ix_jobs_jobs_tenant_created", "tenant", "created_at"),
+    Index("ix_jobs_jobs_tenant_status", "tenant", "status"),
     Index("ix_jobs_jobs_status", "status", "run_after"),
     Index("ix_jobs_jobs_expires", "expires_at"),
 )

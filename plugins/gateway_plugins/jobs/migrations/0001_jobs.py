@@ -26,6 +26,7 @@ def upgrade() -> None:
         *_texts("metadata", "webhook", "idempotency_key", "fingerprint"),
         *_numbers("created_at", "attempts", "max_attempts", nullable=False),
         *_numbers("run_after", "run_before", "started_at", "finished_at", "expires_at"),
+        *_numbers("seen_at"),
         *_texts("operation", "request_id"),
         *_numbers("result_status"),
         *_texts("result_headers"),
@@ -36,6 +37,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("tenant", "idempotency_key"),
     )
     op.create_index("ix_jobs_jobs_tenant_created", "jobs_jobs", ["tenant", "created_at"])
+    op.create_index("ix_jobs_jobs_tenant_status", "jobs_jobs", ["tenant", "status"])
     op.create_index("ix_jobs_jobs_status", "jobs_jobs", ["status", "run_after"])
     op.create_index("ix_jobs_jobs_expires", "jobs_jobs", ["expires_at"])
 

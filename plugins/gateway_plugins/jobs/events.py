@@ -1,0 +1,211 @@
+"""What happens to jobs, told while it happens: over Redis, to whoever watches in any process.
+
+The database knows how every job stands and, once one has ended, all that it answered. Here is what comes before: the
+events of a streamed answer as they arrive, kept for an hour, and a bell for each job that rings when there is more. A
+bell may be lost with Redis: who watches looks at the database from time to time.
+
+An event's number is its place in its stream, from 1. A job that is run again begins anew: each further run's numbers
+begin a million higher, so that whoever had some of the run before can tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError
+
+from gateway import StoreUnavailable, Tasks
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from gateway import Services
+
+SPAN = 1_000_000
+KEPT_SECONDS = 3600
+RECONNECT_SECONDS = 1.0
+LISTEN_SECONDS = 60.0
+_EVERYBODY = "{xenios}:jobs:bell"  # keeps the subscription alive that others join and leave
+_EVENT_END = re.compile(rb"(?:\r\n|\r(?!\n)|\n){2}")
+_PIECES = 100
+
+# One entry for what came at once: its number is that of its last event.
+_PUBLISH = """
+redis.call('XADD', KEYS[1], ARGV[1], 'first', ARGV[2], 'data', ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[4])
+return redis.call('PUBLISH', KEYS[2], '')
+"""
+_RING = "return redis.call('PUBLISH', KEYS[1], '')"
+_READ = f"return redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', {_PIECES})"
+_FORGET = "return redis.call('UNLINK', KEYS[1])"
+
+
+class Splitter:
+    """Whole events out of bytes as they come. Comments are left out: they only break a silence."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The events that are complete now, each with its blank line."""
+        buffer, start = self._rest + data, 0
+        out: list[bytes] = []
+        for end in _EVENT_END.finditer(buffer):
+            event = buffer[start : end.end()]
+            start = end.end()
+            if not event.startswith(b":"):
+                out.append(event)
+        self._rest = buffer[start:]
+        return out
+
+
+def events_of(body: bytes) -> list[bytes]:
+    """The events of a whole stream."""
+    return Splitter().feed(body)
+
+
+def base(attempts: int) -> int:
+    """The number before the first event of this run (its place among a job's runs, from 1)."""
+    return (max(1, attempts) - 1) * SPAN
+
+
+def run_of(number: int) -> int:
+    """The run that an event's number belongs to."""
+    return number // SPAN + 1
+
+
+def numbered(number: int, event: bytes) -> bytes:
+    """The event with its number as its `id`."""
+    return b"id: %d\n%b" % (number, event)
+
+
+class Bell:
+    """Rings when something happened to one job."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+        self._rung.set()  # what happened before somebody listened
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Until it rings, or so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._rung.wait()
+        self._rung.clear()
+
+
+class Events:
+    """One per process. Watchers share one connection."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._tasks = Tasks()
+        self._bells: dict[str, set[Bell]] = {}
+        self._listening: asyncio.Task[None] | None = None
+        self._pubsub: Any = None
+
+    async def close(self) -> None:
+        await self._tasks.drain(0)
+
+    # --- telling ---------------------------------------------------------------------------------------------------
+
+    async def publish(self, job_id: str, attempts: int, first: int, events: list[bytes]) -> None:
+        """More events of this run; `first` is the place of the first of them, from 1. Raises StoreUnavailable."""
+        last = first + len(events) - 1
+        await self._script(
+            _PUBLISH, [_stream(job_id, attempts), _channel(job_id)],
+            [f"{last}-1", str(first), b"".join(events), str(KEPT_SECONDS)],
+        )  # fmt: skip
+
+    async def ring(self, job_id: str) -> None:
+        """Its state changed. Whoever is not told now looks by itself later."""
+        for bell in self._bells.get(_channel(job_id), ()):
+            bell.ring()
+        with contextlib.suppress(StoreUnavailable):
+            await self._script(_RING, [_channel(job_id)], [])
+
+    async def forget(self, job_id: str, attempts: int) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            await self._script(_FORGET, [_stream(job_id, attempts)], [])
+
+    # --- hearing ---------------------------------------------------------------------------------------------------
+
+    async def read(self, job_id: str, attempts: int, after: int) -> list[tuple[int, bytes]] | None:
+        """Events of this run after the given place in it; None if some of them are lost. Raises StoreUnavailable."""
+        out: list[tuple[int, bytes]] = []
+        for entry_id, fields in await self._script(_READ, [_stream(job_id, attempts)], [f"({after}-1"]):
+            del entry_id
+            first, data = int(fields[1]), fields[3]
+            if first > after + 1 + len(out):
+                return out or None
+            events = events_of(data)
+            out += [(first + i, event) for i, event in enumerate(events) if first + i > after + len(out)]
+        return out
+
+    @contextlib.asynccontextmanager
+    async def watch(self, job_id: str) -> AsyncIterator[Bell]:
+        """A bell that rings at what happens to this job from now on."""
+        channel, bell = _channel(job_id), Bell()
+        bells = self._bells.setdefault(channel, set())
+        bells.add(bell)
+        if self._listening is None:
+            self._listening = self._tasks.spawn(self._keep_listening(), "jobs: events")
+        elif len(bells) == 1:
+            await self._tell("subscribe", channel)
+        try:
+            yield bell
+        finally:
+            bells.discard(bell)
+            if not bells and self._bells.pop(channel, None) is not None:
+                await self._tell("unsubscribe", channel)
+
+    async def _tell(self, command: str, channel: str) -> None:
+        if self._pubsub is not None:
+            # if it fails, the listener notices too, and subscribes to all anew
+            with contextlib.suppress(Exception):
+                await getattr(self._pubsub, command)(channel)
+
+    async def _keep_listening(self) -> None:
+        while True:
+            with contextlib.suppress(RedisError, OSError):
+                await self._listen()
+            for bells in self._bells.values():
+                for bell in bells:
+                    bell.ring()
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _listen(self) -> None:
+        redis = self._services.redis
+        if redis is None:
+            raise ConnectionError
+        async with redis.client.pubsub() as pubsub:
+            await pubsub.subscribe(_EVERYBODY, *self._bells)
+            self._pubsub = pubsub
+            try:
+                while True:
+                    message = await pubsub.get_message(timeout=LISTEN_SECONDS)
+                    # also when its subscription is confirmed: something may have happened just before
+                    if message is not None and message["type"] in {"message", "subscribe"}:
+                        for bell in self._bells.get(message["channel"].decode(), ()):
+                            bell.ring()
+            finally:
+                self._pubsub = None
+
+    async def _script(self, text: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        if self._services.redis is None:
+            raise StoreUnavailable
+        return await self._services.redis.script(text, keys, arguments)
+
+
+def _stream(job_id: str, attempts: int) -> str:
+    return f"{{xenios}}:jobs:events:{job_id}:{attempts}"
+
+
+def _channel(job_id: str) -> str:
+    return f"{{xenios}}:jobs:bell:{job_id}"

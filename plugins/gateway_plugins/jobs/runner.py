@@ -1,0 +1,350 @@
+"""A job is run: its request goes through the whole pipeline, and what comes of it is stored once.
+
+The result and the request's usage row are committed together, before the ledger settles: whatever dies when, a job that
+has a result never runs again, and one that has none does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+import gateway
+from gateway import Cause, GatewayError, Outcome, RateLimited, StoreUnavailable, Tasks, UpstreamError
+from gateway_plugins.jobs.events import Splitter
+from gateway_plugins.jobs.parts import Again
+from gateway_plugins.jobs.store import End, Lost, Result
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from multidict import CIMultiDict
+
+    from gateway import Exchange
+    from gateway.kit import Statements
+    from gateway_plugins.jobs.events import Events
+    from gateway_plugins.jobs.parts import Shared
+    from gateway_plugins.jobs.store import Job, Store
+
+# until they are there
+LateRequest: Any = getattr(gateway, "LateRequest", None)
+PrincipalGone: Any = getattr(gateway, "PrincipalGone", GatewayError)
+DeadlineExceeded: Any = getattr(gateway, "DeadlineExceeded", GatewayError)
+
+# A later try may mend these.
+PASSING = frozenset(
+    {
+        Cause.CONNECTION, Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.RATE_LIMIT, Cause.SERVER_ERROR,
+        Cause.CIRCUIT_OPEN, Cause.ABANDONED, Cause.INVALID_OUTPUT,
+    }
+)  # fmt: skip
+KEPT_HEADERS = (
+    "content-type", "content-disposition", "x-request-id", "x-xenios-model", "x-xenios-attempts", "x-xenios-rule",
+    "x-xenios-simulated", "x-xenios-tries", "x-xenios-removed", "x-generation-id",
+)  # fmt: skip
+LONGEST_BACKOFF = 3600.0
+FLUSH_SECONDS = 0.03
+RETRY_SECONDS = 1.0
+COMMIT_SECONDS = 60.0
+
+
+class Sink:
+    """The client that a job's request has: it keeps the reply, and tells the events of a stream as they come."""
+
+    def __init__(self, events: Events, job: Job) -> None:
+        self._events = events
+        self._job = job
+        self._tasks = Tasks()
+        self._splitter: Splitter | None = None
+        self._parts: list[bytes] = []
+        self._told = 0  # how many of them
+        self._telling = False
+        self.status: int | None = None
+        self.headers: dict[str, str] = {}
+        self.cut = False
+
+    # --- the pipeline's Client ---
+
+    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
+        del progress
+        self._head(status, headers)
+        self._parts = [body]
+
+    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
+        self._head(status, headers)
+        if self.headers.get("content-type", "").startswith("text/event-stream"):
+            self._splitter = Splitter()
+
+    async def write(self, data: bytes) -> None:
+        if self._splitter is None:
+            self._parts.append(data)
+            return
+        self._parts += [self.changed(event) for event in self._splitter.feed(data)]
+        if not self._telling and self._told < len(self._parts):
+            self._telling = True
+            self._tasks.spawn(self._tell(), "jobs: events")
+
+    async def end(self) -> None: ...
+
+    def abort(self) -> None:
+        self.cut = True
+
+    # --- for the runner ---
+
+    def changed(self, event: bytes) -> bytes:
+        """What is kept and told of a stream's event."""
+        return event
+
+    def result(self) -> Result | None:
+        """What a client would have got so far; None: nothing."""
+        return None if self.status is None else Result(self.status, self.headers, b"".join(self._parts))
+
+    async def close(self) -> None:
+        await self._tasks.drain(1.0)
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.status = status
+        self.headers = {name: headers[name] for name in KEPT_HEADERS if name in headers}
+
+    async def _tell(self) -> None:
+        """What has come, together, and what comes meanwhile. A Redis that is away is told later, or never."""
+        try:
+            while self._told < len(self._parts):
+                events = self._parts[self._told :]
+                await self._events.publish(self._job.id, self._job.attempts, self._told + 1, events)
+                self._told += len(events)
+                await asyncio.sleep(FLUSH_SECONDS)
+        except StoreUnavailable:
+            pass  # the next event tries again
+        finally:
+            self._telling = False
+
+
+class Runner:
+    """Runs jobs of one kind. Subclasses say what else is made of a stream's events, and what is told at the end."""
+
+    kind = "job"
+
+    def __init__(self, shared: Shared, store: Store) -> None:
+        self._config = shared.config
+        self._services = shared.services
+        self._store = store
+        self._events = shared.events
+        self._queue = shared.queue
+        self._webhooks = shared.webhooks
+        self._tasks = Tasks()
+        self._running: dict[str, str] = {}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        beating = self._tasks.spawn(self._keep_saying(), "jobs: running")
+        try:
+            yield
+        finally:
+            beating.cancel()
+            await self._tasks.drain(0)
+
+    # --- what subclasses change ------------------------------------------------------------------------------------
+
+    def sink(self, job: Job) -> Sink:
+        return Sink(self._events, job)
+
+    async def tell(self, statements: Statements, job: Job) -> None:
+        """The job has ended: within the same transaction, a webhook's message."""
+        data = {"id": job.id, "status": job.status, "metadata": msgspec.json.decode(job.metadata or "null")}
+        await self._webhooks.send(statements, job.tenant, f"job.{job.status}", data, target=job.webhook)
+
+    # --- one job ---------------------------------------------------------------------------------------------------
+
+    async def run(self, job_id: str) -> None:
+        """The handler. Raises Again."""
+        job = await self._store.get(job_id)
+        if job is None or job.ended:
+            return
+        if (early := self._early(job)) is not None:
+            await self.close(job, early)
+            return
+        await self._settle(job)
+        try:
+            job = await self._store.begin(job, f"{job.id}-{job.attempts + 1}")
+        except Lost:
+            return
+        await self._events.ring(job.id)
+        self._running[job.id] = job.operation or ""
+        try:
+            await self._through(job)
+        finally:
+            self._running.pop(job.id, None)
+
+    async def close(self, job: Job, end: End) -> Job | None:
+        """A job that is not being run ends. None: it is not as it was read any more."""
+        async with self._services.database.transaction() as statements:
+            closed = await self._store.close(statements, job, end, ttl=self._ttl(end))
+            if closed is not None:
+                await self.tell(statements, closed)
+        if closed is not None:
+            await self._webhooks.wake()
+            await self._events.ring(job.id)
+        return closed
+
+    def _early(self, job: Job) -> End | None:
+        """Why it ends without being run. Raises Again if it is not due yet."""
+        now = int(time.time() * 1000)
+        if job.run_after is not None and job.run_after > now:
+            raise Again((job.run_after - now) / 1000)
+        if job.cancel_asked is not None:
+            return End(status="cancelled")
+        if job.run_before is not None and job.run_before < now:
+            return End(status="failed", code="run_before_passed", message="It could not be run in time.")
+        if job.attempts >= job.max_attempts:
+            message = f"The process that ran it was lost, {job.attempts} times."
+            return End(status="failed", code="worker_lost", message=message)
+        return None
+
+    async def _through(self, job: Job) -> None:
+        """The pipeline, and what comes of it."""
+        late = LateRequest.from_json(await self._store.request(job.id))
+        sink = self.sink(job)
+        ended: list[tuple[Job, End]] = []
+
+        async def commit(exchange: Exchange, row: bytes) -> None:
+            ended.extend(await self._commit(job, sink, exchange, row))
+
+        try:
+            await self._services.run(
+                late,
+                sink,
+                operation_id=job.operation,
+                commit=commit,
+                charge_abandoned=self._config.charge_abandoned,
+            )
+        except PrincipalGone as error:
+            ended.extend(await self._end(job, End(status="failed", code=error.error_code, message=error.message)))
+        except asyncio.CancelledError:
+            if not ended and (end := self._interrupted(job)) is not None:
+                ended.extend(await asyncio.shield(self._end(job, end)))
+            raise
+        except GatewayError as error:
+            if not ended:
+                ended.extend(await self._end(job, self._later(job, error, counts=False)))
+        finally:
+            await asyncio.shield(self._after(sink, ended))
+        for _, end in ended:
+            if end.status == "queued":
+                raise Again(end.after)
+
+    async def _commit(self, job: Job, sink: Sink, exchange: Exchange, row: bytes) -> list[tuple[Job, End]]:
+        end = self._judged(job, sink, exchange)
+        return await self._end(job, end, row)
+
+    async def _end(self, job: Job, end: End | None, row: bytes = b"") -> list[tuple[Job, End]]:
+        """Result, usage row and message in one transaction; none of it but the row if somebody else has the job."""
+        deadline = time.monotonic() + COMMIT_SECONDS
+        while True:
+            try:
+                async with self._services.database.transaction() as statements:
+                    await self._services.rows.write(statements, row)
+                    if end is None:
+                        return []
+                    ended = await self._store.end(statements, job, end, ttl=self._ttl(end))
+                    if ended.ended:
+                        await self.tell(statements, ended)
+            except Lost:
+                end = None
+            except StoreUnavailable:
+                # what the upstream answered has been paid for
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                return [(ended, end)]
+
+    async def _after(self, sink: Sink, ended: list[tuple[Job, End]]) -> None:
+        for job, _ in ended:
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.settled(job.id, job.operation)
+            if job.ended:
+                await self._webhooks.wake()
+        await sink.close()
+        for job, _ in ended:
+            await self._events.ring(job.id)
+
+    # --- how it ended ----------------------------------------------------------------------------------------------
+
+    def _judged(self, job: Job, sink: Sink, exchange: Exchange) -> End | None:
+        """None: the job is somebody else's."""
+        error, outcome = exchange.error, exchange.outcome
+        kept = getattr(exchange, "settlement", None)
+        settlement = msgspec.json.encode(kept).decode() if kept else None
+        found: End | None
+        if outcome is Outcome.OK:
+            found = End(status="succeeded", result=sink.result())
+        elif outcome in {Outcome.CLIENT_DISCONNECT, Outcome.SHUTDOWN} and error is None:
+            found = self._interrupted(job)
+        elif error is not None and _is_passing(error):
+            found = self._later(job, error, counts=bool(exchange.attempts), result=sink.result())
+        else:
+            found = _failed(error, sink.result())
+        if found is None:
+            return None
+        return msgspec.structs.replace(found, micro_usd=exchange.cost.micro_usd, settlement=settlement)
+
+    def _interrupted(self, job: Job) -> End | None:
+        match self._queue.why():
+            case "stop":
+                return End(status="cancelled")
+            case "lost":
+                return None
+            case "timeout":
+                return self._later(job, DeadlineExceeded(), counts=True)
+            case _:
+                return End(status="queued", counts=False)
+
+    def _later(self, job: Job, error: GatewayError, *, counts: bool, result: Result | None = None) -> End:
+        """Once more after a while; or it has failed, if that was the last time."""
+        if counts and job.attempts >= job.max_attempts:
+            return _failed(error, result)
+        backoff = self._queue.queues[job.queue].backoff * 2 ** min(job.attempts - 1, 20)
+        after = min(max(backoff, error.retry_after or 0.0), LONGEST_BACKOFF)
+        return End(status="queued", code=error.error_code, message=error.message, after=after, counts=counts)
+
+    def _ttl(self, end: End) -> float:
+        return self._config.failure_ttl if end.status == "failed" else self._config.result_ttl
+
+    # --- beside them -----------------------------------------------------------------------------------------------
+
+    async def _settle(self, job: Job) -> None:
+        """A run before this one ended, and its worker died before the ledger knew."""
+        if job.settlement is not None:
+            await self._services.settle_late(msgspec.json.decode(job.settlement))
+
+    async def _keep_saying(self) -> None:
+        """Which jobs are running here: nobody else takes those for lost."""
+        while True:
+            await asyncio.sleep(self._config.worker.lease / 4)
+            if self._running:
+                with contextlib.suppress(StoreUnavailable):
+                    await self._store.seen(dict(self._running))
+
+
+def _is_passing(error: GatewayError) -> bool:
+    """A later try may mend it."""
+    if error.should_retry is False:
+        return False
+    if isinstance(error, UpstreamError):
+        return error.cause in PASSING
+    # refused by a limit of ours before anything was sent; or a part of the gateway is away
+    return isinstance(error, RateLimited) or error.status_code >= 500
+
+
+def _failed(error: GatewayError | None, result: Result | None) -> End:
+    return End(
+        status="failed",
+        result=result,
+        code=error.error_code if error else "internal_error",
+        message=error.message if error else "It ended without an answer.",
+    )
