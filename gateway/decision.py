@@ -9,7 +9,7 @@ from gateway import dispatch, outgoing
 from gateway.access import check_models
 from gateway.errors import PluginError
 from gateway.exchange import Decision, Target
-from gateway.incoming import admit_body, asked_models
+from gateway.incoming import admit_body, asked_models, check_refused
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
@@ -23,6 +23,7 @@ async def prepare(exchange: Exchange) -> None:
         await dispatch.run_all(exchange, hooks.prepare_request)
         _check_prepared(exchange)
         exchange.stream = exchange.dialect.wants_stream(exchange.body)
+    check_refused(exchange)
 
 
 def _check_prepared(exchange: Exchange) -> None:

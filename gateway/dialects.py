@@ -95,7 +95,7 @@ class Dialect:
     anthropic: bool = False  # Anthropic's error envelope and names of usage
     headers: tuple[str, ...] = ()  # request headers let through beside COMMON_HEADERS
     forced: Mapping[str, Any] = field(default_factory=dict)  # body fields that are always set
-    refused: Mapping[str, str] = field(default_factory=dict)  # body fields that must be falsy → what to tell
+    refused: Mapping[str, str] = field(default_factory=dict)  # body fields that only a plugin can do → what to tell
     usage_on_request: bool = False  # has `stream_options.include_usage`
     text_formats: frozenset[str] = frozenset()  # of `response_format`: the reply is plain text then
     schema_at: tuple[str, ...] = ()  # where the form of the answer stands

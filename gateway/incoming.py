@@ -176,9 +176,6 @@ def admit_body(exchange: Exchange) -> None:
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise BadRequest("`model` must be a string.", param="model", code="invalid_type")
-    for name in dialect.refused:
-        if body.get(name):
-            raise BadRequest(dialect.refused[name], param=name, code="unsupported_parameter")
     if models and not model:
         # As OpenRouter reads it. The first is `model` from here on, and may be an alias like any other.
         body["model"], *others = models
@@ -193,6 +190,13 @@ def admit_body(exchange: Exchange) -> None:
         if len(asked) > LONGEST_MODEL:
             raise BadRequest(f"A model's name has {LONGEST_MODEL} characters at most.", param="model")
         _check_special(asked, may)
+
+
+def check_refused(exchange: Exchange) -> None:
+    """What no upstream can do, and no plugin has taken out in `prepare_request` to do it. Raises BadRequest."""
+    for name, why in exchange.dialect.refused.items():
+        if exchange.body.get(name):
+            raise BadRequest(why, param=name, code="unsupported_parameter")
 
 
 def _check_fallbacks(fallbacks: Any) -> None:

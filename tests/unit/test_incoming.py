@@ -20,6 +20,7 @@ from gateway.incoming import (
     VARIANTS,
     admit_body,
     asked_models,
+    check_refused,
     closed_fields,
     json_form_value,
     may_choose,
@@ -49,6 +50,7 @@ def admitted(body, client_may=ALL, endpoint="chat/completions"):
     known = settings(upstream={"client_may": list(client_may)})
     made.snapshot = SimpleNamespace(settings=known, derived=SimpleNamespace(closed_fields=closed_fields(client_may)))
     admit_body(made)
+    check_refused(made)
     return made
 
 

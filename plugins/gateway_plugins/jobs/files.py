@@ -65,6 +65,12 @@ class Files:
             summary="What a file holds.",
         )
 
+    def prepare(self, exchange: Exchange) -> None:
+        """Nothing of others'."""
+
+    async def accept(self, exchange: Exchange) -> Reply | None:
+        """Nothing of others'."""
+
     def add_commands(self, cli: Any) -> None:
         """None."""
 
@@ -79,15 +85,24 @@ class Files:
         file_id = new_id()
         await self._reserve(file_id, exchange)
         try:
-            await form.begin()
-            _check(form.fields, whole=False)
-            await self.storage.put(file_id, form.content())
-            await form.end()
-            after = _check(form.fields, whole=True)
-            if form.size == 0:
-                raise BadRequest("The file is empty.", param="file", code="empty_file")
-            now = _now()
-            row = await self._services.database.fetch_one(
+            row = await self._receive(file_id, form)
+        except BaseException:
+            # in a task of its own: whoever uploads may have left
+            self._services.spawn(self.forget(file_id), "a broken upload")
+            raise
+        return Reply(200, data=shown(row))
+
+    async def _receive(self, file_id: str, form: Form) -> Row:
+        await form.begin()
+        _check(form.fields, whole=False)
+        await self.storage.put(file_id, form.content())
+        await form.end()
+        after = _check(form.fields, whole=True)
+        if form.size == 0:
+            raise BadRequest("The file is empty.", param="file", code="empty_file")
+        now = _now()
+        async with self._services.database.transaction() as statements:
+            row = await statements.fetch_one(
                 "UPDATE jobs_files SET state = 'stored', bytes = $2, filename = $3, expires_at = $4, created_at = $5 "
                 "WHERE id = $1 AND state = 'uploading' RETURNING *",
                 file_id,
@@ -96,13 +111,9 @@ class Files:
                 now + int((after or self._settings.keep) * 1000),
                 now,
             )
-            if row is None:
-                raise BadRequest("The upload took too long.", code="upload_too_slow")
-        except BaseException:
-            # in a task of its own: whoever uploads may have left
-            self._services.spawn(self._forget(file_id), "a broken upload")
-            raise
-        return Reply(200, data=shown(row))
+        if row is None:
+            raise BadRequest("The upload took too long.", code="upload_too_slow")
+        return row
 
     async def _reserve(self, file_id: str, exchange: Exchange) -> None:
         """Room for the upload within the tenant's, before anything is read. Raises TooLarge."""
@@ -112,7 +123,9 @@ class Files:
         known = length.isascii() and length.isdigit() and len(length) < 16 and not packed
         size = int(length) if known else settings.max_bytes
         if size > settings.max_bytes + OVERHEAD:
-            raise TooLarge(f"The file is larger than {settings.max_bytes:,} bytes.", param="file", code="file_too_large")
+            raise TooLarge(
+                f"The file is larger than {settings.max_bytes:,} bytes.", param="file", code="file_too_large"
+            )
         now = _now()
         principal = exchange.principal.reference if exchange.principal else ""
         await self._services.database.execute(
@@ -138,7 +151,7 @@ class Files:
             )
 
     async def _list(self, exchange: Exchange) -> Reply:
-        given = query_of(exchange, ("purpose", "limit", "order", "after", *_admins(exchange)))
+        given = query_of(exchange, ("purpose", "limit", "order", "after", *admins(exchange)))
         most = limit_of(given, default=MOST_LISTED, most=MOST_LISTED)
         order = given.get("order", "desc")
         if order not in {"asc", "desc"}:
@@ -186,11 +199,11 @@ class Files:
     async def _delete(self, exchange: Exchange) -> Reply:
         row = await self._asked(exchange)
         await self._services.database.execute("UPDATE jobs_files SET state = 'deleted' WHERE id = $1", row["id"])
-        self._services.spawn(self._forget(row["id"]), "a deleted file")
+        self._services.spawn(self.forget(row["id"]), "a deleted file")
         return Reply(200, data={"id": row["id"], "object": "file", "deleted": True})
 
     async def _asked(self, exchange: Exchange) -> Row:
-        given = query_of(exchange, _admins(exchange))
+        given = query_of(exchange, admins(exchange))
         return await self.find(exchange.request.path_params["id"], whose(exchange, given))
 
     # --- for batches -------------------------------------------------------------------------------------------------
@@ -248,14 +261,14 @@ class Files:
     async def tidy(self) -> None:
         now = _now()
         rows = await self._services.database.fetch(
-            "SELECT id FROM jobs_files WHERE state = 'deleted' OR expires_at <= $1 ORDER BY expires_at "
-            f"LIMIT {TIDIED_AT_ONCE}",
+            "SELECT id FROM jobs_files WHERE state = 'deleted' OR expires_at <= $1 ORDER BY expires_at LIMIT $2",
             now,
+            TIDIED_AT_ONCE,
         )
         for row in rows:
-            await self._forget(row["id"])
+            await self.forget(row["id"])
 
-    async def _forget(self, file_id: str) -> None:
+    async def forget(self, file_id: str) -> None:
         """Its bytes and then its row; a batch that still reads it keeps both, hidden."""
         database = self._services.database
         await database.execute("UPDATE jobs_files SET state = 'deleted' WHERE id = $1", file_id)
@@ -283,13 +296,11 @@ def _check(fields: Mapping[str, str], *, whole: bool) -> float | None:
     return expiry(seconds)
 
 
-def expiry(seconds: Any) -> float:
+def expiry(seconds: Any, *, param: str = "expires_after[seconds]") -> float:
     """Raises BadRequest."""
     text = str(seconds)
     if not text.isascii() or not text.isdigit() or len(text) > 9 or not SHORTEST <= int(text) <= LONGEST:
-        raise BadRequest(
-            f"`expires_after[seconds]` must be a number from {SHORTEST} to {LONGEST}.", param="expires_after[seconds]"
-        )
+        raise BadRequest(f"`{param}` must be a number from {SHORTEST} to {LONGEST}.", param=param)
     return float(text)
 
 
@@ -328,7 +339,7 @@ def tenant_of(exchange: Exchange) -> str:
     return exchange.principal.tenant if exchange.principal else ""
 
 
-def _admins(exchange: Exchange) -> tuple[str, ...]:
+def admins(exchange: Exchange) -> tuple[str, ...]:
     return ("tenant",) if exchange.principal and exchange.principal.admin else ()
 
 

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from gateway import Duration, Size
+from gateway_plugins.jobs.webhooks.addresses import Rules
 
 QueueName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
 _Settings = ConfigDict(extra="forbid", frozen=True)
+
+# What webhooks tell of.
+EVENTS = (
+    *(f"job.{end}" for end in ("succeeded", "failed", "cancelled")),
+    *(f"response.{end}" for end in ("completed", "failed", "cancelled", "incomplete")),
+    *(f"batch.{end}" for end in ("completed", "failed", "expired", "cancelled")),
+)
 
 
 class Queue(BaseModel):
@@ -141,12 +162,103 @@ class Batches(BaseModel):
     )
 
 
+def _signing_secret(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    try:
+        key = base64.b64decode(text.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        key = b""
+    if not text.startswith("whsec_") or not 24 <= len(key) <= 64:
+        raise ValueError(
+            "must be whsec_ and 24 to 64 bytes in base64: `echo whsec_$(openssl rand -base64 32)` makes one"
+        )
+    return value
+
+
+SigningSecret = Annotated[SecretStr, AfterValidator(_signing_secret)]
+
+
+class WebhookEndpoint(BaseModel):
+    """Somebody who is told of what has ended."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    url: str = Field(min_length=1, description="Where the messages go.")
+    events: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="Which events, as globs such as batch.* or *.failed. Default all."
+    )
+    secret: SigningSecret = Field(description="What they are signed with: whsec_ and base64, from ${…}.")
+    old_secret: SigningSecret | None = Field(
+        None, description="The one before, while the receiver may still check by it. Default none."
+    )
+    tenant: str | None = Field(None, min_length=1, description="Only this tenant's events. Default all tenants'.")
+
+    @field_validator("events")
+    @classmethod
+    def _check_events(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for glob in value:
+            if not any(fnmatchcase(event, glob) for event in EVENTS):
+                raise ValueError(f"{glob!r} is none of the events {', '.join(EVENTS)}")
+        return value
+
+
 class Webhooks(BaseModel):
     """Messages to others when something has ended."""
 
     model_config = _Settings
 
     enabled: bool = Field(True, description="Take and call webhooks. Default true.")
+    endpoints: tuple[WebhookEndpoint, ...] = Field(
+        (), description="Who is told, beside those registered at /v1/webhook_endpoints. Default nobody."
+    )
+    allow_http: bool = Field(False, description="Call http:// too, which anybody on the way can read. Default false.")
+    ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] | Literal["any"] = Field(
+        (80, 443, 8080, 8443), description="Ports that may be called, or any. Default 80, 443, 8080 and 8443."
+    )
+    allow_addresses: tuple[IPvAnyNetwork, ...] = Field(
+        (),
+        description="Networks that may be called though they are not the internet, such as 10.1.0.0/16. Default none: "
+        "whoever may register a webhook could reach what only the gateway can.",
+    )
+    ca_file: Path | None = Field(
+        None, description="PEM file of authorities that are trusted beside the system's. Default none."
+    )
+    timeout: Duration = Field(15.0, ge=0.1, le=30, description="How long a receiver has to answer. Default 15s.")
+    retries: tuple[Annotated[Duration, Field(le=7 * 86400)], ...] = Field(
+        (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0),
+        max_length=30,
+        description="Waits between tries, each up to a tenth longer by chance. Default 5s, 5m, 30m, 2h, 5h, 10h, 14h, "
+        "20h, 24h; after the last the message is given up.",
+    )
+    rotation: Duration = Field(
+        86400.0,
+        ge=0,
+        le=30 * 86400,
+        description="How long messages are signed by the old secret too after a rotation. Default 24h.",
+    )
+    keep: Duration = Field(
+        7 * 86400.0,
+        ge=60,
+        le=365 * 86400,
+        description="How long messages that were delivered or given up are listed. Default 7d.",
+    )
+
+    @model_validator(mode="after")
+    def _check_urls(self) -> Webhooks:
+        rules = self.rules()
+        for number, endpoint in enumerate(self.endpoints):
+            try:
+                rules.check(endpoint.url)
+            except ValueError as error:
+                raise ValueError(f"endpoints[{number}].url {error}") from None
+        if len({(e.tenant, e.url) for e in self.endpoints}) < len(self.endpoints):
+            raise ValueError("endpoints: two have the same url and tenant")
+        return self
+
+    def rules(self) -> Rules:
+        """Which URLs may be called."""
+        ports = None if self.ports == "any" else frozenset(self.ports)
+        return Rules(self.allow_http, ports, self.allow_addresses)
 
 
 class Config(BaseModel):

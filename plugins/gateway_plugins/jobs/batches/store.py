@@ -87,8 +87,8 @@ async def begin(database: Database, batch_id: str, chunks: Sequence[Chunk], mode
     """The file is good: its lines may run. False if it was cancelled meanwhile."""
     async with database.transaction(timeout=30) as statements:
         changed = await statements.execute(
-            "UPDATE jobs_batches SET status = 'in_progress', in_progress_at = $2, total = $3, model = $4, has_lines = 1 "
-            "WHERE id = $1 AND status = 'validating'",
+            "UPDATE jobs_batches SET status = 'in_progress', in_progress_at = $2, total = $3, model = $4, "
+            "has_lines = 1 WHERE id = $1 AND status = 'validating'",
             batch_id,
             now(),
             sum(len(chunk.custom_ids) for chunk in chunks),
@@ -199,13 +199,17 @@ async def write_results(statements: Statements, batch_id: str, results: Sequence
     new = list({r.number: r for r in results if r.number not in there}.values())
     if new:
         await statements.execute_many(
-            "INSERT INTO jobs_lines (batch, number, ok, custom_id, status, body, error_code, error_message, settlement) "
+            "INSERT INTO jobs_lines (batch, number, ok, custom_id, status, body, error_code, error_message, "
+            "settlement) "
             "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
             [
-                (batch_id, r.number, int(r.ok), r.custom_id, r.status, r.body, r.error_code, r.error_message, r.settlement)
+                (
+                    *(batch_id, r.number, int(r.ok), r.custom_id, r.status),
+                    *(r.body, r.error_code, r.error_message, r.settlement),
+                )
                 for r in new
             ],
-        )  # fmt: skip
+        )
         good = sum(r.ok for r in new)
         tokens = [sum(column) for column in zip(*(r.tokens for r in new), strict=True)]
         await statements.execute(

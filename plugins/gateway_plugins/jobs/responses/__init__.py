@@ -1,0 +1,1 @@
+"""Background responses: `background: true` at /v1/responses."""

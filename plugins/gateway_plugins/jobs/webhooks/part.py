@@ -1,0 +1,314 @@
+"""Messages about what has ended: kept with it in one transaction, then sent until somebody takes them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import secrets
+import time
+from collections import Counter
+from contextlib import asynccontextmanager
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from yarl import URL
+
+from gateway import BadRequest, GatewayError, NotFound, StoreUnavailable
+from gateway.kit import clean
+from gateway_plugins.jobs.parts import Again
+from gateway_plugins.jobs.webhooks import signing, store
+from gateway_plugins.jobs.webhooks.client import Client
+from gateway_plugins.jobs.webhooks.routes import Routes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+
+    from gateway import Router, Services
+    from gateway.kit import Database, Row, Statements
+    from gateway_plugins.jobs import settings
+    from gateway_plugins.jobs.parts import Handler
+    from gateway_plugins.jobs.webhooks.client import Answer
+
+KIND = "delivery"
+QUEUE = "webhooks"
+LATE_SECONDS = 5.0  # a message that nobody sent by then may have been forgotten
+STALE_SECONDS = 60.0
+LONGEST_WAIT = 86400.0  # that a receiver may ask for
+BUSY_SECONDS = 1.0
+MOST_AT_ONCE = 20  # to one host from one process: a receiver that hangs is not to keep all others waiting
+PAGE = 500
+
+
+class _Queue(Protocol):
+    async def put(self, kind: str, id: str, *, queue: str, front: bool = False, after: float = 0.0) -> Any: ...  # noqa: A002
+    async def unknown(self, kind: str, ids: Sequence[str]) -> set[str]: ...
+
+
+class Receiver(NamedTuple):
+    """Where a message goes now, and what it is signed with."""
+
+    url: str
+    secrets: list[str]
+
+
+class Directory:
+    """Who is told, and by which secrets: of the configuration, registered, or a tenant for its jobs' own webhooks."""
+
+    def __init__(self, config: settings.Webhooks, pepper: str) -> None:
+        self._pepper = pepper
+        self.configured = {configured_id(entry): entry for entry in config.endpoints}
+
+    async def listening(self, statements: Statements, tenant: str, event_type: str) -> list[str]:
+        """Ids of endpoints that want to know."""
+        rows = await store.listening(statements, tenant)
+        disabled = {row["id"] for row in rows if row["disabled_at"] is not None}
+        return [
+            *(
+                key
+                for key, entry in self.configured.items()
+                if key not in disabled
+                and entry.tenant in {None, tenant}
+                and any(fnmatchcase(event_type, glob) for glob in entry.events)
+            ),
+            *(
+                row["id"]
+                for row in rows
+                if row["id"] not in disabled and row["url"] and event_type in json.loads(row["event_types"])
+            ),
+        ]
+
+    async def receiver(self, database: Database, row: Row) -> Receiver | None:
+        """Of a message. None: there is no such endpoint any more, or it is disabled."""
+        if row["endpoint"] is None:
+            return Receiver(row["url"], self.secrets(*await self.tenants(database, row["tenant"])))
+        try:
+            return await self.endpoint(database, row["endpoint"])
+        except NotFound:
+            return None
+
+    async def endpoint(self, database: Database, endpoint_id: str, *, disabled: bool = False) -> Receiver:
+        """Raises NotFound, also of one that is disabled, unless `disabled`."""
+        found = await store.own(database, endpoint_id)
+        if found is None or disabled or found["disabled_at"] is None:
+            if (entry := self.configured.get(endpoint_id)) is not None:
+                given = [entry.secret, *([entry.old_secret] if entry.old_secret else [])]
+                return Receiver(entry.url, [secret.get_secret_value() for secret in given])
+            if found is not None and found["url"]:
+                return Receiver(found["url"], self.secrets(endpoint_id, found))
+        raise NotFound(f"There is no webhook endpoint {endpoint_id[:100]!r}, or it is disabled.")
+
+    async def tenants(self, database: Database, tenant: str) -> tuple[str, Row | None]:
+        """For `secrets`: what signs the messages to jobs' own webhooks."""
+        owner = f"tenant:{tenant}"
+        return owner, await store.own(database, owner)
+
+    def secrets(self, owner: str, row: Row | None) -> list[str]:
+        """The one in force, then the one before while it still is."""
+        version = row["version"] if row else 1
+        old = row is not None and version > 1 and (row["old_until"] or 0) > store.now()
+        return [signing.secret(self._pepper, owner, v) for v in ([version, version - 1] if old else [version])]
+
+
+class Webhooks:
+    """The part."""
+
+    def __init__(self, config: settings.Webhooks, services: Services, queue: _Queue) -> None:
+        self.config = config
+        self.services = services
+        self.rules = config.rules()
+        self.directory = Directory(config, services.pepper)
+        self.handlers: Mapping[str, Handler] = {KIND: self.deliver}
+        self._queue = queue
+        self._client: Client | None = None
+        self._busy: Counter[str] = Counter()
+        self._waiting: tuple[float, int] = (float("-inf"), 0)
+        metrics = services.metrics
+        self._outcomes = metrics.counter(
+            "xenios_webhook_deliveries_total",
+            "Tries to deliver a webhook: delivered, failed (to be tried again), dead (given up).",
+            ("outcome",),
+        )
+        self._seconds = metrics.histogram("xenios_webhook_seconds", "Time that a webhook's receiver took.").of()
+        self._gauge = metrics.gauge("xenios_webhook_waiting", "Webhooks that are yet to be delivered.", merge="max")
+
+    # --- for the other parts -----------------------------------------------------------------------------------------
+
+    def check_url(self, url: str, param: str = "webhook") -> str:
+        """A job's own webhook, or BadRequest if it never could be called."""
+        if not self.config.enabled:
+            raise BadRequest("This gateway calls no webhooks.", param=param)
+        try:
+            self.rules.check(url)
+        except ValueError as error:
+            raise BadRequest(f"{param} {error}.", param=param) from None
+        return url
+
+    async def send(
+        self, statements: Statements, tenant: str, event_type: str, data: dict[str, Any], *, target: str | None = None
+    ) -> list[str]:
+        """Within the transaction in which something ended: tell `target` and whoever listens.
+
+        Returns ids for `wake`, to be called after the commit. Raises StoreUnavailable.
+        """
+        if not self.config.enabled:
+            return []
+        receivers: list[tuple[str | None, str | None]] = [(None, target)] if target else []
+        receivers += [(key, None) for key in await self.directory.listening(statements, tenant, event_type)]
+        if not receivers:
+            return []
+        return await store.add(statements, tenant, event_type, event(event_type, data), receivers)
+
+    async def wake(self, ids: Iterable[str] | None = None) -> None:
+        """Send what waits: these, or what the database knows of. Never raises: `tidy` makes good what is lost here."""
+        if not self.config.enabled:
+            return
+        try:
+            if ids is None:
+                ids = [row["id"] for row in await store.due(self.services.database, store.now(), limit=PAGE)]
+            for key in ids:
+                await self._queue.put(KIND, key, queue=QUEUE)
+        except GatewayError:
+            self.services.log.warning("webhooks_not_woken")
+
+    # --- the work ----------------------------------------------------------------------------------------------------
+
+    async def deliver(self, delivery_id: str) -> None:
+        """One try. Raises Again."""
+        try:
+            wait = await self._try(delivery_id)
+        except StoreUnavailable:
+            raise Again(LATE_SECONDS) from None
+        if wait is not None:
+            raise Again(wait)
+
+    async def _try(self, delivery_id: str) -> float | None:
+        """Seconds until the next one, if there is to be one."""
+        try:
+            row = await store.delivery(self.services.database, delivery_id)
+        except NotFound:
+            return None
+        early = row["next_at"] / 1000 - time.time()
+        if row["status"] != "waiting" or early > 0.5:
+            return early if row["status"] == "waiting" else None
+        receiver = await self.directory.receiver(self.services.database, row)
+        if receiver is None:
+            await self._record(row, "", status=None, error="no_endpoint", dead=True)
+            return None
+        host = clean(URL(receiver.url).host or "")
+        if self._busy[host] >= MOST_AT_ONCE:
+            return random.uniform(BUSY_SECONDS, 2 * BUSY_SECONDS)  # noqa: S311 - no secret
+        self._busy[host] += 1
+        try:
+            answer = await self.post(receiver, row["id"], row["body"])
+        finally:
+            self._busy[host] -= 1
+            if not self._busy[host]:
+                del self._busy[host]
+        return await self._judge(row, host, answer)
+
+    async def post(self, receiver: Receiver, message: str, body: str) -> Answer:
+        """Once, signed anew."""
+        if self._client is None:
+            raise RuntimeError("The plugin is not open.")
+        headers = signing.headers(message, body, receiver.secrets, time.time())
+        answer = await self._client.post(receiver.url, {**headers, "Content-Type": "application/json"}, body.encode())
+        self._seconds.observe(answer.seconds)
+        return answer
+
+    async def _judge(self, row: Row, host: str, answer: Answer) -> float | None:
+        if answer.failure is None:
+            await self._record(row, host, status=answer.status, error=None)
+            return None
+        if answer.status == 410 and row["endpoint"]:
+            await store.set_disabled(self.services.database, row["endpoint"], disabled=True)
+            self.services.log.warning("webhook_endpoint_gone", endpoint=row["endpoint"], host=host)
+        retries = self.config.retries
+        dead = answer.status == 410 or answer.failure == "not_allowed" or row["attempts"] >= len(retries)
+        wait = 0.0
+        if not dead:
+            wait = retries[row["attempts"]] * random.uniform(1.0, 1.1)  # noqa: S311 - no secret
+            wait = max(wait, min(answer.retry_after or 0.0, LONGEST_WAIT))
+        await self._record(row, host, status=answer.status, error=answer.failure, dead=dead, wait=wait)
+        return None if dead else wait
+
+    async def _record(
+        self, row: Row, host: str, *, status: int | None, error: str | None, dead: bool = False, wait: float = 0.0
+    ) -> None:
+        outcome = "dead" if dead else "failed" if error else "delivered"
+        await store.record(
+            self.services.database,
+            row,
+            status="waiting" if outcome == "failed" else outcome,
+            wait=wait,
+            keep=self.config.keep,
+            last_status=status,
+            error=error,
+        )
+        self._outcomes.add(1, outcome)
+        if error:
+            # the host alone: what follows it may be the receiver's secret
+            self.services.log.warning(
+                "webhook_dead" if dead else "webhook_failed",
+                delivery=row["id"], endpoint=row["endpoint"], host=host, attempt=row["attempts"] + 1, error=error,
+                status=status, again_in=None if dead else round(wait, 1),
+            )  # fmt: skip
+
+    # --- around it ---------------------------------------------------------------------------------------------------
+
+    def register_routes(self, router: Router) -> None:
+        if self.config.enabled:
+            Routes(self).register(router)
+
+    def add_commands(self, cli: Any) -> None:
+        """The commands are added by the plugin: it is not constructed then."""
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        # loading certificates takes a tenth of a second
+        self._client = await asyncio.to_thread(
+            Client, self.rules, timeout=self.config.timeout, ca_file=self.config.ca_file
+        )
+        end = self._gauge.read_from(self._told)
+        try:
+            yield
+        finally:
+            end()
+            await self._client.close()
+
+    def _told(self) -> Mapping[tuple[str, ...], float]:
+        """Only by whom tidies now."""
+        at, many = self._waiting
+        return {(): many} if time.monotonic() - at < STALE_SECONDS else {}
+
+    async def tidy(self) -> None:
+        if not self.config.enabled:
+            return
+        database = self.services.database
+        await store.prune(database)
+        before, after = store.now() - int(LATE_SECONDS * 1000), (0, "")
+        while rows := await store.due(database, before, limit=PAGE, after=after):
+            for key in await self._queue.unknown(KIND, [row["id"] for row in rows]):
+                await self._queue.put(KIND, key, queue=QUEUE)
+            after = (rows[-1]["next_at"], rows[-1]["id"])
+        self._waiting = (time.monotonic(), await store.count_waiting(database))
+
+
+def configured_id(entry: settings.WebhookEndpoint) -> str:
+    """The same as long as URL and tenant are."""
+    return "we_" + sha256(f"{entry.tenant or ''}\0{entry.url}".encode()).hexdigest()[:16]
+
+
+def event(event_type: str, data: dict[str, Any]) -> str:
+    """What is sent: thin, so that whoever is told asks for the rest with a key."""
+    return json.dumps(
+        {
+            "id": "evt_" + secrets.token_hex(12),
+            "object": "event",
+            "created_at": int(time.time()),
+            "type": event_type,
+            "data": data,
+        },
+        separators=(",", ":"),
+    )
