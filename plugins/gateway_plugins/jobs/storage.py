@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gateway import GatewayError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
     from gateway import Services
     from gateway_plugins.jobs.settings import Files
@@ -40,10 +40,10 @@ class Storage:
         """All of `pieces`, or nothing: what they raise is raised, and leaves no bytes."""
         import obstore  # noqa: PLC0415 - what opens no file does without
 
-        with self._told():
+        with self._told(reads=False):
             await obstore.put_async(self._opened(), key, pieces, chunk_size=PART, max_concurrency=AT_ONCE)
 
-    async def read(self, key: str, size: int, start: int = 0) -> AsyncIterator[bytes]:
+    async def read(self, key: str, size: int, start: int = 0) -> AsyncGenerator[bytes, None]:
         """From `start` to `size`, piece by piece, however slowly it is taken. Raises MissingError."""
         while start < size:
             piece = await self.range(key, start, min(PIECE, size - start))
@@ -54,7 +54,7 @@ class Storage:
         """Raises MissingError."""
         import obstore  # noqa: PLC0415 - as above
 
-        with self._told():
+        with self._told(reads=True):
             found = bytes(await obstore.get_range_async(self._opened(), key, start=start, length=length))
         if len(found) != length:
             raise MissingError(key)
@@ -64,7 +64,7 @@ class Storage:
         """With what an upload left that was killed. One that isn't there is deleted."""
         import obstore  # noqa: PLC0415 - as above
 
-        with contextlib.suppress(MissingError), self._told():
+        with contextlib.suppress(MissingError), self._told(reads=True):
             await obstore.delete_async(self._opened(), key)
         if self._folder is not None:
             await asyncio.to_thread(_unlink, [*self._folder.glob(f"{key}#*")])
@@ -75,18 +75,20 @@ class Storage:
         return self._store
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, *, reads: bool) -> Iterator[None]:
         from obstore.exceptions import BaseError  # noqa: PLC0415 - as above
 
         try:
             yield
-        except FileNotFoundError:
-            raise MissingError from None
-        except (BaseError, OSError) as error:
-            said = str(error).partition("\n")[0]
-            if "StartTooLarge" in str(error) or "InvalidRange" in str(error):
+        except FileNotFoundError as error:
+            if reads:
                 raise MissingError from None
-            self._services.log.error("file_storage_failed", error=type(error).__name__, message=said[:300])  # noqa: TRY400
+            self._log(error)  # S3: there is no such bucket
+            raise _unavailable() from None
+        except (BaseError, OSError) as error:
+            if reads and any(behind_its_end in str(error) for behind_its_end in ("StartTooLarge", "status code: 416")):
+                raise MissingError from None
+            self._log(error)
             if "os error 28" in str(error) or "os error 122" in str(error):  # the disk, or its quota
                 raise GatewayError(
                     "The storage for files has no room left. Tell the operator.",
@@ -94,9 +96,15 @@ class Storage:
                     code="storage_full",
                     should_retry=False,
                 ) from None
-            raise Unavailable(
-                "The storage for files does not answer. Try again soon.", code="storage_unavailable"
-            ) from None
+            raise _unavailable() from None
+
+    def _log(self, error: Exception) -> None:
+        said = str(error).partition("\n")[0][:300]
+        self._services.log.error("file_storage_failed", error=type(error).__name__, message=said)
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable("The storage for files does not answer. Try again soon.", code="storage_unavailable")
 
 
 def _local(folder: Path) -> Any:

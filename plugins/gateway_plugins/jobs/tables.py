@@ -40,6 +40,33 @@ jobs = Table(
     Index("ix_jobs_jobs_expires", "expires_at"),
 )
 
+# Who is told of what has ended, and of whoever has a signing secret, which one it is: endpoints that were registered;
+# those of the configuration from when they were found gone; tenants (`tenant:…`) from their first rotation.
+webhook_endpoints = Table(
+    "jobs_webhook_endpoints",
+    metadata,
+    Column("id", Text, primary_key=True),
+    *_texts("tenant", "name", "url", "event_types"),  # event_types: JSON
+    *_numbers("version", "created_at", "updated_at", nullable=False),
+    *_numbers("old_until", "disabled_at"),
+    Index("ix_jobs_webhook_endpoints_tenant", "tenant", "created_at"),
+)
+
+# Messages, one for each receiver.
+webhook_deliveries = Table(
+    "jobs_webhook_deliveries",
+    metadata,
+    Column("id", Text, primary_key=True),
+    *_texts("tenant", "event_type", "body", "status", nullable=False),  # waiting, delivered, dead
+    *_texts("endpoint", "url"),  # one of both: an endpoint, or a job's own webhook
+    *_numbers("created_at", "attempts", "next_at", nullable=False),
+    *_numbers("finished_at", "expires_at", "last_status"),
+    *_texts("last_error"),
+    Index("ix_jobs_webhook_deliveries_status", "status", "next_at"),
+    Index("ix_jobs_webhook_deliveries_created", "created_at"),
+    Index("ix_jobs_webhook_deliveries_expires", "expires_at"),
+)
+
 # Uploaded files and batches' results; the storage has their bytes.
 files = Table(
     "jobs_files",
@@ -96,30 +123,4 @@ lines = Table(
     Column("body", LargeBinary),  # JSON
     *_texts("error_code", "error_message"),
     *_texts("settlement"),  # for the ledger, if the worker died before it had it
-
-# Who is told of what has ended, and of whoever has a signing secret, which one it is: endpoints that were registered;
-# those of the configuration from when they were found gone; tenants (`tenant:…`) from their first rotation.
-webhook_endpoints = Table(
-    "jobs_webhook_endpoints",
-    metadata,
-    Column("id", Text, primary_key=True),
-    *_texts("tenant", "name", "url", "event_types"),  # event_types: JSON
-    *_numbers("version", "created_at", "updated_at", nullable=False),
-    *_numbers("old_until", "disabled_at"),
-    Index("ix_jobs_webhook_endpoints_tenant", "tenant", "created_at"),
-)
-
-# Messages, one for each receiver.
-webhook_deliveries = Table(
-    "jobs_webhook_deliveries",
-    metadata,
-    Column("id", Text, primary_key=True),
-    *_texts("tenant", "event_type", "body", "status", nullable=False),  # waiting, delivered, dead
-    *_texts("endpoint", "url"),  # one of both: an endpoint, or a job's own webhook
-    *_numbers("created_at", "attempts", "next_at", nullable=False),
-    *_numbers("finished_at", "expires_at", "last_status"),
-    *_texts("last_error"),
-    Index("ix_jobs_webhook_deliveries_status", "status", "next_at"),
-    Index("ix_jobs_webhook_deliveries_created", "created_at"),
-    Index("ix_jobs_webhook_deliveries_expires", "expires_at"),
 )

@@ -33,7 +33,8 @@ class Form:
         self._most = most
         self._room = FIELD_BYTES
         self._pieces = pieces
-        self._parser = multipart.PushMultipartParser(boundary[1], max_segment_count=PARTS, strict=True)
+        # not strict: that refuses the line break that most clients send behind the end, if it comes by itself
+        self._parser = multipart.PushMultipartParser(boundary[1], max_segment_count=PARTS)
         self._events = self._read()
 
     async def begin(self) -> None:
@@ -44,12 +45,12 @@ class Form:
     async def content(self) -> AsyncIterator[bytes]:
         """The file."""
         async for event in self._events:
-            if event is None:
+            if not isinstance(event, bytes | bytearray):
                 return
             self.size += len(event)
             if self.size > self._most:
                 raise TooLarge(f"The file is larger than {self._most:,} bytes.", param="file", code="file_too_large")
-            yield event
+            yield bytes(event)
 
     async def end(self) -> None:
         """The fields behind the file."""
