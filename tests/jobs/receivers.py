@@ -9,7 +9,7 @@ from pathlib import Path
 from aiohttp import web
 
 import gateway_plugins.jobs
-from gateway import hookimpl
+from gateway import StoreUnavailable, hookimpl
 from gateway.kit import Schema
 from gateway_plugins.jobs import settings
 from gateway_plugins.jobs.parts import Again
@@ -76,14 +76,20 @@ class Kept:
 
     def __init__(self):
         self.ids = []
+        self.away = False
 
-    async def put(self, kind, id, *, queue, front=False, after=0.0):
+    def serve(self, name, queue):
+        assert name == "webhooks"
+
+    async def put(self, kind, work, *, queue):
         assert (kind, queue) == ("delivery", "webhooks")
-        if id not in self.ids:
-            self.ids.append(id)
+        if self.away:
+            raise StoreUnavailable
+        if work not in self.ids:
+            self.ids.append(work)
 
-    async def unknown(self, kind, ids):
-        return set(ids) - set(self.ids)
+    async def unknown(self, kind, works):
+        return set(works) - set(self.ids)
 
 
 class Hooked:
@@ -108,10 +114,11 @@ class Hooked:
 
     async def send(self, event_type="job.succeeded", *, tenant="default", target=None, thing="job_1"):
         """As another part does; the messages' ids."""
+        before = {*self.queue.ids}
         async with self.database.transaction() as statements:
-            ids = await self.part.send(statements, tenant, event_type, {"id": thing}, target=target)
-        await self.part.wake(ids)
-        return ids
+            await self.part.send(statements, tenant, event_type, {"id": thing}, target=target)
+        await self.part.wake()
+        return [key for key in self.queue.ids if key not in before]
 
     async def work(self):
         """One try of each message in the queue; how long each is to wait that goes back."""

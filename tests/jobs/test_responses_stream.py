@@ -34,8 +34,10 @@ def told(events: list[dict[str, Any]]) -> list[Any]:
 
 
 def whole(script: Transcript, events: list[Event]) -> list[dict[str, Any]]:
-    out = [script.pass_on(event, NOW) for event in events]
-    return [event for event in out if event is not None]
+    """As a worker makes it: what is passed on, and the end if the upstream told one."""
+    out = [script.pass_on(event) for event in events]
+    end = [] if script.answer is None else [script.complete(script.answer, NOW)]
+    return [*(event for event in out if event is not None), *end]
 
 
 def test_a_stream_is_numbered_through_under_one_id() -> None:
@@ -49,7 +51,6 @@ def test_a_stream_is_numbered_through_under_one_id() -> None:
     assert [event.response.status for event in events[:3]] == ["queued", "queued", "in_progress"]
     assert {event.response.id for event in events if hasattr(event, "response")} == {"resp_1"}
     assert (events[-1].type, events[-1].response.output_text) == ("response.completed", "Hello there")
-    assert script.ended
 
 
 def test_the_sdks_helper_puts_the_answer_together() -> None:
@@ -74,14 +75,13 @@ def test_an_answer_cut_by_its_limit_ends_incomplete() -> None:
 def test_a_failure_in_the_middle_ends_the_stream_as_failed() -> None:
     """The gateway's error event becomes `response.failed`, with the code and what there was of the answer."""
     script = transcript()
-    broken = [
-        *upstream("Hello there")[:6],
-        Event(sse("error", {"type": "error", "code": "upstream_truncated", "message": "Lost."})),
-    ]
-    last = told([*script.begin(), *script.start(), *whole(script, broken)])[-1]
+    error = Event(sse("error", {"type": "error", "code": "upstream_truncated", "message": "Lost."}))
+    events = [*script.begin(), *script.start(), *whole(script, [*upstream("Hello there")[:6], error])]
+    last = told([*events, script.fail("upstream_truncated", "Lost.")])[-1]
     assert (last.type, last.response.error.type, last.response.error.message) == (
         "response.failed", "upstream_truncated", "Lost.",
     )  # fmt: skip
+    assert last.sequence_number == len(events)
     assert [(item.status, item.content[0].text) for item in last.response.output] == [("incomplete", "Hello th")]
 
 
@@ -143,7 +143,7 @@ def test_another_worker_goes_on_where_the_first_was_killed() -> None:
 def test_what_is_no_event_of_the_api_is_not_passed_on(event: bytes) -> None:
     """Comments, terminators and what is not JSON take no number."""
     script = transcript()
-    assert script.pass_on(Event(event), NOW) is None
+    assert script.pass_on(Event(event)) is None
     assert script.number == 0
 
 
@@ -151,6 +151,6 @@ def test_an_unknown_event_passes_with_a_number() -> None:
     """What the API adds tomorrow reaches clients today."""
     script = transcript()
     event = script.pass_on(
-        Event(sse("response.new.thing", {"type": "response.new.thing", "x": 1, "response_id": "gen"})), NOW
+        Event(sse("response.new.thing", {"type": "response.new.thing", "x": 1, "response_id": "gen"}))
     )
     assert event == {"type": "response.new.thing", "x": 1, "response_id": "resp_1", "sequence_number": 0}

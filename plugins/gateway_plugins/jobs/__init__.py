@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from gateway import hookimpl
 from gateway.kit import Schema
 from gateway_plugins.jobs import settings
+from gateway_plugins.jobs.events import Events
+from gateway_plugins.jobs.jobs import Jobs
+from gateway_plugins.jobs.parts import Shared
+from gateway_plugins.jobs.queue import Queue
+from gateway_plugins.jobs.webhooks.part import Webhooks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from gateway import Router, Services
-    from gateway_plugins.jobs.parts import Part
+    from gateway import Exchange, Reply, Router, Services
+    from gateway_plugins.jobs.parts import Part, Taker
 
 Config = settings.Config
 
@@ -33,11 +38,18 @@ class Plugin:
     def __init__(self, config: Config, services: Services) -> None:
         self.config = config
         self.services = services
-        self.parts: list[Part] = []
+        self.queue = Queue(config, services)
+        self.events = Events(services)
+        webhooks = Webhooks(config.webhooks, services, self.queue)
+        shared = Shared(config, services, self.queue, self.events, webhooks)
+        self.takers: list[Taker] = [Jobs(shared)]  # in the order in which they are asked
+        self.parts: list[Part] = [*self.takers, webhooks]
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.queue.lifespan())
+            stack.push_async_callback(self.events.close)
             for part in self.parts:
                 await stack.enter_async_context(part.lifespan())
             yield
@@ -48,6 +60,20 @@ class Plugin:
             part.register_routes(router)
 
     @hookimpl
+    async def prepare_request(self, exchange: Exchange) -> None:
+        if exchange.phase == "live":
+            for taker in self.takers:
+                taker.prepare(exchange)
+
+    @hookimpl
+    async def lookup_response(self, exchange: Exchange) -> Reply | None:
+        if exchange.phase != "accept":
+            return None
+        for taker in self.takers:
+            if (taken := await taker.accept(exchange)) is not None:
+                return taken
+        return None
+
+    @hookimpl
     def register_commands(self, cli: Any) -> None:
-        for part in self.parts:
-            part.add_commands(cli)
+        """The plugin is not constructed: each part's module says what it has."""

@@ -29,16 +29,16 @@ KEPT_SECONDS = 3600
 RECONNECT_SECONDS = 1.0
 LISTEN_SECONDS = 60.0
 _EVERYBODY = "{xenios}:jobs:bell"  # keeps the subscription alive that others join and leave
-_EVENT_END = re.compile(rb"(?:\r\n|\r(?!\n)|\n){2}")
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\r?\n|\r\r")
 _PIECES = 100
 
 # One entry for what came at once: its number is that of its last event.
 _PUBLISH = """
 redis.call('XADD', KEYS[1], ARGV[1], 'first', ARGV[2], 'data', ARGV[3])
 redis.call('EXPIRE', KEYS[1], ARGV[4])
-return redis.call('PUBLISH', KEYS[2], '')
+return redis.call('PUBLISH', KEYS[2], 'events')
 """
-_RING = "return redis.call('PUBLISH', KEYS[1], '')"
+_RING = "return redis.call('PUBLISH', KEYS[1], 'state')"
 _READ = f"return redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', {_PIECES})"
 _FORGET = "return redis.call('UNLINK', KEYS[1])"
 
@@ -87,17 +87,23 @@ class Bell:
 
     def __init__(self) -> None:
         self._rung = asyncio.Event()
-        self._rung.set()  # what happened before somebody listened
+        self._state = False
 
-    def ring(self) -> None:
+    def ring(self, *, state: bool) -> None:
+        """`state`: not only that there are more events."""
+        self._state = self._state or state
         self._rung.set()
 
-    async def wait(self, seconds: float) -> None:
-        """Until it rings, or so long."""
-        with contextlib.suppress(TimeoutError):
+    async def wait(self, seconds: float) -> bool:
+        """Until it rings, or so long. True: look how the job stands."""
+        try:
             async with asyncio.timeout(seconds):
                 await self._rung.wait()
+        except TimeoutError:
+            return True
+        state, self._state = self._state, False
         self._rung.clear()
+        return state
 
 
 class Events:
@@ -125,8 +131,7 @@ class Events:
 
     async def ring(self, job_id: str) -> None:
         """Its state changed. Whoever is not told now looks by itself later."""
-        for bell in self._bells.get(_channel(job_id), ()):
-            bell.ring()
+        self._ring(_channel(job_id), state=True)
         with contextlib.suppress(StoreUnavailable):
             await self._script(_RING, [_channel(job_id)], [])
 
@@ -175,9 +180,8 @@ class Events:
         while True:
             with contextlib.suppress(RedisError, OSError):
                 await self._listen()
-            for bells in self._bells.values():
-                for bell in bells:
-                    bell.ring()
+            for channel in self._bells:
+                self._ring(channel, state=True)
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _listen(self) -> None:
@@ -192,10 +196,13 @@ class Events:
                     message = await pubsub.get_message(timeout=LISTEN_SECONDS)
                     # also when its subscription is confirmed: something may have happened just before
                     if message is not None and message["type"] in {"message", "subscribe"}:
-                        for bell in self._bells.get(message["channel"].decode(), ()):
-                            bell.ring()
+                        self._ring(message["channel"].decode(), state=message["data"] != b"events")
             finally:
                 self._pubsub = None
+
+    def _ring(self, channel: str, *, state: bool) -> None:
+        for bell in self._bells.get(channel, ()):
+            bell.ring(state=state)
 
     async def _script(self, text: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         if self._services.redis is None:

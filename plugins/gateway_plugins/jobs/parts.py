@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     import contextlib
 
     from gateway import Exchange, Reply, Router
-    from gateway.kit import Statements
     from gateway_plugins.jobs.events import Events
+    from gateway_plugins.jobs.queue import Queue
     from gateway_plugins.jobs.settings import Config
+    from gateway_plugins.jobs.webhooks.part import Webhooks
 
 # Does the work with this id, in a worker process. It may raise Again. One that is cancelled asks the queue why.
 Handler: TypeAlias = Callable[[str], Awaitable[None]]
@@ -26,28 +27,13 @@ class Again(Exception):
         self.after = after
 
 
-class Webhooks(Protocol):
-    """Who tells others what has ended."""
-
-    async def send(
-        self, statements: Statements, tenant: str, event: str, data: Mapping[str, Any], *, target: str | None
-    ) -> None:
-        """Within the transaction in which it ended: to the tenant's endpoints, and to `target`, a URL."""
-
-    async def wake(self) -> None:
-        """After that transaction: send now, not at the next tidying."""
-
-    def check(self, url: str) -> None:
-        """May it be called? Raises BadRequest."""
-
-
 @dataclass(frozen=True)
 class Shared:
     """What the parts are made with."""
 
     config: Config
     services: Any
-    queue: Any
+    queue: Queue
     events: Events
     webhooks: Webhooks
 
@@ -59,16 +45,18 @@ class Part(Protocol):
 
     def register_routes(self, router: Router) -> None: ...
 
-    def prepare(self, exchange: Exchange) -> None:
-        """In `prepare_request`, of every proxied request: one that is to be done later gets the phase `accept`."""
-
-    async def accept(self, exchange: Exchange) -> Reply | None:
-        """In `lookup_response`, of a request in phase `accept`: taken, and how its client is told. The first counts."""
-
-    def add_commands(self, cli: Any) -> None: ...
-
     def lifespan(self) -> contextlib.AbstractAsyncContextManager[None]:
         """In every process: those that serve, and workers."""
 
     async def tidy(self) -> None:
         """About every ten seconds, in one worker: what is old goes, what Redis forgot is enqueued again."""
+
+
+class Taker(Part, Protocol):
+    """A part that takes requests, to be answered later."""
+
+    def prepare(self, exchange: Exchange) -> None:
+        """In `prepare_request`, of every proxied request: one that is to be done later gets the phase `accept`."""
+
+    async def accept(self, exchange: Exchange) -> Reply | None:
+        """In `lookup_response`, of a request in phase `accept`: taken, and how its client is told. The first counts."""

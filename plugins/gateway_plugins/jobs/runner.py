@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -50,6 +50,13 @@ LONGEST_BACKOFF = 3600.0
 FLUSH_SECONDS = 0.03
 RETRY_SECONDS = 1.0
 COMMIT_SECONDS = 60.0
+
+
+class Ended(NamedTuple):
+    """A run that has ended: the job as it stands now, and how."""
+
+    job: Job
+    end: End
 
 
 class Sink:
@@ -154,8 +161,8 @@ class Runner:
         return Sink(self._events, job)
 
     async def tell(self, statements: Statements, job: Job) -> None:
-        """The job has ended: within the same transaction, a webhook's message."""
-        data = {"id": job.id, "status": job.status, "metadata": msgspec.json.decode(job.metadata or "null")}
+        """The job has ended: within the same transaction, messages to whoever wants to know."""
+        data = {"id": job.id, "status": job.status, "metadata": msgspec.json.decode(job.metadata or "{}")}
         await self._webhooks.send(statements, job.tenant, f"job.{job.status}", data, target=job.webhook)
 
     # --- one job ---------------------------------------------------------------------------------------------------
@@ -209,7 +216,7 @@ class Runner:
         """The pipeline, and what comes of it."""
         late = LateRequest.from_json(await self._store.request(job.id))
         sink = self.sink(job)
-        ended: list[tuple[Job, End]] = []
+        ended: list[Ended] = []
 
         async def commit(exchange: Exchange, row: bytes) -> None:
             ended.extend(await self._commit(job, sink, exchange, row))
@@ -237,11 +244,11 @@ class Runner:
             if end.status == "queued":
                 raise Again(end.after)
 
-    async def _commit(self, job: Job, sink: Sink, exchange: Exchange, row: bytes) -> list[tuple[Job, End]]:
+    async def _commit(self, job: Job, sink: Sink, exchange: Exchange, row: bytes) -> list[Ended]:
         end = self._judged(job, sink, exchange)
         return await self._end(job, end, row)
 
-    async def _end(self, job: Job, end: End | None, row: bytes = b"") -> list[tuple[Job, End]]:
+    async def _end(self, job: Job, end: End | None, row: bytes = b"") -> list[Ended]:
         """Result, usage row and message in one transaction; none of it but the row if somebody else has the job."""
         deadline = time.monotonic() + COMMIT_SECONDS
         while True:
@@ -261,17 +268,15 @@ class Runner:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
             else:
-                return [(ended, end)]
+                await self._webhooks.wake()  # by the task that told
+                return [Ended(ended, end)]
 
-    async def _after(self, sink: Sink, ended: list[tuple[Job, End]]) -> None:
-        for job, _ in ended:
-            with contextlib.suppress(StoreUnavailable):
-                await self._store.settled(job.id, job.operation)
-            if job.ended:
-                await self._webhooks.wake()
+    async def _after(self, sink: Sink, ended: list[Ended]) -> None:
         await sink.close()
         for job, _ in ended:
             await self._events.ring(job.id)
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.settled(job.id, job.operation)
 
     # --- how it ended ----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gateway import Services
     from gateway.kit import Database, Row, Statements
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -120,9 +121,13 @@ def now() -> int:
 class Store:
     """The table. `kind` tells jobs and background responses apart. All raise StoreUnavailable."""
 
-    def __init__(self, database: Database, kind: str = "job") -> None:
-        self._database = database
+    def __init__(self, services: Services, kind: str = "job") -> None:
+        self._services = services
         self._kind = kind
+
+    @property
+    def _database(self) -> Database:
+        return self._services.database
 
     # --- asking ----------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from gateway import Event
     from gateway_plugins.jobs.responses.objects import JsonObject
 
-# An upstream's own beginning: ours was told long before.
-_BEGINNINGS = frozenset({"response.created", "response.queued", "response.in_progress"})
+# An upstream's own beginning: ours was told long before. And failures: whoever runs it knows whether they are the end.
+_NOT_PASSED = frozenset(
+    {"response.created", "response.queued", "response.in_progress", "response.failed", "response.cancelled", "error"}
+)
 _ENDINGS = frozenset({"response.completed", "response.incomplete"})
 # Events that add to a text → in which list of the item it stands, by which index, under which name.
 _DELTAS = {
@@ -45,11 +47,8 @@ class Transcript:
     def __init__(self, response: JsonObject) -> None:
         self.response = response
         self.number = 0  # of the next event
+        self.answer: Mapping[str, Any] | None = None  # the upstream's last word
         self._output = Output()
-
-    @property
-    def ended(self) -> bool:
-        return self.response["status"] in objects.ENDED
 
     @property
     def output(self) -> list[JsonObject]:
@@ -57,8 +56,13 @@ class Transcript:
         return self._output.items()
 
     def begin(self) -> list[JsonObject]:
-        """The first two events, which the creation's reply begins with."""
+        """The first two events: every stream has them, before anybody worked on it."""
         return [self._tell(kind, response=self.response) for kind in ("response.created", "response.queued")]
+
+    def told(self, event: JsonObject) -> None:
+        """An event that clients have been told already, by another process."""
+        self.number = int(event["sequence_number"]) + 1
+        self._output.follow(event)
 
     def start(self) -> list[JsonObject]:
         """A worker has it. If another one had it before, whatever that one left open is closed: the answer begins anew
@@ -71,36 +75,30 @@ class Transcript:
             self._tell("response.in_progress", response=self.response),
         ]
 
-    def told(self, event: JsonObject) -> None:
-        """An event that clients have been told already, by whichever process: the transcript goes on behind it."""
-        self.number = int(event["sequence_number"]) + 1
-        if isinstance(event.get("response"), dict):
-            self.response = event["response"]
-        self._output.follow(event)
-
-    def pass_on(self, event: Event, now: int) -> JsonObject | None:
-        """An upstream's event as ours; None for what clients need not know."""
+    def pass_on(self, event: Event) -> JsonObject | None:
+        """An upstream's event as ours. None: no client needs it, or it is the end, which is told when it is kept."""
         data = event.data
-        if not isinstance(data, dict) or not isinstance(data.get("type"), str) or data["type"] in _BEGINNINGS:
+        if not isinstance(data, dict) or not isinstance(data.get("type"), str) or data["type"] in _NOT_PASSED:
             return None
-        kind = data["type"]
-        if kind in _ENDINGS and isinstance(data.get("response"), dict):
-            return self.end(objects.answered(self.response, data["response"], now))
-        if kind == "error":
-            return self.fail(
-                str(data.get("code") or "server_error"), str(data.get("message") or "The upstream failed.")
-            )
+        if data["type"] in _ENDINGS:
+            self.answer = data["response"] if isinstance(data.get("response"), dict) else {}
+            return None
         shifted = self._output.placed(data)
         self._output.follow(shifted)
         return self._numbered(shifted)
 
+    def complete(self, answer: Mapping[str, Any], now: int) -> JsonObject:
+        """The upstream's answer is whole. `now` in seconds."""
+        return self._end(objects.answered(self.response, answer, now))
+
     def fail(self, code: str, message: str) -> JsonObject:
-        return self.end(objects.failed(self.response, code, message, self.output))
+        """`code` is one of the gateway's."""
+        return self._end(objects.failed(self.response, code, message, self.output))
 
     def cancel(self) -> JsonObject:
-        return self.end(objects.cancelled(self.response, self.output))
+        return self._end(objects.cancelled(self.response, self.output))
 
-    def end(self, response: JsonObject) -> JsonObject:
+    def _end(self, response: JsonObject) -> JsonObject:
         self.response = response
         return self._tell(f"response.{response['status']}", response=response)
 

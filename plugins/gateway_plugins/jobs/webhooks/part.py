@@ -11,39 +11,38 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from yarl import URL
 
-from gateway import BadRequest, GatewayError, NotFound, StoreUnavailable
+from gateway import BadRequest, NotFound, StoreUnavailable
 from gateway.kit import clean
 from gateway_plugins.jobs.parts import Again
+from gateway_plugins.jobs.settings import Queue as QueueSettings
 from gateway_plugins.jobs.webhooks import signing, store
 from gateway_plugins.jobs.webhooks.client import Client
 from gateway_plugins.jobs.webhooks.routes import Routes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping
 
-    from gateway import Router, Services
+    from gateway import Exchange, Reply, Router, Services
     from gateway.kit import Database, Row, Statements
     from gateway_plugins.jobs import settings
     from gateway_plugins.jobs.parts import Handler
+    from gateway_plugins.jobs.queue import Queue
     from gateway_plugins.jobs.webhooks.client import Answer
 
 KIND = "delivery"
 QUEUE = "webhooks"
 LATE_SECONDS = 5.0  # a message that nobody sent by then may have been forgotten
 STALE_SECONDS = 60.0
+MARGIN_SECONDS = 15.0  # for the database, around a receiver's time
 LONGEST_WAIT = 86400.0  # that a receiver may ask for
 BUSY_SECONDS = 1.0
 MOST_AT_ONCE = 20  # to one host from one process: a receiver that hangs is not to keep all others waiting
 PAGE = 500
-
-
-class _Queue(Protocol):
-    async def put(self, kind: str, id: str, *, queue: str, front: bool = False, after: float = 0.0) -> Any: ...  # noqa: A002
-    async def unknown(self, kind: str, ids: Sequence[str]) -> set[str]: ...
 
 
 class Receiver(NamedTuple):
@@ -114,14 +113,17 @@ class Directory:
 class Webhooks:
     """The part."""
 
-    def __init__(self, config: settings.Webhooks, services: Services, queue: _Queue) -> None:
+    def __init__(self, config: settings.Webhooks, services: Services, queue: Queue) -> None:
         self.config = config
         self.services = services
         self.rules = config.rules()
         self.directory = Directory(config, services.pepper)
         self.handlers: Mapping[str, Handler] = {KIND: self.deliver}
         self._queue = queue
+        queue.serve(QUEUE, QueueSettings(timeout=config.timeout + MARGIN_SECONDS))
         self._client: Client | None = None
+        # by task: what another has not committed yet would be found missing
+        self._sent: WeakKeyDictionary[asyncio.Task[Any], list[str]] = WeakKeyDictionary()
         self._busy: Counter[str] = Counter()
         self._waiting: tuple[float, int] = (float("-inf"), 0)
         metrics = services.metrics
@@ -135,42 +137,45 @@ class Webhooks:
 
     # --- for the other parts -----------------------------------------------------------------------------------------
 
-    def check_url(self, url: str, param: str = "webhook") -> str:
-        """A job's own webhook, or BadRequest if it never could be called."""
+    def check(self, url: str, param: str = "webhook") -> None:
+        """Raises BadRequest if it never could be called."""
         if not self.config.enabled:
             raise BadRequest("This gateway calls no webhooks.", param=param)
         try:
             self.rules.check(url)
         except ValueError as error:
             raise BadRequest(f"{param} {error}.", param=param) from None
-        return url
 
     async def send(
-        self, statements: Statements, tenant: str, event_type: str, data: dict[str, Any], *, target: str | None = None
-    ) -> list[str]:
+        self,
+        statements: Statements,
+        tenant: str,
+        event_type: str,
+        data: Mapping[str, Any],
+        *,
+        target: str | None = None,
+    ) -> None:
         """Within the transaction in which something ended: tell `target` and whoever listens.
 
-        Returns ids for `wake`, to be called after the commit. Raises StoreUnavailable.
+        The same task calls `wake` after the commit. Raises StoreUnavailable.
         """
         if not self.config.enabled:
-            return []
+            return
         receivers: list[tuple[str | None, str | None]] = [(None, target)] if target else []
         receivers += [(key, None) for key in await self.directory.listening(statements, tenant, event_type)]
-        if not receivers:
-            return []
-        return await store.add(statements, tenant, event_type, event(event_type, data), receivers)
+        task = asyncio.current_task()
+        if receivers and task is not None:
+            ids = await store.add(statements, tenant, event_type, event(event_type, data), receivers)
+            self._sent.setdefault(task, []).extend(ids)
 
-    async def wake(self, ids: Iterable[str] | None = None) -> None:
-        """Send what waits: these, or what the database knows of. Never raises: `tidy` makes good what is lost here."""
-        if not self.config.enabled:
-            return
-        try:
-            if ids is None:
-                ids = [row["id"] for row in await store.due(self.services.database, store.now(), limit=PAGE)]
-            for key in ids:
+    async def wake(self) -> None:
+        """Deliver what this task has sent. Never raises: `tidy` makes good what is lost here."""
+        task = asyncio.current_task()
+        for key in self._sent.pop(task, ()) if task is not None else ():
+            try:
                 await self._queue.put(KIND, key, queue=QUEUE)
-        except GatewayError:
-            self.services.log.warning("webhooks_not_woken")
+            except StoreUnavailable:
+                return
 
     # --- the work ----------------------------------------------------------------------------------------------------
 
@@ -257,6 +262,12 @@ class Webhooks:
 
     # --- around it ---------------------------------------------------------------------------------------------------
 
+    def prepare(self, exchange: Exchange) -> None:
+        """No request becomes a webhook."""
+
+    async def accept(self, exchange: Exchange) -> Reply | None:
+        """As above."""
+
     def register_routes(self, router: Router) -> None:
         if self.config.enabled:
             Routes(self).register(router)
@@ -300,7 +311,7 @@ def configured_id(entry: settings.WebhookEndpoint) -> str:
     return "we_" + sha256(f"{entry.tenant or ''}\0{entry.url}".encode()).hexdigest()[:16]
 
 
-def event(event_type: str, data: dict[str, Any]) -> str:
+def event(event_type: str, data: Mapping[str, Any]) -> str:
     """What is sent: thin, so that whoever is told asks for the rest with a key."""
     return json.dumps(
         {
@@ -308,7 +319,7 @@ def event(event_type: str, data: dict[str, Any]) -> str:
             "object": "event",
             "created_at": int(time.time()),
             "type": event_type,
-            "data": data,
+            "data": dict(data),
         },
         separators=(",", ":"),
     )

@@ -108,8 +108,8 @@ class Routes:
 
     async def create(self, exchange: Exchange) -> Reply:
         wanted = parsed(_New, exchange.body)
-        url = self._webhooks.check_url(wanted.url, "url")
-        row = await store.create_endpoint(self._database, _own(exchange), wanted.name, url, wanted.event_types)
+        self._webhooks.check(wanted.url, "url")
+        row = await store.create_endpoint(self._database, _own(exchange), wanted.name, wanted.url, wanted.event_types)
         return Reply(200, data=self._with_secret(row), headers=_NO_STORE)
 
     async def list(self, exchange: Exchange) -> Reply:
@@ -130,7 +130,7 @@ class Routes:
         wanted = parsed(_Changes, exchange.body)
         changes = wanted.model_dump(exclude_unset=True)
         if "url" in changes:
-            self._webhooks.check_url(wanted.url, "url")
+            self._webhooks.check(wanted.url, "url")
         row = await store.change_endpoint(self._database, _id(exchange), _whose(exchange), changes)
         return Reply(200, data=self._shown(row))
 

@@ -1,0 +1,103 @@
+"""What happens to a job, told to whoever watches: over a real Valkey."""
+
+import asyncio
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+
+from gateway.stores.redis import RedisStore
+from gateway_plugins.jobs.events import SPAN, Events, Splitter, base, events_of, numbered, run_of
+
+A, B, C = b"data: a\n\n", b"event: b\ndata: b\n\n", b"data: [DONE]\n\n"
+
+
+@contextlib.asynccontextmanager
+async def open_events(url):
+    redis = RedisStore(url)
+    events = Events(SimpleNamespace(redis=redis))
+    try:
+        yield events
+    finally:
+        await events.close()
+        await redis.close()
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_events_are_whole_however_they_come(end, size):
+    """Each event leaves once, with its own line ends; comments are left out."""
+    wanted = [event.replace(b"\n", end) for event in (A, B, C)]
+    body = wanted[0] + b": keep-alive" + end * 2 + wanted[1] + wanted[2]
+    splitter = Splitter()
+    found = [e for start in range(0, len(body), size) for e in splitter.feed(body[start : start + size])]
+    assert b"".join(found) == b"".join(wanted)
+    assert events_of(body) == wanted
+
+
+def test_numbers_tell_runs_apart():
+    """An event's number says which run it is of."""
+    assert [base(n) for n in (0, 1, 2)] == [0, 0, SPAN]
+    assert [run_of(n) for n in (1, SPAN - 1, SPAN, SPAN + 1)] == [1, 1, 2, 2]
+    assert numbered(7, A) == b"id: 7\ndata: a\n\n"
+
+
+async def test_who_watches_hears_it(url):
+    """A bell rings in another process for events and for a change of state, and tells which."""
+    async with open_events(url) as worker, open_events(url) as gateway, gateway.watch("job_1") as bell:
+        while not await bell.wait(5):  # its subscription is confirmed
+            pass
+        await worker.publish("job_1", 1, 1, [A])
+        assert await bell.wait(5) is False
+        await worker.ring("job_1")
+        assert await bell.wait(5) is True
+        await worker.ring("job_2")
+        assert await bell.wait(0.1) is True  # nothing, for so long: look yourself
+
+
+async def test_events_are_read_from_anywhere(url):
+    """Who comes late, or comes back, gets the events after the one that it had last, of the run that it asks for."""
+    async with open_events(url) as events:
+        await events.publish("job_1", 1, 1, [A, B])
+        await events.publish("job_1", 1, 3, [C])
+        for after, wanted in ((0, [(1, A), (2, B), (3, C)]), (1, [(2, B), (3, C)]), (2, [(3, C)]), (3, [])):
+            assert await events.read("job_1", 1, after) == wanted
+        assert await events.read("job_1", 2, 0) == []
+        await events.forget("job_1", 1)
+        assert await events.read("job_1", 1, 0) == []
+
+
+async def test_a_gap_is_no_stream(url):
+    """Where Redis lost the beginning, what is left is not given out as if it were all."""
+    async with open_events(url) as events:
+        await events.publish("job_1", 1, 3, [C])
+        assert await events.read("job_1", 1, 0) is None
+        assert await events.read("job_1", 1, 2) == [(3, C)]
+
+
+async def test_watchers_share_a_connection(url):
+    """A hundred watchers of fifty jobs hold one connection, and each hears its own."""
+    async with open_events(url) as worker, open_events(url) as gateway, contextlib.AsyncExitStack() as stack:
+        bells = [await stack.enter_async_context(gateway.watch(f"job_{n % 50}")) for n in range(100)]
+        await asyncio.gather(*(bell.wait(5) for bell in bells))
+        clients = await worker._services.redis.client.client_list(_type="pubsub")
+        assert len(clients) == 1
+        await worker.ring("job_7")
+        heard = [n for n, bell in enumerate(bells) if await bell.wait(0.02) and bell is bells[n]]
+        assert heard
+    async with open_events(url) as worker:
+        assert await worker._services.redis.client.pubsub_numsub("{xenios}:jobs:bell:job_7") == [
+            (b"{xenios}:jobs:bell:job_7", 0)
+        ]
+
+
+async def test_a_lost_connection_is_made_again(url, server):
+    """After its Redis was away a watcher hears again."""
+    async with open_events(url) as worker, open_events(url) as gateway, gateway.watch("job_1") as bell:
+        await bell.wait(5)
+        await worker._services.redis.client.client_kill_filter(_type="pubsub")
+        assert await bell.wait(5)  # it is not told what it missed, but that it did
+        while not await bell.wait(5):
+            pass
+        await worker.ring("job_1")
+        assert await bell.wait(5)
