@@ -65,15 +65,6 @@ class Files:
             summary="What a file holds.",
         )
 
-    def prepare(self, exchange: Exchange) -> None:
-        """Nothing of others'."""
-
-    async def accept(self, exchange: Exchange) -> Reply | None:
-        """Nothing of others'."""
-
-    def add_commands(self, cli: Any) -> None:
-        """None."""
-
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         yield

@@ -26,7 +26,7 @@ from gateway_plugins.jobs.storage import MissingError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from gateway import Exchange, Router
+    from gateway import Exchange, Router, Services
     from gateway.kit import Row
     from gateway_plugins.jobs.files import Files
     from gateway_plugins.jobs.parts import Handler, Shared
@@ -53,7 +53,7 @@ class Batches:
     def __init__(self, shared: Shared, files: Files) -> None:
         self._shared = shared
         self._settings = shared.config.batches
-        self._services = shared.services
+        self._services: Services = shared.services
         self._queue = shared.queue
         self._webhooks = shared.webhooks
         self._files = files
@@ -78,15 +78,6 @@ class Batches:
             # OpenAI's clients cancel without a body
             body: Literal["stream"] | None = "stream" if path.endswith("/cancel") else None
             router.add(method, path, handler, body=body, summary=summary)
-
-    def prepare(self, exchange: Exchange) -> None:
-        """Nothing of others'."""
-
-    async def accept(self, exchange: Exchange) -> Reply | None:
-        """Nothing of others'."""
-
-    def add_commands(self, cli: Any) -> None:
-        """None."""
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:

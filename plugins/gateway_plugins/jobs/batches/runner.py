@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from multidict import CIMultiDict
 
-    from gateway import Counter, Exchange
+    from gateway import Counter, Exchange, Services
     from gateway.kit import Row
     from gateway_plugins.jobs.parts import Shared
     from gateway_plugins.jobs.storage import Storage
@@ -76,7 +76,7 @@ class Ledgers:
     """Results and usage rows of a chunk, committed in groups."""
 
     def __init__(self, shared: Shared, batch_id: str, counts: Counter) -> None:
-        self._services = shared.services
+        self._services: Services = shared.services
         self._batch_id = batch_id
         self._counts = counts
         self._waiting: list[tuple[Result | None, bytes, asyncio.Future[None]]] = []
@@ -140,7 +140,7 @@ class ChunkRun:
     """One chunk, from its first line without a result to its last."""
 
     def __init__(self, shared: Shared, storage: Storage, batch: Row, chunk: Chunk, counts: Counter) -> None:
-        self._services = shared.services
+        self._services: Services = shared.services
         self._charge = shared.config.charge_abandoned
         self._settings = shared.config.batches
         self._storage = storage
@@ -168,7 +168,7 @@ class ChunkRun:
         rows = await store.results_of(self._services.database, self._batch["id"], self._chunk)
         for row in rows:
             if row["settlement"]:
-                await self._services.settle_late(json.loads(row["settlement"]))
+                self._services.settle_late(json.loads(row["settlement"]))
         return {row["number"] for row in rows}
 
     async def _lines(self) -> list[Line]:
