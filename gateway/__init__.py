@@ -2,6 +2,7 @@
 
 from gateway._version import __version__
 from gateway.access import may_see
+from gateway.client import Client, ClientGone
 from gateway.errors import (
     BadRequest,
     Cause,
@@ -12,6 +13,7 @@ from gateway.errors import (
     ModelNotFound,
     NotFound,
     PluginError,
+    PrincipalGone,
     RateLimited,
     Refused,
     StatementError,
@@ -42,6 +44,7 @@ from gateway.exchange import (
     Usage,
 )
 from gateway.hookspecs import Tap, hookimpl
+from gateway.late import LateRequest
 from gateway.metrics import OTHER, SECONDS, Cell, Counter, Family, Gauge, Histogram, Metrics, Series, Spread
 from gateway.problems import Concern
 from gateway.routes import Router
@@ -60,6 +63,8 @@ __all__ = [
     "BadRequest",
     "Cause",
     "Cell",
+    "Client",
+    "ClientGone",
     "Concern",
     "Condition",
     "Conflict",
@@ -78,6 +83,7 @@ __all__ = [
     "GatewayError",
     "Gauge",
     "Histogram",
+    "LateRequest",
     "Limits",
     "MethodNotAllowed",
     "Metrics",
@@ -86,6 +92,7 @@ __all__ = [
     "Outcome",
     "PluginError",
     "Principal",
+    "PrincipalGone",
     "RateLimited",
     "Refused",
     "Reply",

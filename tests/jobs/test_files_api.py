@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 
+from gateway import Tasks
 from gateway.kit.testing import Gateway
 from tests.jobs.inline import Inline
 
+KEYS = {"use": "api_keys", "config": {"database": True}}
+
 
 def files(**settings):
-    return Gateway.test(plugins=["api_keys", (Inline, {"files": settings})])
+    return Gateway.test(plugins=[KEYS, (Inline, {"files": settings})])
 
 
 async def upload(gw, content=b"hello\n", *, name="a.jsonl", headers=None, **fields):
@@ -149,8 +152,9 @@ async def test_an_upload_whose_sender_leaves_leaves_nothing():
         raise ConnectionError
 
     async with files() as gw:
-        sending = asyncio.create_task(
-            gw.request("POST", "/v1/files", data=body(), headers={"Content-Type": "multipart/form-data; boundary=b"})
+        sending = Tasks().spawn(
+            gw.request("POST", "/v1/files", data=body(), headers={"Content-Type": "multipart/form-data; boundary=b"}),
+            "upload",
         )
 
         async def there():

@@ -96,6 +96,27 @@ async def test_a_rule_may_refuse():
     assert (await routes.explain(ask("dear/two"))) == ["rule no: matches", "refuses: Ask finance first."]
 
 
+async def test_a_rule_may_offload():
+    """A rule makes jobs of its requests: of the models that it names, or whatever would have answered without it."""
+    routes = plugin(
+        rules=[
+            {"name": "long", "when": {"input_tokens": {"min": 500}}, "use": "long/x", "offload": True},
+            {"name": "nightly", "when": {"tasks": "report"}, "offload": True},
+        ],
+        tasks={"report": {"use": ["a/one", "b/two"]}},
+    )
+    for request, found in (
+        (ask("m", messages="x" * 2100), ("long", ["long/x"])),
+        (ask(task="report"), ("nightly", ["a/one", "b/two"])),
+    ):
+        decision = await routes.choose_targets(request)
+        assert (decision.rule, [target.model for target in decision.targets]) == found
+        assert decision.offload
+        assert "it becomes a job" in await routes.explain(request)
+    decision = await plugin(rules=[{"name": "all", "use": "a/one"}]).choose_targets(ask("m"))
+    assert not decision.offload
+
+
 async def test_a_rule_changes_how_what_was_asked_for_is_asked():
     """A target without a model keeps the models of the alias or task, in order, and adds to each."""
     routes = plugin(
@@ -535,6 +556,7 @@ async def test_a_list_of_models_becomes_one_attempt_in_one_step(monkeypatch):
             "a target has no model",
         ),
         ({"native_fallback": "both"}, "native_fallback"),
+        ({"rules": [{"name": "r", "refuse": "No.", "offload": True}]}, "has `offload` beside `refuse`"),
     ],
 )
 def test_mistakes_are_named(config, words):

@@ -18,6 +18,7 @@ from gateway_plugins.jobs.files import Files
 from gateway_plugins.jobs.jobs import Jobs
 from gateway_plugins.jobs.parts import Shared
 from gateway_plugins.jobs.queue import Queue
+from gateway_plugins.jobs.responses.part import Responses
 from gateway_plugins.jobs.webhooks.part import Webhooks
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Plugin:
         self.events = Events(services)
         webhooks = Webhooks(config.webhooks, services, self.queue)
         shared = Shared(config, services, self.queue, self.events, webhooks)
-        self.takers: list[Taker] = [Jobs(shared)]  # in the order in which they are asked
+        self.takers: list[Taker] = [Responses(shared), Jobs(shared)]  # in the order in which they are asked
         self.parts: list[Part] = [*self.takers, webhooks]
         if config.files.enabled:
             files = Files(config.files, services)
@@ -70,7 +71,7 @@ class Plugin:
     async def prepare_request(self, exchange: Exchange) -> None:
         if exchange.phase == "live":
             for taker in self.takers:
-                taker.prepare(exchange)
+                await taker.prepare(exchange)
 
     @hookimpl
     async def lookup_response(self, exchange: Exchange) -> Reply | None:
@@ -83,4 +84,7 @@ class Plugin:
 
     @hookimpl
     def register_commands(self, cli: Any) -> None:
-        """The plugin is not constructed: each part's module says what it has."""
+        from gateway_plugins.jobs import commands  # noqa: PLC0415 - a command's business
+
+        # the plugin is not constructed, nor are its parts
+        commands.add_commands(self, cli)

@@ -39,13 +39,17 @@ class Follower:
                     return  # deleted meanwhile
                 while found := await self._since(known, after):
                     after = found[-1][0]
-                    yield b"".join(numbered(number, event) for number, event in found)
+                    yield self.written(found)
                     if known.ended:
                         break
                 if known.ended:
                     return
                 if await bell.wait(LOOK_SECONDS):
                     known = None
+
+    def written(self, found: Numbered) -> bytes:
+        """As they are sent."""
+        return b"".join(numbered(number, event) for number, event in found)
 
     async def _since(self, job: Job, after: int) -> Numbered:
         found = await (self._of_stream(job, after) if job.stream else self._of_whole(job))

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from gateway_plugins.jobs.parts import Handler, Shared
     from gateway_plugins.jobs.settings import Queue
 
-KIND = "job"
 LONGEST_KEY = 255
 LONGEST_WAIT = 300.0
 LOOK_SECONDS = 2.0
@@ -65,19 +64,24 @@ class Options:
 
 
 class Jobs:
-    """The part."""
+    """The part. Its subclass makes something else of the same: what is taken, run, and told to whoever follows."""
+
+    kind = "job"
+    id_prefix, id_bytes = "job_", 12
+    runs: type[Runner] = Runner
+    follows: type[Follower] = Follower
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._config = shared.config
         # not those that other parts have for themselves
         self.queues: Mapping[str, Queue] = {DEFAULT: shared.queue.queues[DEFAULT], **shared.config.queues}
-        self.store = Store(shared.services)
-        self.runner = Runner(shared, self.store)
-        self.follower = Follower(self.store, shared.events)
-        self._tidier = Tidier(shared, self.store, KIND)
+        self.store = Store(shared.services, self.kind)
+        self.runner = self.runs(shared, self.store)
+        self.follower = self.follows(self.store, shared.events)
+        self._tidier = Tidier(shared, self.store, self.kind, self.runner.close)
         self.options: ContextKey[Options] = ContextKey("jobs.options")
-        self.handlers: Mapping[str, Handler] = {KIND: self.runner.run}
+        self.handlers: Mapping[str, Handler] = {self.kind: self.runner.run}
 
     def lifespan(self) -> contextlib.AbstractAsyncContextManager[None]:
         return self.runner.lifespan()
@@ -92,7 +96,7 @@ class Jobs:
 
     # --- taken -----------------------------------------------------------------------------------------------------
 
-    def prepare(self, exchange: Exchange) -> None:
+    async def prepare(self, exchange: Exchange) -> None:
         """Whether the request becomes a job."""
         most = self._config.offload.above_input_tokens
         if "respond-async" in preferences(exchange) or (most is not None and input_estimate(exchange) > most):
@@ -101,7 +105,9 @@ class Jobs:
     async def accept(self, exchange: Exchange) -> Reply | None:
         """Admitted: it becomes a job. The client is told so, or within the time that it said it would wait, the end."""
         asked = preferences(exchange)
-        job, is_new = await self._take(exchange)
+        parent = exchange.parent
+        options = (parent.get(self.options) if parent else None) or Options(idempotency_key=idempotency_key(exchange))
+        job, is_new = await self._take(exchange, options)
         if (seconds := _wait(asked)) is not None:
             job = await self.until_ended(job, seconds) or job
             result = await self.store.result(job.id) if job.ended else None
@@ -115,10 +121,8 @@ class Jobs:
             headers["Idempotent-Replayed"] = "true"
         return Reply(200 if job.ended else 202, data=await self.seen(job), headers=headers)
 
-    async def _take(self, exchange: Exchange) -> tuple[Job, bool]:
+    async def _take(self, exchange: Exchange, options: Options) -> tuple[Job, bool]:
         """(the job, is it a new one). Raises TooLarge, RateLimited, Conflict, StoreUnavailable."""
-        parent = exchange.parent
-        options = (parent.get(self.options) if parent else None) or Options(idempotency_key=idempotency_key(exchange))
         if len(exchange.raw_body) > self._config.max_body:
             raise TooLarge(f"A request that becomes a job may have {self._config.max_body} bytes.")
         job, late = self._made(exchange, options)
@@ -133,7 +137,7 @@ class Jobs:
                 raise
             return await self._same(job), False
         after = 0.0 if job.run_after is None else max(0.0, job.run_after / 1000 - time.time())
-        await put(self._shared, KIND, job, after=after)
+        await put(self._shared, self.kind, job, after=after)
         return job, True
 
     def _made(self, exchange: Exchange, options: Options) -> tuple[Job, Any]:
@@ -146,8 +150,8 @@ class Jobs:
         at = store.now()
         late = replace(LateRequest.of(exchange), deadline=queue.timeout)
         job = Job(
-            id=store.new_id(),
-            kind=KIND,
+            id=store.new_id(self.id_prefix, self.id_bytes),
+            kind=self.kind,
             tenant=principal.tenant,
             principal=principal.reference,
             endpoint=exchange.endpoint,
@@ -160,7 +164,7 @@ class Jobs:
             metadata=None if options.metadata is None else msgspec.json.encode(options.metadata).decode(),
             webhook=options.webhook,
             idempotency_key=options.idempotency_key,
-            fingerprint=_fingerprint(exchange, options) if options.idempotency_key is not None else None,
+            fingerprint=_fingerprint(self.kind, exchange, options) if options.idempotency_key is not None else None,
             created_at=at,
             attempts=0,
             max_attempts=queue.attempts,
@@ -196,7 +200,7 @@ class Jobs:
         position = None
         if job.status == "queued":
             with contextlib.suppress(StoreUnavailable):
-                position = await self._shared.queue.position(KIND, job.id, job.queue)
+                position = await self._shared.queue.position(self.kind, job.id, job.queue)
         return shown.job(job, position)
 
     async def until_ended(self, job: Job, seconds: float) -> Job | None:
@@ -237,7 +241,7 @@ class Jobs:
 
     async def _drop(self, job: Job) -> None:
         with contextlib.suppress(StoreUnavailable):  # `tidy` does it later
-            await self._shared.queue.drop(KIND, job.id)
+            await self._shared.queue.drop(self.kind, job.id)
 
     def follow(self, job: Job, after: int) -> AsyncIterator[bytes]:
         return self.follower.follow(job.id, after)
@@ -267,9 +271,10 @@ def idempotency_key(exchange: Exchange) -> str | None:
     return key
 
 
-def _fingerprint(exchange: Exchange, options: Options) -> str:
+def _fingerprint(kind: str, exchange: Exchange, options: Options) -> str:
     """The same for the same request: however its JSON is written, whatever a form's boundary is."""
     form = exchange.form
     files = [] if form is None else [(f.name, f.filename, hashlib.sha256(f.content).hexdigest()) for f in form.files]
-    said = (exchange.endpoint, exchange.body, files, options.queue, options.priority, options.webhook, options.metadata)
+    wanted = (options.queue, options.priority, options.webhook, options.metadata)
+    said = (kind, exchange.endpoint, exchange.body, files, wanted)
     return hashlib.sha256(msgspec.json.encode(said, order="sorted")).hexdigest()

@@ -55,7 +55,7 @@ class Part(Protocol):
 class Taker(Part, Protocol):
     """A part that takes requests, to be answered later."""
 
-    def prepare(self, exchange: Exchange) -> None:
+    async def prepare(self, exchange: Exchange) -> None:
         """In `prepare_request`, of every proxied request: one that is to be done later gets the phase `accept`."""
 
     async def accept(self, exchange: Exchange) -> Reply | None:

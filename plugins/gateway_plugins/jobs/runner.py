@@ -20,7 +20,7 @@ from gateway_plugins.jobs.parts import Again
 from gateway_plugins.jobs.store import End, Lost, Result
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
     from multidict import CIMultiDict
 
@@ -62,9 +62,11 @@ class Ended(NamedTuple):
 class Sink:
     """The client that a job's request has: it keeps the reply, and tells the events of a stream as they come."""
 
-    def __init__(self, events: Events, job: Job) -> None:
+    def __init__(self, events: Events, job: Job, *, offset: int = 0) -> None:
+        """`offset`: how many events of this run are known without being told here."""
         self._events = events
         self._job = job
+        self._offset = offset
         self._tasks = Tasks()
         self._splitter: Splitter | None = None
         self._parts: list[bytes] = []
@@ -90,7 +92,11 @@ class Sink:
         if self._splitter is None:
             self._parts.append(data)
             return
-        self._parts += [self.changed(event) for event in self._splitter.feed(data)]
+        self.add(changed for event in self._splitter.feed(data) if (changed := self.changed(event)) is not None)
+
+    def add(self, events: Iterable[bytes]) -> None:
+        """They are kept, and told."""
+        self._parts += events
         if not self._telling and self._told < len(self._parts):
             self._telling = True
             self._tasks.spawn(self._tell(), "jobs: events")
@@ -102,8 +108,8 @@ class Sink:
 
     # --- for the runner ---
 
-    def changed(self, event: bytes) -> bytes:
-        """What is kept and told of a stream's event."""
+    def changed(self, event: bytes) -> bytes | None:
+        """What is kept and told of a stream's event. None: nothing."""
         return event
 
     def result(self) -> Result | None:
@@ -122,7 +128,7 @@ class Sink:
         try:
             while self._told < len(self._parts):
                 events = self._parts[self._told :]
-                await self._events.publish(self._job.id, self._job.attempts, self._told + 1, events)
+                await self._events.publish(self._job.id, self._job.attempts, self._offset + self._told + 1, events)
                 self._told += len(events)
                 await asyncio.sleep(FLUSH_SECONDS)
         except StoreUnavailable:
@@ -157,7 +163,7 @@ class Runner:
 
     # --- what subclasses change ------------------------------------------------------------------------------------
 
-    def sink(self, job: Job) -> Sink:
+    async def sink(self, job: Job) -> Sink:
         return Sink(self._events, job)
 
     async def tell(self, statements: Statements, job: Job) -> None:
@@ -215,7 +221,7 @@ class Runner:
     async def _through(self, job: Job) -> None:
         """The pipeline, and what comes of it."""
         late = LateRequest.from_json(await self._store.request(job.id))
-        sink = self.sink(job)
+        sink = await self.sink(job)
         ended: list[Ended] = []
 
         async def commit(exchange: Exchange, row: bytes) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gateway import Services
     from gateway.kit import Database, Row, Statements
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -118,10 +117,17 @@ def now() -> int:
     return int(time.time() * 1000)
 
 
+class Holder(Protocol):
+    """Has a database, perhaps not yet."""
+
+    @property
+    def database(self) -> Database: ...
+
+
 class Store:
     """The table. `kind` tells jobs and background responses apart. All raise StoreUnavailable."""
 
-    def __init__(self, services: Services, kind: str = "job") -> None:
+    def __init__(self, services: Holder, kind: str = "job") -> None:
         self._services = services
         self._kind = kind
 
@@ -211,7 +217,6 @@ class Store:
     async def end(self, statements: Statements, job: Job, end: End, *, ttl: float) -> Job:
         """Within a transaction: what became of the run. `ttl` seconds from now it may be forgotten. Raises Lost."""
         done, at = end.status != "queued", now()
-        result = end.result
         row = await statements.fetch_one(
             "UPDATE jobs_jobs SET status = $3, finished_at = $4, expires_at = $5, run_after = $6, "  # noqa: S608
             "max_attempts = $7, result_status = $8, result_headers = $9, result = $10, error_code = $11, "
@@ -222,9 +227,7 @@ class Store:
             at if done else None, at + int(ttl * 1000) if done else None,
             job.run_after if done else at + int(end.after * 1000),
             job.max_attempts if done or end.counts else job.max_attempts + 1,
-            None if result is None else result.status,
-            None if result is None else msgspec.json.encode(result.headers).decode(),
-            None if result is None else result.body,
+            *_stored(end.result),
             end.code, end.message, end.settlement, end.micro_usd,
         )  # fmt: skip
         if row is None:
@@ -252,15 +255,18 @@ class Store:
         at = now()
         row = await statements.fetch_one(
             "UPDATE jobs_jobs SET status = $2, finished_at = $3, expires_at = $4, error_code = $5, "  # noqa: S608
-            "error_message = $6, operation = NULL "
+            "error_message = $6, operation = NULL, result_status = $9, result_headers = $10, result = $11 "
             f"WHERE id = $1 AND status = $7 AND attempts = $8 RETURNING {_COLUMNS}",
             job.id, end.status, at, at + int(ttl * 1000), end.code, end.message, job.status, job.attempts,
+            *_stored(end.result),
         )  # fmt: skip
         return None if row is None else _job(row)
 
     async def ask_cancel(self, job_id: str) -> None:
+        """Whoever runs it, or next looks at it, ends it."""
         await self._database.execute(
-            "UPDATE jobs_jobs SET cancel_asked = coalesce(cancel_asked, $2) WHERE id = $1 AND status = 'running'",
+            "UPDATE jobs_jobs SET cancel_asked = coalesce(cancel_asked, $2) "
+            "WHERE id = $1 AND status IN ('queued', 'running')",
             job_id, now(),
         )  # fmt: skip
 
@@ -303,8 +309,8 @@ class Store:
         return await self._some("settlement IS NOT NULL AND coalesce(finished_at, run_after) < $3", older, after)
 
     async def stopping(self, *, older: float, after: str = "") -> list[Job]:
-        """Those that run on though they were cancelled so many seconds ago."""
-        return await self._some("status = 'running' AND cancel_asked < $3", older, after)
+        """Those that wait or run though they were cancelled so many seconds ago."""
+        return await self._some("status IN ('queued', 'running') AND cancel_asked < $3", older, after)
 
     async def _some(self, where: str, older: float, after: str) -> list[Job]:
         rows = await self._database.fetch(
@@ -312,6 +318,12 @@ class Store:
             self._kind, after, now() - int(older * 1000),
         )  # fmt: skip
         return [_job(row) for row in rows]
+
+
+def _stored(result: Result | None) -> tuple[int | None, str | None, bytes | None]:
+    if result is None:
+        return None, None, None
+    return result.status, msgspec.json.encode(result.headers).decode(), result.body
 
 
 def _job(row: Row) -> Job:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from gateway import StoreUnavailable
-from gateway_plugins.jobs.store import AT_ONCE
+from gateway_plugins.jobs.store import AT_ONCE, End
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from gateway_plugins.jobs.parts import Shared
     from gateway_plugins.jobs.store import Job, Store
+
+    Close = Callable[[Job, End], Awaitable[Job | None]]
 
 WAITING_SECONDS = 10.0  # after which one that is due should be in the queue
 UNSETTLED_SECONDS = 30.0
@@ -29,10 +31,12 @@ TIMEOUT_MARGIN = 30.0
 class Tidier:
     """One kind's."""
 
-    def __init__(self, shared: Shared, store: Store, kind: str) -> None:
+    def __init__(self, shared: Shared, store: Store, kind: str, close: Close) -> None:
+        """`close` ends a job that nobody runs, and tells of it."""
         self._shared = shared
         self._store = store
         self._kind = kind
+        self._close = close
 
     async def tidy(self) -> None:
         """Raises StoreUnavailable."""
@@ -48,6 +52,8 @@ class Tidier:
                 await self._settle(job)
         async for page in _pages(lambda after: store.stopping(older=STOPPING_SECONDS, after=after)):
             for job in page:
+                if job.status == "queued":
+                    await self._close(job, End(status="cancelled"))
                 await self._shared.queue.drop(self._kind, job.id)
 
     async def _put_again(self, jobs: list[Job], *, front: bool) -> None:

@@ -248,15 +248,28 @@ class Rule(_Way):
     refuse: str | None = Field(
         None, min_length=1, description="Instead of models: 403 with this message. Default: not refused."
     )
+    offload: bool = Field(
+        False,
+        description="Its requests become jobs, which the plugin `jobs` answers with 202 and runs later; alone, without "
+        "another choice of models. Default false.",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Rule:
         self._check_split()
-        if (self.use is None) + (self.split is None) + (self.refuse is None) != 2:
+        ways = (self.use is not None) + (self.split is not None) + (self.refuse is not None)
+        if ways > 1 or (ways == 0 and not self.offload):
             raise ValueError("needs one of `use`, `split` and `refuse`")
+        if self.offload and self.refuse is not None:
+            raise ValueError("has `offload` beside `refuse`")
         if self.match is not None and self.when is not None and self.when.models is not None:
             raise ValueError("`match` is short for `when: {models: …}`; write one of them")
         return self
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """One that only offloads keeps what would answer without it."""
+        return super().sides or ((Side(weight=1, use=(TargetEntry(),)),) if self.offload else ())
 
     @property
     def conditions(self) -> When | None:

@@ -148,6 +148,7 @@ class Rule(NamedTuple):
     conditions: tuple[Condition, ...]
     route: Route | None
     refuse: str | None
+    offload: bool = False
 
 
 class Task(NamedTuple):
@@ -208,7 +209,7 @@ class Table:
     def _rule(self, rule: settings.Rule) -> Rule:
         found = conditions(rule.conditions, model=lambda ex: _asked(ex).name, task=lambda ex: _asked(ex).task or None)
         route = Route(f"rule {rule.name}", self._sides(rule), rule) if rule.sides else None
-        return Rule(rule.name, found, route, rule.refuse)
+        return Rule(rule.name, found, route, rule.refuse, rule.offload)
 
     def _task(self, name: str, task: settings.Task, routes: Mapping[str, Route | None]) -> Task:
         route = routes.get(task.rule) if task.rule else None
@@ -366,6 +367,9 @@ class Table:
                 should_retry=False,
                 headers=_named(way.rule_name),
             )
+        offload = way.rule is not None and way.rule.offload
+        if offload:
+            reasons.append("it becomes a job")
         # the nearest that says something: the rule, what it only changes, the task
         said = [w for w in (route, way.base if route and route.keeps_name else None, task) if w is not None]
         causes = next((w.fallback_on for w in said if w.fallback_on is not None), None)
@@ -379,6 +383,7 @@ class Table:
             task=task.name if task else None,
             alias=way.alias,
             rule=way.rule_name,
+            offload=offload,
             reasons=tuple(reasons),
             fallback_on=causes,
             timeout=next((w.timeout for w in said if w.timeout is not None), None),

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import BadRequest, Conflict, ContextKey, LateRequest, NotFound, Reply
+from gateway import BadRequest, Conflict, ContextKey, NotFound, Reply
 from gateway.kit import limit_of
-from gateway_plugins.jobs.jobs import Jobs, Options, idempotency_key
+from gateway_plugins.jobs.jobs import Jobs, LateRequest, Options, idempotency_key
 from gateway_plugins.jobs.responses import items, objects
 from gateway_plugins.jobs.responses.running import EVENT_STREAM, ResponseFollower, ResponseRunner, shown
-from gateway_plugins.jobs.store import new_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,13 +32,13 @@ class Responses(Jobs):
     """The part: each background response is a job of a kind of its own."""
 
     kind = "response"
+    id_prefix, id_bytes = "resp_", 16
+    runs = ResponseRunner
+    follows = ResponseFollower
 
     def __init__(self, shared: Shared) -> None:
         super().__init__(shared)
-        self._taken: ContextKey[JsonObject] = ContextKey("responses.taken")
-        self.runner: ResponseRunner = ResponseRunner(shared, self.store)
-        self.follower = ResponseFollower(self.store, shared.events)
-        self.handlers = {self.kind: self.runner.run}
+        self._taken: ContextKey[bool] = ContextKey("responses.taken")
 
     def register_routes(self, router: Router) -> None:
         if not self._config.responses.enabled:
@@ -65,13 +64,13 @@ class Responses(Jobs):
             return
         if body.get("store") is False:
             raise BadRequest("A background response is stored: `store` can't be false.", param="store")
-        exchange.set(self._taken, body)
+        exchange.set(self._taken, True)
         exchange.body = {name: value for name, value in body.items() if name != "background"}
         exchange.phase = "accept"
 
     async def accept(self, exchange: Exchange) -> Reply | None:
         """Its client gets the object, or the stream of its events."""
-        if exchange.get(self._taken) is None:
+        if not exchange.get(self._taken):
             return None
         job, is_new = await self._take(exchange, Options(idempotency_key=idempotency_key(exchange)))
         headers = {} if is_new else {"Idempotent-Replayed": "true"}
@@ -79,17 +78,14 @@ class Responses(Jobs):
             return self._stream(job, -1, headers)
         return Reply(200, data=await shown(self.store, job), headers=headers)
 
-    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, LateRequest]:
+    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, Any]:
         job, late = super()._made(exchange, options)
         sent: JsonObject = msgspec.json.decode(late.body)
         response = objects.queued(sent, job.id, job.created_at // 1000)
         body = {name: value for name, value in sent.items() if name not in {"background", "previous_response_id"}}
-        body["input"] = exchange.get(self._taken, {}).get("input", body.get("input"))
+        body["input"] = exchange.body.get("input")
         job = msgspec.structs.replace(job, metadata=msgspec.json.encode(response).decode())
         return job, replace(late, body=msgspec.json.encode(body))
-
-    def new_id(self) -> str:
-        return new_id("resp_", 16)
 
     async def _continue(self, exchange: Exchange, *, strict: bool) -> None:
         """The conversation so far in front of `input`, where it is kept here. `strict`: it must be."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from gateway import Event, StoreUnavailable
-from gateway_plugins.jobs.events import SPAN, base, events_of, run_of
+from gateway_plugins.jobs.events import base, events_of, run_of
 from gateway_plugins.jobs.follow import Follower
 from gateway_plugins.jobs.responses import objects
 from gateway_plugins.jobs.responses.stream import Transcript, encode
@@ -75,9 +75,7 @@ class ResponseSink(Sink):
         else:
             script.start()
 
-    async def send(
-        self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]
-    ) -> None:
+    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
         del progress
         self._head(status, headers)
         if status == 200:
@@ -86,6 +84,10 @@ class ResponseSink(Sink):
     def changed(self, event: bytes) -> bytes | None:
         ours = self._script.pass_on(Event(event))
         return None if ours is None else encode(ours)
+
+    @property
+    def response(self) -> JsonObject:
+        return self._script.response
 
     def finished(self, end: End) -> Result:
         """What is kept, which the last event is part of: it is told from there."""
@@ -106,17 +108,15 @@ def kept(job: Job, events: list[bytes], last: JsonObject, headers: dict[str, str
 class ResponseRunner(Runner):
     """Runs background responses."""
 
-    kind = "response"
-
     async def sink(self, job: Job) -> ResponseSink:
         script, before = await self._so_far(job, job.attempts - 1)
         script.number = max(script.number, base(job.attempts))
         return ResponseSink(self._events, job, script, before)
 
-    async def tell(self, statements: Statements, job: Job) -> list[str]:
+    async def tell(self, statements: Statements, job: Job) -> None:
         status = "completed" if job.status == "succeeded" else job.status
         event = f"response.{INCOMPLETE if job.status == 'succeeded' and job.error_code == INCOMPLETE else status}"
-        return await self._webhooks.send(statements, job.tenant, event, {"id": job.id}, target=job.webhook)
+        await self._webhooks.send(statements, job.tenant, event, {"id": job.id}, target=job.webhook)
 
     def _judged(self, job: Job, sink: Sink, exchange: Exchange) -> End | None:
         end = super()._judged(job, sink, exchange)
@@ -146,9 +146,8 @@ class ResponseRunner(Runner):
         out = [encode(event) for event in script.begin()]
         if job.stream:
             with contextlib.suppress(StoreUnavailable):
-                after = script.number - 1
-                while found := await live(self._events, job.id, after, runs):
-                    for after, event in found:  # noqa: B020 - the last one's
+                while found := await live(self._events, job.id, script.number - 1, runs):
+                    for _, event in found:
                         script.told(Event(event).data)
                         out.append(event)
         return script, out
