@@ -211,6 +211,13 @@ class Files:
             raise NotFound(f"There is no file {file_id[:100]!r}.", param=param)
         return row
 
+    async def size(self, file_id: str) -> int:
+        """Of a batch's input, though its owner has deleted it meanwhile. Raises MissingError."""
+        row = await self._services.database.fetch_one("SELECT bytes FROM jobs_files WHERE id = $1", file_id)
+        if row is None:
+            raise MissingError(file_id)
+        return int(row["bytes"])
+
     async def write(self, file_id: str, batch: Row, pieces: AsyncIterator[bytes]) -> int:
         """A batch's result, not shown before `publish`; how many bytes. The same id again replaces it."""
         now = _now()

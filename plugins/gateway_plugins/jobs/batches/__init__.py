@@ -213,11 +213,12 @@ class Batches:
             return not known or may_see(scopes, model)
 
         checked = Checked(batch["endpoint"], self._settings, may_use)
+        file_id = batch["input_file_id"]
         try:
-            file = await self._files.find(batch["input_file_id"], batch["tenant"])
-            async with aclosing(self._files.storage.read(file["id"], file["bytes"])) as pieces:
+            size = await self._files.size(file_id)
+            async with aclosing(self._files.storage.read(file_id, size)) as pieces:
                 await checked.read(pieces, services.settings.server.max_body)
-        except (NotFound, MissingError):
+        except MissingError:
             message = "The input file is not there any more."
             checked.errors[:] = [
                 {"code": "input_file_lost", "message": message, "param": "input_file_id", "line": None}

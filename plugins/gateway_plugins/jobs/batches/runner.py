@@ -275,7 +275,9 @@ def judge(exchange: Exchange, *, last: bool) -> tuple[float | None, bool]:
         passing = error.status_code >= 500 and not last
     else:
         passing = isinstance(error, RateLimited) or error.status_code >= 500
-    return (error.retry_after or RETRY_SECONDS if passing else None), asked
+    if not passing:
+        return None, asked
+    return error.retry_after or (0.0 if asked else RETRY_SECONDS), asked
 
 
 def _is_over(exchange: Exchange) -> bool:
