@@ -84,7 +84,8 @@ class Plugin:
 
     @hookimpl
     def register_commands(self, cli: Any) -> None:
-        from gateway_plugins.jobs import commands  # noqa: PLC0415 - a command's business
+        from gateway_plugins.jobs import commands, worker_commands  # noqa: PLC0415 - a command's business
 
         # the plugin is not constructed, nor are its parts
         commands.add_commands(self, cli)
+        worker_commands.add_commands(self, cli)
