@@ -88,3 +88,7 @@ class Plugin:
         # the plugin is not constructed, nor are its parts
         commands.add_commands(self, cli)
         worker_commands.add_commands(self, cli)
+        if self.config.webhooks.enabled:
+            from gateway_plugins.jobs.webhooks import commands as webhooks  # noqa: PLC0415 - as above
+
+            webhooks.add_commands(self, cli)
