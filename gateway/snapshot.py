@@ -113,6 +113,10 @@ class Snapshot:
     def attempt_for(self, exchange: Exchange, target: Target) -> Attempt:
         return outgoing.attempt_for(exchange, target)
 
+    def instance(self, plugin: str) -> Instance | None:
+        """The plugin with this id."""
+        return next((instance for instance in self.instances if instance.id == plugin), None)
+
     def names(self) -> tuple[str, ...]:
         """Names that plugins answer to beside the upstreams' models: aliases, tasks."""
         return tuple(n for i in self.instances for n in getattr(i.plugin, "listed_models", ()))
