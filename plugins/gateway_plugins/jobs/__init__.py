@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from gateway import hookimpl
 from gateway.kit import Schema
 from gateway_plugins.jobs import settings
+from gateway_plugins.jobs.batches import Batches
 from gateway_plugins.jobs.events import Events
+from gateway_plugins.jobs.files import Files
 from gateway_plugins.jobs.jobs import Jobs
 from gateway_plugins.jobs.parts import Shared
 from gateway_plugins.jobs.queue import Queue
@@ -34,7 +36,13 @@ class Plugin:
     Config: TypeAlias = settings.Config
     reads_settings = ()
     schema = Schema("jobs", Path(__file__).parent)
+    requires_services = ("redis",)
     commands = "`xenios worker`, `jobs`, `queues` and `webhooks` come with the plugin jobs."
+
+    @staticmethod
+    def companion(config: Config) -> list[str] | None:
+        """What `xenios serve` keeps running beside itself."""
+        return ["worker"] if config.worker.embedded else None
 
     def __init__(self, config: Config, services: Services) -> None:
         self.config = config
@@ -45,6 +53,11 @@ class Plugin:
         shared = Shared(config, services, self.queue, self.events, webhooks)
         self.takers: list[Taker] = [Responses(shared), Jobs(shared)]  # in the order in which they are asked
         self.parts: list[Part] = [*self.takers, webhooks]
+        if config.files.enabled:
+            files = Files(config.files, services)
+            self.parts.append(files)
+            if config.batches.enabled:
+                self.parts.append(Batches(shared, files))
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -82,3 +95,7 @@ class Plugin:
         # the plugin is not constructed, nor are its parts
         commands.add_commands(self, cli)
         worker_commands.add_commands(self, cli)
+        if self.config.webhooks.enabled:
+            from gateway_plugins.jobs.webhooks import commands as webhooks  # noqa: PLC0415 - as above
+
+            webhooks.add_commands(self, cli)

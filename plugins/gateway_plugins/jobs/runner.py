@@ -331,7 +331,7 @@ class Runner:
     async def _settle(self, job: Job) -> None:
         """A run before this one ended, and its worker died before the ledger knew."""
         if job.settlement is not None:
-            await self._services.settle_late(msgspec.json.decode(job.settlement))
+            self._services.settle_late(msgspec.json.decode(job.settlement))
 
     async def _keep_saying(self) -> None:
         """Which jobs are running here: nobody else takes those for lost."""
