@@ -47,7 +47,7 @@ DOCUMENTS = [
     ROOT / name
     for name in (
         "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md", "deploy/README.md", "gateway/README.md",
-        "plugins/README.md", "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md",
+        "plugins/README.md", "plugins/gateway_plugins/jobs/README.md", "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md",
         "tests/promises/README.md",
     )
 ]  # fmt: skip
@@ -111,6 +111,7 @@ def test_every_block_is_sound(path):
 def with_plugin_commands():
     """The command line, with what plugins add in a configuration that has them all."""
     api_keys.Plugin.register_commands(SimpleNamespace(config=api_keys.Config(database=True), id="api_keys"), app)
+    jobs.Plugin.register_commands(SimpleNamespace(config=jobs.Config(), id="jobs"), app)
     usage.Plugin.register_commands(SimpleNamespace(config=usage.Config(), id="usage"), app)
     jobs.Plugin.register_commands(SimpleNamespace(config=jobs.Config(), id="jobs"), app)
     return app
