@@ -33,6 +33,8 @@ class Plugin:
 
     Config: TypeAlias = settings.Config
     reads_settings = ()
+    takes_jobs = True
+    requires_services = ("redis", "database")
     schema = Schema("jobs", Path(__file__).parent)
     commands = "`xenios worker`, `jobs`, `queues` and `webhooks` come with the plugin jobs."
 
