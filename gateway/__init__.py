@@ -1,6 +1,7 @@
 """Xenios: a plugin-based LLM gateway. What stands here is what plugins may import, and is kept stable."""
 
 from gateway._version import __version__
+from gateway.client import Client, ClientGone
 from gateway.errors import (
     BadRequest,
     Cause,
@@ -11,6 +12,7 @@ from gateway.errors import (
     ModelNotFound,
     NotFound,
     PluginError,
+    PrincipalGone,
     RateLimited,
     Refused,
     StatementError,
@@ -41,6 +43,7 @@ from gateway.exchange import (
     Usage,
 )
 from gateway.hookspecs import Tap, hookimpl
+from gateway.late import LateRequest
 from gateway.metrics import OTHER, SECONDS, Cell, Counter, Family, Gauge, Histogram, Metrics, Series, Spread
 from gateway.problems import Concern
 from gateway.routes import Router
@@ -59,6 +62,8 @@ __all__ = [
     "BadRequest",
     "Cause",
     "Cell",
+    "Client",
+    "ClientGone",
     "Concern",
     "Condition",
     "Conflict",
@@ -77,6 +82,7 @@ __all__ = [
     "GatewayError",
     "Gauge",
     "Histogram",
+    "LateRequest",
     "Limits",
     "MethodNotAllowed",
     "Metrics",
@@ -85,6 +91,7 @@ __all__ = [
     "Outcome",
     "PluginError",
     "Principal",
+    "PrincipalGone",
     "RateLimited",
     "Refused",
     "Reply",

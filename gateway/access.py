@@ -6,13 +6,16 @@ import hmac
 import re
 from typing import TYPE_CHECKING, Any
 
-from gateway.errors import Forbidden, ModelNotFound, Unauthenticated
+from gateway import dispatch
+from gateway.errors import Forbidden, ModelNotFound, PrincipalGone, Unauthenticated
+from gateway.exchange import ANONYMOUS
 from gateway.incoming import asked_models
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gateway.exchange import Decision, Exchange, Scopes
+    from gateway.exchange import Decision, Exchange, Principal, Scopes
+    from gateway.snapshot import Snapshot
 
 # OpenRouter's plugins that ask no model of their own choice; `fusion` and the routers do.
 _PLAIN_PLUGINS = frozenset({"web", "file-parser", "response-healing", "context-compression", "moderation"})
@@ -22,6 +25,17 @@ _PLAIN_TOOLS = re.compile(
     r"(function|custom|mcp|computer(_use)?|bash|shell|local_shell|apply_patch|text_editor|memory|tool_search(_tool_\w+)?"
     r"|code_execution|code_interpreter|file_search|(openrouter:)?(web_search|web_fetch|datetime))(_\d{8}|_preview\w*)?"
 )
+
+
+async def restore_principal(snapshot: Snapshot, reference: str, kept: Principal | None) -> Principal:
+    """Who asked then, as he may call now. Raises PrincipalGone; StoreUnavailable or PluginError: later, perhaps."""
+    impls, server = snapshot.hooks.restore_principal, snapshot.settings.server
+    principal = await dispatch.restore_principal(impls, reference, kept)
+    if principal is None and reference == ANONYMOUS.reference and not snapshot.hooks.authenticate:
+        principal = ANONYMOUS if server.allow_anonymous or snapshot.loopback else None
+    if principal is None:
+        raise PrincipalGone
+    return principal
 
 
 def check_bearer(exchange: Exchange) -> None:

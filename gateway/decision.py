@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gateway import dispatch, outgoing
@@ -13,6 +14,9 @@ from gateway.incoming import admit_body, asked_models, check_refused
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
+
+
+NO_JOBS = "No plugin takes jobs: `offload` is ignored, and the request is answered at once."
 
 
 async def prepare(exchange: Exchange) -> None:
@@ -45,8 +49,20 @@ async def decide(exchange: Exchange) -> None:
     for target in decision.targets:
         if target.upstream not in snapshot.upstreams:
             raise PluginError(f"The decision names the upstream {target.upstream!r}, which does not exist.")
+    if decision.offload:
+        decision = _offloaded(exchange, decision)
     exchange.decision = decision
     check_models(exchange, decision)
+
+
+def _offloaded(exchange: Exchange, decision: Decision) -> Decision:
+    """A job from here on, unless it is one at work, or nobody takes any."""
+    if exchange.phase != "live":
+        return decision
+    if not exchange.snapshot.derived.takes_jobs:
+        return replace(decision, offload=False, reasons=(*decision.reasons, NO_JOBS))
+    exchange.phase = "accept"
+    return decision
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import structlog
 
 from gateway.errors import GatewayError, PluginError
-from gateway.exchange import Finding
+from gateway.exchange import Finding, Principal
 from gateway.metrics import Cell
 from gateway.timing import timed, timed_sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gateway.exchange import Correction, Exchange, Principal
+    from gateway.exchange import Correction, Exchange
     from gateway.watch import Watch
 
 log = structlog.get_logger("gateway.plugins")
@@ -226,12 +226,21 @@ async def run_corrected(impls: Impls, correction: Correction) -> None:
             impl.failed(error)
 
 
-async def restore_principal(impls: Impls, reference: str) -> Principal | None:
-    """The first answer; a failure goes to the caller, who retries the job."""
+async def restore_principal(impls: Impls, reference: str, kept: Principal | None) -> Principal | None:
+    """The first answer. A failure must not look like a principal that is gone: GatewayError, for a later try."""
     for impl in impls:
-        principal: Principal | None = await impl.call(reference)
-        if principal is not None:
-            return principal
+        try:
+            principal: Principal | None = await impl.call(reference, kept)
+            if principal is not None:
+                _check(principal, Principal)
+                return principal
+        except GatewayError:
+            raise
+        except FAILURES as error:
+            if is_cancelled(error):
+                raise
+            impl.failed(error)
+            raise PluginError from error
     return None
 
 

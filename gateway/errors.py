@@ -114,6 +114,12 @@ class NotFound(Refused):
     code = "not_found"
 
 
+class PrincipalGone(NotFound):
+    """Who asked for this is no longer known here: the key was revoked or has expired, or its issuer was removed."""
+
+    code = "principal_gone"
+
+
 class ModelNotFound(NotFound):
     """The model does not exist, or this key has no access to it."""
 

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from gateway.dialects import Dialect
     from gateway.errors import Cause, GatewayError
     from gateway.kit.ledger import Admission, Rule
+    from gateway.late import LateRequest
     from gateway.routes import Route
     from gateway.snapshot import Snapshot
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
+# `live`: answered at once. `accept`: taken as a job, by whoever answers `lookup_response`. `run`: that job, at work.
 Phase = Literal["live", "accept", "run"]
+Abandoned = Literal["tenant", "operator"]  # who pays for a run whose worker died
 Timing = tuple[str, str, float, float]  # plugin, hook, and from when to when it ran, as `time.monotonic()` counts
 
 # Whatever can carry a credential: plugins don't see it in `request.headers`, upstreams never get it.
@@ -453,9 +456,11 @@ class Exchange:
 
     __slots__ = (
         "_context",
+        "_upload",
         "admission",
         "attempts",
         "body",
+        "charge_abandoned",
         "client_started",
         "cost",
         "credentials",
@@ -469,6 +474,7 @@ class Exchange:
         "first_content",
         "form",
         "id",
+        "late",
         "outcome",
         "parent",
         "phase",
@@ -483,6 +489,7 @@ class Exchange:
         "rules",
         "running",
         "scope_memo",
+        "settlement",
         "skipped",
         "snapshot",
         "started",
@@ -492,6 +499,7 @@ class Exchange:
         "streamed",
         "timings",
         "trace_id",
+        "traceparent",
         "usage",
     )
 
@@ -517,6 +525,14 @@ class Exchange:
         # Of the trace that this request belongs to, 32 hex digits; set by a tracing plugin in `request_received` where
         # somebody else may know the trace. The access log's line has it.
         self.trace_id: str | None = None
+        # This request's own place in its trace, as W3C's header says it: set by a tracing plugin in `request_received`,
+        # kept with a job. In phase `run` it is there before any hook: the place of the request that was accepted.
+        self.traceparent: str | None = None
+        # In phase `run`: what was kept, who pays if this worker dies, and, once it is over, what is to be settled
+        # (`services.settle_late`).
+        self.late: LateRequest | None = None
+        self.charge_abandoned: Abandoned = "tenant"
+        self.settlement: list[Any] | None = None
         self.credentials: Credentials | None = None
         self.principal: Principal | None = None
         self.raw_body = b""
@@ -561,6 +577,7 @@ class Exchange:
         # outside of `call_next`, a tap one for the whole stream, as long as all its calls together.
         self.timings: list[Timing] | None = None
         self.scope_memo: dict[int, bool] = {}
+        self._upload: AsyncIterator[bytes] | None = None
         self._context: dict[ContextKey[Any], Any] = {}
 
     def get(self, key: ContextKey[T], default: T | None = None) -> T | None:
@@ -575,6 +592,20 @@ class Exchange:
         if self.rules is None:
             self.rules = []
         self.rules.extend(rules)
+
+    def upload(self) -> AsyncIterator[bytes]:
+        """The body piece by piece, in a handler whose route says `body="stream"`; once.
+
+        Raises TooLarge beyond the route's `max_body`, RequestTimeout, BadRequest, or ClientGone, also in the middle.
+        """
+        pieces, self._upload = self._upload, None
+        if pieces is None:
+            raise RuntimeError("The body was read already, or its route does not say `stream`.")
+        return pieces
+
+    def offer_upload(self, pieces: AsyncIterator[bytes] | None) -> None:
+        """The core's: what `upload` will give."""
+        self._upload = pieces
 
     def attempt(self, target: Target) -> Attempt:
         """What would be sent to this target, with the body as it stands."""

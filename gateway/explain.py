@@ -17,10 +17,10 @@ import msgspec
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway import dispatch
-from gateway.access import check_route
+from gateway.access import check_route, restore_principal
 from gateway.decision import decide, prepare
 from gateway.dialects import DIALECTS
-from gateway.errors import BadRequest, Forbidden, GatewayError, NotFound, StoreUnavailable
+from gateway.errors import BadRequest, Forbidden, GatewayError, PrincipalGone, StoreUnavailable
 from gateway.exchange import Exchange, Reply, RequestView, new_id
 from gateway.incoming import CHOOSING_FIELDS
 from gateway.kit.ledger import ENDLESS, refusing
@@ -91,18 +91,17 @@ def is_asked(exchange: Exchange) -> bool:
 
 
 async def restored(snapshot: Snapshot, reference: str) -> Principal:
-    """The principal of a reference such as `key:ada`, or of a key's id. Raises NotFound."""
+    """The principal of a reference such as `key:ada`, or of a key's id. Raises PrincipalGone."""
     if ":" not in reference:
         reference = f"key:{reference}"
-    principal = await dispatch.restore_principal(snapshot.hooks.restore_principal, reference)
-    if principal is None:
-        raise NotFound(
+    try:
+        return await restore_principal(snapshot, reference, None)
+    except PrincipalGone:
+        raise PrincipalGone(
             f"Nobody here is {reference[:200]!r}, or the key was revoked or has expired. Keys can be named, by their "
             "id; whoever shows a token can't: what he may do stands in it.",
-            code="principal_gone",
             param="as",
-        )
-    return principal
+        ) from None
 
 
 async def dry_run(snapshot: Snapshot, asked: Asked, principal: Principal | None) -> JsonObject:
@@ -146,6 +145,7 @@ async def explanation(exchange: Exchange) -> JsonObject:
     return {
         "endpoint": exchange.endpoint,
         "principal": _principal(exchange.principal),
+        "phase": exchange.phase,
         "stream": exchange.stream,
         "asked": exchange.asked_model,
         "task": decision.task if decision else None,

@@ -96,9 +96,11 @@ class Hooks:
         """
 
     @hookspec
-    async def restore_principal(self, reference: str) -> Principal | None:
+    async def restore_principal(self, reference: str, kept: Principal | None) -> Principal | None:
         """Rebuild the principal from `Principal.reference`, never from a secret: for a job, or a dry run in its name.
 
+        `kept`: the principal as it was verified when the job was taken; None for a dry run, which knows only a name.
+        Look again whether it may still call; return `kept` only if nothing better is known, and never another plugin's.
         First answer counts; None from all fails it as `principal_gone`. A failure: the job is retried.
         """
 

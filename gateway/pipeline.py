@@ -19,6 +19,7 @@ from multidict import CIMultiDict, istr
 
 from gateway import dispatch, explain, logs, timing, watch
 from gateway.access import check_bearer, check_route
+from gateway.client import ClientGone
 from gateway.decision import decide, prepare
 from gateway.dialects import PLAIN_EVENTS, read_cost
 from gateway.errors import (
@@ -29,6 +30,7 @@ from gateway.errors import (
     Refused,
     ShuttingDown,
     Unauthenticated,
+    Unavailable,
     UpstreamError,
 )
 from gateway.exchange import (
@@ -51,6 +53,7 @@ from gateway.watch import Watch
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
+    from gateway.client import Client, Inbound
     from gateway.exchange import Attempt, Exchange
     from gateway.finisher import Finisher
     from gateway.routes import Handler
@@ -93,38 +96,6 @@ _NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _DROPPED_PREFIXES = ("cf-", "x-xenios-", "x-ratelimit-", "access-control-")
 
 
-class ClientGone(Exception):
-    """The client left, or stopped reading."""
-
-
-class Client(Protocol):
-    """Where the answer goes. Each method raises ClientGone once the client left."""
-
-    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
-        """A whole reply; `progress` is called whenever the client has taken some of a large one."""
-
-    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
-        """The head of a streamed reply."""
-
-    async def write(self, data: bytes) -> None:
-        """Some of its body; waits while the client is slow."""
-
-    async def end(self) -> None:
-        """Its proper end."""
-
-    def abort(self) -> None:
-        """Close the connection uncleanly."""
-
-
-class Inbound(Protocol):
-    """What the client still has to say."""
-
-    content_type: str
-
-    async def read(self, limit: int) -> bytes:
-        """The whole body. Raises TooLarge, RequestTimeout or BadRequest."""
-
-
 class Run:
     """One exchange on its way through the hooks."""
 
@@ -137,7 +108,9 @@ class Run:
         tasks: Tasks,
         finisher: Finisher,
         correct: Corrector | None = None,
+        seconds: float | None = None,
     ) -> None:
+        """`seconds`: for all of it, instead of `server.request_timeout`."""
         self.exchange = exchange
         self.client = client
         self.inbound = inbound
@@ -145,7 +118,8 @@ class Run:
         self.finisher = finisher
         self.correct = correct
         self.hooks = exchange.snapshot.hooks
-        seconds = exchange.snapshot.settings.server.request_timeout
+        if seconds is None:
+            seconds = exchange.snapshot.settings.server.request_timeout
         self.watch = Watch(seconds, exchange)
         exchange.deadline = exchange.started + seconds
         self._response: UpstreamResponse | None = None
@@ -227,6 +201,8 @@ class Run:
             if hit is not None:
                 await self._answer_hit(hit)
                 return
+        if exchange.phase == "accept":
+            raise Unavailable("Nobody here takes this request as a job.", code="no_job_taken")
         self._enter("upstream")
         reply = await self._through_the_onion()
         self._enter("answer")
@@ -282,11 +258,29 @@ class Run:
     async def _read_body(self) -> None:
         self._enter("body")
         exchange = self.exchange
-        exchange.raw_body = await self.inbound.read(
-            exchange.route.max_body or exchange.snapshot.settings.server.max_body
-        )
-        if exchange.route.body == "json":
-            parse_body(exchange, self.inbound.content_type)
+        limit = exchange.route.max_body or exchange.snapshot.settings.server.max_body
+        if exchange.route.body == "stream":
+            exchange.offer_upload(self._uploaded(limit))
+            return
+        exchange.raw_body = await self.inbound.read(limit)
+        parse_body(exchange, self.inbound.content_type)
+
+    async def _uploaded(self, limit: int) -> AsyncIterator[bytes]:
+        """The body as it comes. The request's time begins anew with each piece; the client's own limit is elsewhere."""
+        exchange = self.exchange
+        seconds = exchange.snapshot.settings.server.request_timeout
+        pieces = self.inbound.pieces(limit)
+        while True:
+            handler, exchange.running = exchange.running, None  # it is the client that is waited for
+            try:
+                piece = await anext(pieces, b"")
+            finally:
+                exchange.running = handler
+            self.watch.extend(seconds)
+            exchange.deadline = time.monotonic() + seconds
+            if not piece:
+                return
+            yield piece
 
     def _enter(self, phase: str) -> None:
         if self._phases is not None:
@@ -530,7 +524,7 @@ class Run:
         await self._answer_whole(hit)
 
     async def _answer_whole(self, reply: Reply) -> None:
-        if self.hooks.transform_response:
+        if self.hooks.transform_response and self.exchange.phase != "accept":  # then it is no model's answer
             await dispatch.run_all(self.exchange, self.hooks.transform_response)
         await self._send_whole(self.exchange.reply or reply)
 
@@ -559,7 +553,7 @@ class Run:
         exchange, server = self.exchange, self.exchange.snapshot.settings.server
         impl = dispatch.Impl(*by, self._send_chunks)
         impl.failures = exchange.snapshot.plugin_counts.failures.of(*by)
-        self.watch.endless()
+        self.watch.extend()
         exchange.deadline = float("inf")
         self._grammar = None
         if reply.headers.get(_CONTENT_TYPE, "").startswith(EVENT_STREAM):
@@ -652,6 +646,8 @@ class Run:
         await self.client.end()
 
     def _beat(self, first: float) -> None:
+        if self.exchange.phase == "run":
+            return  # nobody listens whose connection would be cut
         self.watch.beat(first, self.exchange.snapshot.settings.server.keepalive_interval, self._on_silence)
 
     def _on_silence(self) -> None:
@@ -832,9 +828,10 @@ class Run:
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
         exchange.credentials = None
+        exchange.offer_upload(None)
         exchange.finished = time.monotonic()
         _sum_up(exchange)
-        if exchange.admission is not None or exchange.record is not None:
+        if exchange.late is None and (exchange.admission is not None or exchange.record is not None):
             ledger.settle(exchange.snapshot.services.ledger, exchange)
         if self.hooks.request_finished or exchange.timings is not None:
             self.finisher.put(exchange, self.hooks.request_finished)

@@ -103,10 +103,11 @@ class Router:
         """Add a route. `path` may hold `{name}` (no slash) and `{name:regex}`; found values are `request.path_params`.
 
         `handler(exchange)` returns a `Reply`. `body`: `json` (parsed into `exchange.body`; default for methods with a
-        body), `stream` (raw in `exchange.raw_body`), `none`. `max_body` in bytes. `dialect` names an endpoint
-        (`messages`) whose error shape to use. `access`: `principal`, whoever has a key; `admin`; `public`; or `bearer`,
-        for programs that are nobody: the token `bearer` is asked for, and no plugin that authenticates. `produces`: the
-        answer's content type, for the document of all routes.
+        body), `stream` (of any content type: the handler reads `async for piece in exchange.upload()`, so that it is
+        never whole in memory, and may take as long as 64 KiB come within each `server.body_timeout`), `none`.
+        `max_body` in bytes. `dialect` names an endpoint (`messages`) whose error shape to use. `access`: `principal`,
+        whoever has a key; `admin`; `public`; or `bearer`, for programs that are nobody: the token `bearer` is asked
+        for, and no plugin that authenticates. `produces`: the answer's content type, for the document of all routes.
         """
         method = method.upper()
         if not path.startswith("/"):

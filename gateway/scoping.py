@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # When a field is known, and when a hook runs first: 0 head, 1 authentication, 2 principal and body, 3 decision.
 _KNOWN_AT = {
     "endpoint": 0,
-    "phase": 0,
     "headers": 0,
     "time": 0,
     "roles": 2,
@@ -37,6 +36,7 @@ _KNOWN_AT = {
     "audio": 2,
     "json_schema": 2,
     "tasks": 3,
+    "phase": 3,
 }
 _RUNS_AT = {"request_received": 0, "authenticate": 1, "prepare_request": 2, "choose_targets": 2}
 _UNSCOPED = frozenset(

@@ -21,17 +21,18 @@ from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 from multidict import istr
 
+from gateway.client import ClientGone
 from gateway.dialects import PLAIN_DIALECT
 from gateway.errors import BadRequest, GatewayError, RequestTimeout, TooLarge, UnsupportedMedia
 from gateway.exchange import Credentials, Exchange, RequestView, new_id
 from gateway.logs import looks_like_key
-from gateway.pipeline import ClientGone, Run
+from gateway.pipeline import Run
 from gateway.routes import Route
 from gateway.watch import SHUTDOWN
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
     from multidict import CIMultiDict
 
@@ -49,6 +50,7 @@ _X_REQUEST_ID, _X_API_KEY, _API_KEY = istr("X-Request-Id"), istr("X-Api-Key"), i
 _ONCE = (hdrs.AUTHORIZATION, _X_API_KEY, _API_KEY, hdrs.HOST)
 LINGER_SECONDS = 3.0
 PIECE = 256 * 1024
+PROGRESS = 64 * 1024  # bytes of a streamed body that must come within each `body_timeout`
 _ENCODINGS = frozenset({"gzip", "deflate", "identity"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
@@ -206,26 +208,44 @@ class _Inbound:
         self.content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
 
     async def read(self, limit: int) -> bytes:
-        """The whole body. Raises TooLarge, RequestTimeout or BadRequest."""
+        """The whole body. Raises TooLarge, RequestTimeout, BadRequest or ClientGone."""
+        self._check(limit)
+        content = self._request.content
+        with _body_errors():
+            await self._continue()
+            if content.is_eof():
+                return _within(await content.readany(), limit)
+            async with asyncio.timeout(self._seconds):
+                return await self._read(limit)
+
+    async def pieces(self, limit: int) -> AsyncIterator[bytes]:
+        """The body as it comes, which may take as long as enough comes of it. Raises as `read`, also in the middle."""
+        self._check(limit)
+        content, loop = self._request.content, asyncio.get_running_loop()
+        size, enough, left = 0, PROGRESS, self._seconds
+        with _body_errors():
+            await self._continue()
+        while True:
+            began = loop.time()
+            with _body_errors():
+                async with asyncio.timeout(left):
+                    piece = await content.readany()
+            if not piece:
+                return
+            size += len(piece)
+            left -= loop.time() - began  # what the handler takes is not the client's time
+            if size >= enough:
+                enough, left = size + PROGRESS, self._seconds
+            yield _within(piece, limit, size)
+
+    def _check(self, limit: int) -> None:
+        """What the head says of the body."""
         length = self._request.content_length
         if length is not None and length > limit:
             raise TooLarge(f"The body has {length} bytes; this gateway takes {limit}.")
         encoding = self._request.headers.get("Content-Encoding")
         if encoding is not None and encoding.strip().lower() not in _ENCODINGS:
             raise UnsupportedMedia(f"Send the body as it is, or compressed with gzip; not {encoding[:100]!r}.")
-        content = self._request.content
-        try:
-            await self._continue()
-            if content.is_eof():
-                return _within(await content.readany(), limit)
-            async with asyncio.timeout(self._seconds):
-                return await self._read(limit)
-        except TimeoutError:
-            raise RequestTimeout("The request's body did not arrive in time.") from None
-        except ConnectionError:
-            raise ClientGone from None
-        except (HttpProcessingError, ValueError, web.RequestPayloadError) as error:
-            raise BadRequest(f"The request's body can't be read: {type(error).__name__}.") from None
 
     async def _read(self, limit: int) -> bytes:
         parts: list[bytes] = []
@@ -244,6 +264,19 @@ class _Inbound:
             raise BadRequest("Expect: only 100-continue is known.", status=417)
         await self._request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._request.writer.output_size = 0  # aiohttp takes any output for a begun reply
+
+
+@contextlib.contextmanager
+def _body_errors() -> Iterator[None]:
+    """Aiohttp's errors become ours."""
+    try:
+        yield
+    except TimeoutError:
+        raise RequestTimeout("The request's body did not arrive in time.") from None
+    except ConnectionError:
+        raise ClientGone from None
+    except (HttpProcessingError, ValueError, web.RequestPayloadError) as error:
+        raise BadRequest(f"The request's body can't be read: {type(error).__name__}.") from None
 
 
 def _within(chunk: bytes, limit: int, size: int | None = None) -> bytes:

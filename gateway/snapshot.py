@@ -39,9 +39,10 @@ class Derived:
     closed_fields: frozenset[str]  # body fields that are taken out
     forwarded: Mapping[str, tuple[istr, ...]]  # endpoint → request headers that may pass
     served_by: Mapping[str, str]  # model → upstream, where that is not the default
+    takes_jobs: bool  # some plugin does
 
     @classmethod
-    def of(cls, settings: Settings) -> Derived:
+    def of(cls, settings: Settings, instances: Sequence[Instance]) -> Derived:
         policy = settings.upstream
         limits = Limits(policy.first_event_timeout, policy.stall_timeout, policy.attempt_timeout)
         return cls(
@@ -52,6 +53,7 @@ class Derived:
                 for d in DIALECTS.values()
             },
             served_by={model: o.upstream for model, o in settings.catalogue.overrides.items() if o.upstream},
+            takes_jobs=any(getattr(i.plugin, "takes_jobs", False) for i in instances),
         )
 
 
@@ -170,7 +172,7 @@ def build(
         services=services,
         hash=config_hash(settings, blueprints),
         loopback=is_loopback(settings.server.host),
-        derived=Derived.of(settings),
+        derived=Derived.of(settings, instances),
         plugin_counts=counts,
     )
 

@@ -81,9 +81,9 @@ class Watch:
         """The deadline of all is so far away at most."""
         self._deadline = min(self._deadline, self._loop.time() + seconds)
 
-    def endless(self) -> None:
-        """No deadline of all any more."""
-        self._deadline = _FAR
+    def extend(self, seconds: float = _FAR) -> None:
+        """The deadline of all is so far away from now; without `seconds` there is none any more."""
+        self._deadline = self._loop.time() + seconds
 
     def rest(self) -> None:
         """It waits for nothing that has a limit of its own."""

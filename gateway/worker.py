@@ -13,24 +13,21 @@ import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import structlog
 from aiohttp import hdrs
-from multidict import CIMultiDict, CIMultiDictProxy, istr
+from multidict import istr
 
 from gateway import dispatch, logs, vitals, watch
 from gateway.admin import add_admin_routes
 from gateway.catalogue import Catalogue
 from gateway.core_routes import add_core_routes
 from gateway.corrections import Corrections
-from gateway.dialects import DIALECTS
-from gateway.errors import BadRequest, StartError, StoreUnavailable
-from gateway.exchange import Exchange, Reply, RequestView, new_id
+from gateway.errors import StartError, StoreUnavailable
 from gateway.finisher import Finisher
 from gateway.health import Health
+from gateway.inner import InnerCalls
 from gateway.kit.ledger import MemoryLedger, RedisLedger
 from gateway.metrics import Metrics
-from gateway.pipeline import Run
 from gateway.plugins import close_all, needs_database, open_all, read_plugins, schemas
 from gateway.server import Server
 from gateway.services import Services
@@ -48,7 +45,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
-    from gateway.exchange import JsonObject, Principal
     from gateway.plugins import Blueprint, Instance
     from gateway.reload import Reloading
     from gateway.routes import Router
@@ -327,7 +323,7 @@ class Worker:
             ledger=MemoryLedger() if redis is None else RedisLedger(redis),
             redis=redis,
             opened_database=database,
-            submitter=self._submit,
+            inner=InnerCalls(lambda: self.snapshot, self._tasks, self._finisher, self.corrections),
         )
 
     def _follow_models(self) -> None:
@@ -394,69 +390,6 @@ class Worker:
             return await fetch_models(snapshot.upstreams[name], snapshot.settings.upstream.max_reply)
         finally:
             snapshot.users.leave()
-
-    async def _submit(self, parent: Exchange, endpoint: str, body: JsonObject, principal: Principal | None) -> Reply:
-        """A plugin's own model call, through the pipeline as a client's would be."""
-        if endpoint not in DIALECTS:
-            raise ValueError(f"There is no proxied endpoint {endpoint!r}.")
-        if body.get("stream"):
-            raise BadRequest("A submitted call can't stream.", param="stream")
-        raw = msgspec.json.encode(body)
-        route, _ = parent.snapshot.routes.match("POST", f"/v1/{endpoint}")
-        empty: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
-        view = RequestView("POST", route.path, empty, remote=parent.request.remote)
-        exchange = Exchange(new_id(), view, parent.snapshot, route)
-        exchange.request_id = parent.request_id
-        exchange.principal = principal
-        exchange.parent = parent
-        client = _Collected()
-        run = Run(
-            exchange, client, _Submitted(raw), tasks=self._tasks, finisher=self._finisher, correct=self.corrections
-        )
-        parent.snapshot.users.enter()  # the parent's own task may outlive its request
-        try:
-            await run.run()
-        finally:
-            parent.snapshot.users.leave()
-        return client.reply()
-
-
-class _Submitted:
-    content_type = "application/json"
-
-    def __init__(self, raw: bytes) -> None:
-        self._raw = raw
-
-    async def read(self, limit: int) -> bytes:
-        del limit  # made by a plugin of ours, not by a client
-        return self._raw
-
-
-class _Collected:
-    """A `Client` that keeps what it is sent."""
-
-    def __init__(self) -> None:
-        self._status = 500
-        self._headers: CIMultiDict[str] = CIMultiDict()
-        self._parts: list[bytes] = []
-
-    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
-        del progress
-        self._status, self._headers, self._parts = status, headers, [body]
-
-    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
-        self._status, self._headers = status, headers
-
-    async def write(self, data: bytes) -> None:
-        self._parts.append(data)
-
-    async def end(self) -> None: ...
-
-    def abort(self) -> None:
-        self._status = 502
-
-    def reply(self) -> Reply:
-        return Reply(self._status, b"".join(self._parts), self._headers)
 
 
 def _kinds(settings: Settings) -> dict[str, str]:

@@ -291,6 +291,13 @@ def refusing(rules: Sequence[Rule], verdict: Verdict) -> tuple[Rule, State]:
 
 def settle(ledger: Ledger, exchange: Exchange) -> None:
     """When a request is over; also if it was admitted without the store, which may be back by now."""
+    actual, row, admission = used(exchange), recorded(exchange), exchange.admission
+    if actual or row:
+        ledger.settle(exchange.id, actual, row, admitted=admission is None or bool(admission.states))
+
+
+def used(exchange: Exchange) -> list[tuple[Rule, int | None]]:
+    """What a request that is over took of each rule; None: as reserved."""
     admission = exchange.admission
     actual: list[tuple[Rule, int | None]] = []
     for rule in admission.rules if admission is not None else ():
@@ -303,14 +310,18 @@ def settle(ledger: Ledger, exchange: Exchange) -> None:
         except Exception:
             log.exception("ledger_actual_failed", key=rule.key, request_id=exchange.request_id)
             actual.append((rule, None))
-    row = b""
-    if exchange.record is not None:
-        try:
-            row = exchange.record(exchange)
-        except Exception:
-            log.exception("ledger_record_failed", request_id=exchange.request_id)
-    if actual or row:
-        ledger.settle(exchange.id, actual, row, admitted=admission is None or bool(admission.states))
+    return actual
+
+
+def recorded(exchange: Exchange) -> bytes:
+    """Its row; empty if nobody keeps one, or that failed."""
+    if exchange.record is None:
+        return b""
+    try:
+        return exchange.record(exchange)
+    except Exception:
+        log.exception("ledger_record_failed", request_id=exchange.request_id)
+        return b""
 
 
 class _Budget:

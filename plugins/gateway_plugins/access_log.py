@@ -175,6 +175,8 @@ class Plugin:
             "team": clean(principal.team) if principal is not None and principal.team else None,
             "remote": clean(exchange.request.remote or "") or None,
         }
+        if exchange.phase != "live":
+            fields["phase"] = exchange.phase
         if exchange.trace_id is not None:
             fields["trace_id"] = exchange.trace_id
         if exchange.skipped or len(tries) > 1 or (tries and tries[0].cause is not None):

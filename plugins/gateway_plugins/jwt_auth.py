@@ -9,8 +9,9 @@ doesn't answer, those known go on. Without any, requests get 503, not 401. A key
 for five minutes at most (`REFRESH_SECONDS`, `BELIEVED_SECONDS`), a token until it ends: issuers make them short.
 
 An issuer's callers are its own: their ids, and their tenants unless `shared_tenants` says otherwise, can't be those of
-another issuer or of a key. What a claim says and can't be understood is 401, never "no limit". `restore_principal` is
-not there: a caller's rights stand in its token alone, so what goes on without the token goes on without them.
+another issuer or of a key. What a claim says and can't be understood is 401, never "no limit". A job, which goes
+on without the token, goes on with what the token said when it was taken, as long as its issuer is listed here; nobody
+can be named without one.
 """
 
 from __future__ import annotations
@@ -388,6 +389,7 @@ class _Source:
         )
         self.entry = entry
         self.name = entry.called
+        self.kind = f"jwt.{self.name}"
         self.keys = _Keys(entry, services.log, errors.of(self.name)) if entry.secret is None else None
         self._secret = entry.secret.get_secret_value().encode() if entry.secret else b""
 
@@ -443,7 +445,7 @@ class _Source:
         models, endpoints = _list(claims, where.models), _list(claims, where.endpoints)
         return Principal(
             id=caller,
-            kind=f"jwt.{self.name}",
+            kind=self.kind,
             tenant=self._tenant(claims, caller),
             team=_text(claims, where.team) if where.team else None,
             roles=roles,
@@ -503,6 +505,14 @@ class Plugin:
         if len(self._verified) > CACHE_SIZE:
             self._verified.popitem(last=False)
         return principal
+
+    @hookimpl
+    async def restore_principal(self, reference: str, kept: Principal | None) -> Principal | None:
+        if kept is None or kept.reference != reference:
+            return None
+        issuer = kept.claims.get("iss")
+        ours = any(kept.kind == source.kind and issuer == source.entry.issuer for source in self._sources)
+        return kept if ours else None
 
     @hookimpl
     async def explain(self, exchange: Exchange) -> Sequence[str] | None:

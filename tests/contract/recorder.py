@@ -86,7 +86,7 @@ class Recorder:
         return CALLER if answer is None else answer
 
     @hookimpl
-    async def restore_principal(self, reference):
+    async def restore_principal(self, reference, kept):
         return CALLER if reference == CALLER.reference else None
 
     @hookimpl

@@ -551,7 +551,7 @@ class Elsewhere:
     def __init__(self, config, services): ...
 
     @hookimpl
-    async def restore_principal(self, reference):
+    async def restore_principal(self, reference, kept):
         return Principal("x", kind="third") if reference == "third:x" else None
 
     @hookimpl

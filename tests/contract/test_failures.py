@@ -6,7 +6,7 @@ import time
 import pytest
 import structlog
 
-from gateway import Correction, Cost, Reply, Usage, dispatch, hookimpl
+from gateway import Correction, Cost, PluginError, Reply, Usage, dispatch, hookimpl
 from gateway.exchange import Outcome
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Error, Hang, ScriptedUpstream
@@ -364,7 +364,7 @@ class Later:
             raise ValueError("It broke.")
 
     @hookimpl
-    async def restore_principal(self, reference):
+    async def restore_principal(self, reference, kept):
         self._break()
         return CALLER
 
@@ -392,15 +392,16 @@ async def test_a_principal_is_restored_by_the_first_plugin_that_knows_it():
     """A job runs as whoever the first answer says; nobody knows it: None."""
     async with gateway(Recorder, {"use": Later, "id": "sound"}) as gw:
         hooks = gw.snapshot.hooks.restore_principal
-        assert await dispatch.restore_principal(hooks, CALLER.reference) is CALLER
-        assert await dispatch.restore_principal(hooks[:1], "key:unknown") is None
+        assert await dispatch.restore_principal(hooks, CALLER.reference, None) is CALLER
+        assert await dispatch.restore_principal(hooks[:1], "key:unknown", None) is None
 
 
-async def test_a_failing_restore_principal_is_told_to_whoever_runs_the_job():
+async def test_a_failing_restore_principal_is_told_to_whoever_runs_the_job(logs):
     """A store that is away must not look like a principal that is gone: the failure goes up, the job is retried."""
     async with gateway({"use": Later, "id": "broken"}, {"use": Later, "id": "sound"}) as gw:
-        with pytest.raises(ValueError, match="It broke"):
-            await dispatch.restore_principal(gw.snapshot.hooks.restore_principal, "key:caller")
+        with pytest.raises(PluginError):
+            await dispatch.restore_principal(gw.snapshot.hooks.restore_principal, "key:caller", None)
+        assert failures(logs) == [("broken", "restore_principal")]
 
 
 async def test_a_failing_explain_is_a_finding(logs):

@@ -237,9 +237,9 @@ async def test_both_secrets_of_a_rotated_key_end_with_it(wire):
         for headers in (first, second, first):
             assert (await chat(other, headers)).status == 200
         keys = other.plugin("api_keys")
-        assert (await keys.restore_principal("key:app")).id == "app"
+        assert (await keys.restore_principal("key:app", None)).id == "app"
         await one.post("/admin/keys/app/revoke", {})
-        assert await keys.restore_principal("key:app") is None
+        assert await keys.restore_principal("key:app", None) is None
         for headers in (first, second):
             await until(lambda headers=headers: chat(other, headers), 401, BOUND)
         assert json.loads((await one.get("/admin/keys/app")).body)["state"] == "revoked"

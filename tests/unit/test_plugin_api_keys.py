@@ -139,10 +139,10 @@ async def test_a_job_gets_its_principal_back_while_the_key_lasts():
         {"id": "app", "hash": HASH}, {"id": "old", "hash": hash_key(new_key(), PEPPER), "expires": "2020-01-31"}
     )
     found = await who(keys, KEY)
-    assert await keys.restore_principal(found.reference) == found
-    assert await keys.restore_principal("key:old") is None
-    assert await keys.restore_principal("key:removed") is None
-    assert await keys.restore_principal("jwt:app") is None
+    assert await keys.restore_principal(found.reference, None) == found
+    assert await keys.restore_principal("key:old", None) is None
+    assert await keys.restore_principal("key:removed", None) is None
+    assert await keys.restore_principal("jwt:app", None) is None
 
 
 async def test_explain_says_which_key():

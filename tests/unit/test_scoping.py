@@ -28,8 +28,9 @@ STAGES = {
         "transform_response", "response_started", "render_error", "request_finished", "explain"],
 }  # fmt: skip
 KNOWN_AT = {
-    "endpoint": 0, "phase": 0, "headers": 0, "time": 0, "roles": 2, "teams": 2, "tenants": 2, "keys": 2, "claims": 2,
+    "endpoint": 0, "headers": 0, "time": 0, "roles": 2, "teams": 2, "tenants": 2, "keys": 2, "claims": 2,
     "models": 2, "stream": 2, "input_tokens": 2, "tools": 2, "images": 2, "audio": 2, "json_schema": 2, "tasks": 3,
+    "phase": 3,
 }  # fmt: skip
 VALUES = {
     **dict.fromkeys(("stream", "tools", "images", "audio", "json_schema"), True),

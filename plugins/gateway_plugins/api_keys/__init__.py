@@ -242,7 +242,8 @@ class Plugin:
         raise Unauthenticated("This API key is not known here.")
 
     @hookimpl
-    async def restore_principal(self, reference: str) -> Principal | None:
+    async def restore_principal(self, reference: str, kept: Principal | None) -> Principal | None:
+        del kept  # a key may have been revoked since
         key = self._by_reference.get(reference)
         if key is not None:
             return key.principal if key.expires > time.time() else None

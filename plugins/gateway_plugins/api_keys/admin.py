@@ -38,7 +38,7 @@ class Admin:
             ("GET", "/admin/audit", self.audit, "Who changed keys, newest first. Query: limit, key_id."),
         ):
             # to revoke needs no body, not even an empty one
-            body: Literal["stream"] | None = "stream" if path.endswith("/revoke") else None
+            body: Literal["none"] | None = "none" if path.endswith("/revoke") else None
             router.add(method, path, handler, access="admin", body=body, summary=summary)
 
     async def create(self, exchange: Exchange) -> Reply:

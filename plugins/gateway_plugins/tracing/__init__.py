@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from gateway import ContextKey, hookimpl
 from gateway_plugins.tracing import settings
 from gateway_plugins.tracing.content import Content, Listener
-from gateway_plugins.tracing.context import Trace, new_span_id, new_trace, trace_of
+from gateway_plugins.tracing.context import Trace, new_span_id, new_trace, parsed, trace_of
 from gateway_plugins.tracing.export import Exporter
 from gateway_plugins.tracing.spans import Spans
 
@@ -63,13 +63,20 @@ class Plugin:
         if outer is not None:
             trace = outer.child_of()
         else:
-            trace = (trace_of(exchange) if self._config.parent_based else None) or new_trace(
+            trace = self._continued(exchange) or new_trace(
                 self._config.sample_ratio, int(exchange.trace_id, 16) if exchange.trace_id else None
             )
         exchange.set(self._key, trace)
         if trace.sampled or trace.parent_id or self._config.propagate:
-            exchange.trace_id = f"{trace.trace_id:032x}"
+            exchange.traceparent = place = trace.traceparent(trace.span_id)
+            exchange.trace_id = place[3:35]
         return trace
+
+    def _continued(self, exchange: Exchange) -> Trace | None:
+        """A job goes on with the trace in which it was taken: that one is our own, whoever else is believed."""
+        if exchange.phase == "run":
+            return None if exchange.traceparent is None else parsed(exchange.traceparent)
+        return trace_of(exchange) if self._config.parent_based else None
 
     @hookimpl
     def attempt_started(self, exchange: Exchange, attempt: AttemptRecord) -> None:

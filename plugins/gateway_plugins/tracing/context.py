@@ -62,10 +62,18 @@ def trace_of(exchange: Exchange) -> Trace | None:
     """The one that the client began, sampled if its flag says so; None if it says nothing that is sound."""
     request = exchange.request
     sent = request.header("traceparent")
-    if sent is None:
+    if sent is None or len(request.getall("traceparent")) > 1:
         return None
-    found = _PARENT.fullmatch(sent)
-    if found is None or len(request.getall("traceparent")) > 1:
+    trace = parsed(sent)
+    if trace is not None:
+        trace.state = _state(request.getall("tracestate"))
+    return trace
+
+
+def parsed(traceparent: str) -> Trace | None:
+    """A place within it; None if it is not sound."""
+    found = _PARENT.fullmatch(traceparent)
+    if found is None:
         return None
     version, trace_id, parent_id, flags, more = found.groups()
     if version == "ff" or (version == "00" and more is not None):
@@ -74,7 +82,6 @@ def trace_of(exchange: Exchange) -> Trace | None:
     if not trace.trace_id or not trace.parent_id:
         return None
     trace.sampled = bool(int(flags, 16) & _SAMPLED)
-    trace.state = _state(request.getall("tracestate"))
     return trace
 
 

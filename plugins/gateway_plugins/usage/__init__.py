@@ -70,14 +70,18 @@ class Plugin:
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
+        from gateway_plugins.usage.store import write  # noqa: PLC0415 - the command line does without
+
         moving = self._tasks.spawn(self._keep_moving(), "usage: rows")
         pruning = self._tasks.spawn(self._keep_pruning(), "usage: old rows")
         no_longer_shown = self._waiting.read_from(self._shown_waiting)
+        no_longer_written = self._services.rows.written_by(write)
         try:
             yield
         finally:
             moving.cancel()
             pruning.cancel()
+            no_longer_written()
             await self._tasks.drain(0)
             await self._move_the_last()
             no_longer_shown()

@@ -81,6 +81,15 @@ async def store(database: Database, rows: Sequence[PendingRow]) -> list[tuple[st
     return bad
 
 
+async def write(statements: Statements, payload: bytes) -> None:
+    """One row within somebody else's transaction; the same again changes nothing. Raises StoreUnavailable."""
+    found = decode(payload)
+    if isinstance(found, Corrected):
+        await _correct(statements, found)
+    else:
+        await statements.execute(_INSERT, *_values(found))
+
+
 async def _write(database: Database, requests: Sequence[Request], corrections: Sequence[Corrected]) -> None:
     async with database.transaction() as statements:
         if requests:

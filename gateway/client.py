@@ -1,0 +1,45 @@
+"""Who asks: where an answer goes, and what the asker still has to say. `server.py` makes both of a connection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from multidict import CIMultiDict
+
+
+class ClientGone(Exception):
+    """The client left, or stopped reading."""
+
+
+class Client(Protocol):
+    """Where the answer goes. Each method raises ClientGone once the client left."""
+
+    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
+        """A whole reply; `progress` is called whenever the client has taken some of a large one."""
+
+    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
+        """The head of a streamed reply."""
+
+    async def write(self, data: bytes) -> None:
+        """Some of its body; waits while the client is slow."""
+
+    async def end(self) -> None:
+        """Its proper end."""
+
+    def abort(self) -> None:
+        """Close the connection uncleanly."""
+
+
+class Inbound(Protocol):
+    """What the client still has to say."""
+
+    content_type: str
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body. Raises TooLarge, RequestTimeout, BadRequest or ClientGone."""
+
+    def pieces(self, limit: int) -> AsyncIterator[bytes]:
+        """The body as it comes. Raises as `read`, also in the middle."""
