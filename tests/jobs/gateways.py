@@ -12,11 +12,20 @@ import msgspec
 from gateway.kit import hash_key, new_key
 from gateway.kit.testing import PEPPER, Gateway
 from gateway.kit.upstream import MODEL
+from gateway.tasks import Tasks
 from gateway_plugins.jobs.parts import Again
 
 ASYNC = {"Prefer": "respond-async"}
 KEYS = {name: new_key() for name in ("app", "friend", "other")}
 TENANTS = {"app": "app", "friend": "app", "other": "other"}
+
+
+_tasks = Tasks()
+
+
+def spawn(coro: Any) -> asyncio.Task[Any]:
+    """Beside the test, which awaits it."""
+    return _tasks.spawn(coro, "test")
 
 
 def of(name: str) -> dict[str, str]:
@@ -25,15 +34,16 @@ def of(name: str) -> dict[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def gateway(url: str, *more: Any, upstream: Any = None, keys: Any = (), database: str | None = None, **config: Any):
+async def gateway(
+    url: str, *more: Any, upstream: Any = None, keys: Any = (), database: str | None = None, **config: Any
+):
     """`config`: of the plugin jobs. Keys of two tenants beside the bootstrap key, an administrator's."""
     listed = [{"id": name, "hash": hash_key(key, PEPPER), "tenant": TENANTS[name]} for name, key in KEYS.items()]
     plugins = [
-        {"use": "api_keys", "config": {"keys": [*listed, *keys]}},
+        {"use": "api_keys", "config": {"keys": [*listed, *keys], "database": True}},
         {"use": "usage"},
         *more,
         {"use": "jobs", "config": config},
-        {"use": "fallback", "config": {"retries": 0}},
     ]
     services: dict[str, Any] = {"redis": url}
     if database is not None:
