@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from gateway.catalogue import Catalogue, Price
+    from gateway.companions import Order
     from gateway.explain import Asked
+    from gateway.headless import Run
     from gateway.kit.schema import Schema
     from gateway.plugins import Blueprint
     from gateway.settings import Loaded, Problem, Settings
@@ -65,6 +67,17 @@ def main() -> None:
         arguments = others
         _add_plugin_commands(_config_path(config), [word for word in others if not word.startswith("-")])
     app(arguments)
+
+
+def main_as_told(order: Order) -> None:
+    """As `main`, by a parent that keeps this process running: it says whose configuration."""
+    _orders.append(order)
+    words = [word for word in order.arguments if not word.startswith("-")]
+    _add_plugin_commands(Path(order.config["file"]), words, only=order.plugin)
+    app(order.arguments)
+
+
+_orders: list[Order] = []  # one, if a parent keeps this process running
 
 
 @app.command(short_help="Start the gateway.")
@@ -390,10 +403,15 @@ def _serve(loaded: Loaded, read: Callable[[], Loaded], *, show_key: bool, new_ke
 async def _until_stopped(
     worker: Worker, loaded: Loaded, read: Callable[[], Loaded], key: str | None, key_file: str | None
 ) -> None:
+    from gateway.companions import Companions
     from gateway.reload import Reloader
 
-    stop = stop_signals()
-    worker.reloader = reloader = Reloader(loaded, read, worker.put_in_force, lambda: worker.snapshot.hash)
+    companions = Companions()
+    stop = stop_signals(companions.kill)
+    worker.companions_ended = companions.ended
+    worker.reloader = reloader = Reloader(
+        loaded, read, worker.put_in_force, lambda: worker.snapshot.hash, lambda: companions.follow(reloader.loaded)
+    )
     on_hangup(reloader.ask, stop.set)
     async with worker.running(), reloader.listening():
         has_task = "task/chat" in worker.snapshot.names()
@@ -405,20 +423,31 @@ async def _until_stopped(
             key=key,
             key_file=key_file,
         )
+        companions.follow(loaded)
         await stop.wait()
+        companions.stop()
 
 
 async def _workers_until_stopped(
     loaded: Loaded, read: Callable[[], Loaded], folder: Path, key: str | None, key_file: str | None
 ) -> None:
+    from gateway.companions import Companions
     from gateway.plugins import read_plugins
     from gateway.processes import Group
     from gateway.stores import embedded_redis
 
     read_plugins(loaded.settings, loaded.source)  # a mistake is told once, not by each worker
-    async with embedded_redis(loaded.settings, folder) as redis_url:
-        group = Group(loaded, folder, redis_url, read)
-        stop = stop_signals(group.kill)
+    companions = Companions()
+
+    def kill() -> None:
+        companions.kill()
+        group.kill()
+
+    async with contextlib.AsyncExitStack() as stack:
+        redis_url = await stack.enter_async_context(embedded_redis(loaded.settings, folder))
+        stack.push_async_callback(companions.ended)
+        group = Group(loaded, folder, redis_url, read, companions.follow)
+        stop = stop_signals(kill)
         on_hangup(group.reloader.ask, stop.set)
         async with group.running() as ready, group.reloader.listening():
             _greet(
@@ -429,7 +458,9 @@ async def _workers_until_stopped(
                 key=key,
                 key_file=key_file,
             )
+            companions.follow(loaded)
             await stop.wait()
+            companions.stop()
 
 
 def _greet(**about: Any) -> None:
@@ -553,7 +584,11 @@ def _load(config: Path | None, changes: Mapping[str, Any] | None = None) -> Load
 def _examine(path: Path) -> tuple[list[Blueprint], list[Problem], Loaded | None]:
     """Everything that is wrong with the file and its plugins, in line order."""
     from gateway.reload import examine_all
+    from gateway.yaml_source import read_text
 
+    if _orders:
+        told = _orders[0].config
+        return examine_all(read_text(told["text"], told["file"], Path(told["base"]), os.environ, told["files"]))
     return examine_all(path)
 
 
@@ -683,17 +718,20 @@ def _without_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return Path(given) if given else None, others
 
 
-def _add_plugin_commands(config: Path, wanted: Sequence[str]) -> None:
-    """Commands that plugins of the configuration bring (`register_commands`). Ends it if none brings what is wanted."""
+def _add_plugin_commands(config: Path, wanted: Sequence[str], only: str | None = None) -> None:
+    """Commands that plugins of the configuration bring (`register_commands`). Ends it if none brings what is wanted.
+
+    `only`: of the plugin with this id.
+    """
     import inspect
 
     blueprints, problems, loaded = _examine(config)
     for blueprint in blueprints:
-        if not hasattr(blueprint.cls, "register_commands"):
+        if not hasattr(blueprint.cls, "register_commands") or only not in {None, blueprint.id}:
             continue
         register = inspect.getattr_static(blueprint.cls, "register_commands")
         try:
-            register(_Unstarted(blueprint, loaded), app)
+            register(_Unstarted(blueprint, loaded, config), app)
         except Exception as error:  # noqa: BLE001 - a plugin's own code
             _fail(f"plugin {blueprint.id}: register_commands failed: {type(error).__name__}: {error}", 1)
     found: Any = typer.main.get_group(app)
@@ -719,11 +757,14 @@ def _commands_of_installed() -> list[str]:
 
 
 class _Unstarted:
-    """What a plugin's `register_commands` sees as `self`: its config, its id, and the database for a command's time."""
+    """What a plugin's `register_commands` sees as `self`: its config, its id, the database for a command's time, and a
+    gateway without a server to work in.
+    """
 
-    def __init__(self, blueprint: Blueprint, loaded: Loaded | None) -> None:
+    def __init__(self, blueprint: Blueprint, loaded: Loaded | None, file: Path) -> None:
         self.config = blueprint.config
         self.id = blueprint.id
+        self._file = file
         self._cls = blueprint.cls
         self._loaded = loaded
 
@@ -737,6 +778,24 @@ class _Unstarted:
             return read_pepper(self._loaded.settings)
         except DataDirError as error:
             _fail(str(error), 1)
+
+    def headless(self, run: Run, *, processes: int = 1) -> NoReturn:
+        """Await `run(plugin, stop)` in a gateway without a server (`headless.py`), or in several such processes."""
+        from gateway import companions, headless
+        from gateway.reload import read
+
+        loaded, order = self._loaded, _orders[0] if _orders else None
+        if loaded is None:
+            _fail("The configuration has mistakes (`xenios check`).", 2)
+        ordered = order is not None
+        if processes == 1 or (order is not None and order.alone):
+            sys.exit(headless.main(loaded, self.id, run, lambda: read(self._file, {}), ordered=ordered))
+        arguments = order.arguments if order is not None else _without_config(sys.argv[1:])[1]
+        keeping = companions.keep_several(
+            loaded, self.id, arguments, processes, lambda: read(self._file, {}), ordered=ordered
+        )
+        run_loop(keeping)
+        sys.exit(0)
 
     def with_database(self, use: Callable[[Database], Coroutine[Any, Any, T]]) -> T:
         """What `use(database)` returns. Ends the command with a message if the database is away or its tables old."""

@@ -72,7 +72,10 @@ class Hooks:
 
     @hookspec
     def register_commands(self, cli: Any) -> None:
-        """Start of the command line: add commands to `cli` (a `typer.Typer`). A failure ends the command."""
+        """Start of the command line: add commands to `cli` (a `typer.Typer`). A failure ends the command.
+
+        The plugin is not constructed: `self` has `config`, `id`, `pepper()`, `with_database(use)` and `headless(run)`.
+        """
 
     @hookspec
     def register_upstreams(self, register: Callable[[str, Upstream], None]) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class LateRequest:
     """What is kept of an accepted request. No credential is in it.
 
+    `headers`: those that may pass to an upstream, and those that a `when:` or a plugin (`reads_headers`) asks for.
     `principal`: who asked, as verified then. `deadline`: seconds that a run of it may take, None: as any request.
     """
 
@@ -44,11 +45,12 @@ class LateRequest:
         """Of a request to a proxied endpoint whose principal and body are known."""
         if exchange.principal is None:
             raise ValueError("Nobody asked: there is no principal.")
+        derived = exchange.snapshot.derived
         return cls(
             endpoint=exchange.endpoint,
             body=exchange.raw_body,
             content_type=exchange.request.header("content-type") or "application/json",
-            headers=exchange.request.pick(exchange.snapshot.derived.forwarded[exchange.endpoint]),
+            headers=exchange.request.pick((*derived.forwarded[exchange.endpoint], *derived.kept)),
             request_id=exchange.request_id,
             reference=exchange.principal.reference,
             principal=exchange.principal,

@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from gateway.errors import StoreUnavailable
+from gateway.metric_files import BEFORE
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -74,6 +75,13 @@ class Series(msgspec.Struct, array_like=True):
 
     def under(self, labels: Labels) -> Series:
         return Series(labels, self.value, self.counts)
+
+    def minus(self, before: Series | None) -> Series:
+        """What came since; all of it if it did not go on from there."""
+        if before is None or before.value > self.value or len(before.counts) != len(self.counts):
+            return self
+        counts = [a - b for a, b in zip(self.counts, before.counts, strict=True)]
+        return Series(self.labels, self.value - before.value, counts)
 
     def plus(self, other: Series) -> Series:
         counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
@@ -235,13 +243,17 @@ _AnyMetric = TypeVar("_AnyMetric", Counter, Gauge, Histogram)
 class Metrics:
     """The instruments of one process, and with a `folder` those of its siblings, to be read."""
 
-    def __init__(self, folder: Path | None = None, number: int = 1) -> None:
-        """`folder`: where several workers keep their numbers; `number`: of this one."""
+    def __init__(self, folder: Path | None = None, number: int = 1, *, alone: bool = False) -> None:
+        """`folder`: where processes keep their numbers; `number`: of this one. `alone`: nobody else tells of this one's
+        numbers, so that they need not be written.
+        """
         self.worker = str(number)
         self._folder = folder
+        self._alone = alone or folder is None
         self._metrics: dict[str, Counter | Gauge | Histogram] = {}
         self._before: dict[object, Callable[[], None]] = {}
         self._left = {family.name: family for family in self._of_the_dead()}
+        self._before_us: dict[str, _Dump] | None = None
         self._tasks = Tasks()
         self._writing = asyncio.Lock()
         self._known: Callable[[str, str], str | None] = lambda _upstream, _model: None
@@ -300,7 +312,7 @@ class Metrics:
         if self._folder is None:
             return _merged([self._dump()])
         try:
-            own = await self._write()
+            own = self._dump() if self._alone else await self._write()
             return await asyncio.to_thread(lambda: _merged([own, *self._others_dumps()]))
         except OSError as error:
             reason = error.strerror or type(error).__name__
@@ -316,7 +328,7 @@ class Metrics:
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Write each second while the context lasts, and once more."""
-        if self._folder is None:
+        if self._alone:
             yield
             return
         self._tasks.spawn(self._keep_writing(), "metrics")
@@ -368,7 +380,7 @@ class Metrics:
 
     @property
     def _file(self) -> Path:
-        if self._folder is None:
+        if self._folder is None or self._alone:
             raise RuntimeError("Only one of several workers keeps its numbers in a file.")
         return self._folder / self.worker
 
@@ -397,7 +409,7 @@ class Metrics:
 
     def _of_the_dead(self) -> list[Family]:
         dump = None
-        if self._folder is not None:
+        if not self._alone:
             with contextlib.suppress(OSError):
                 dump = _get_dump(self._file)
         return [family for family in dump.families if family.kind != "gauge"] if dump else []
@@ -405,8 +417,11 @@ class Metrics:
     def _others_dumps(self) -> list[_Dump]:
         if self._folder is None:
             return []
-        files = [file for file in self._folder.iterdir() if file.name.isdigit() and file.name != self.worker]
-        return [dump for file in sorted(files) if (dump := _get_dump(file)) is not None]
+        if self._before_us is None:
+            self._before_us = _dumps(self._folder / BEFORE)
+        found = _dumps(self._folder)
+        found.pop(self.worker, None)
+        return [_since(self._before_us.get(number), dump) for number, dump in found.items()]
 
 
 def _put(file: Path, data: bytes) -> None:
@@ -426,6 +441,30 @@ def _get_dump(file: Path) -> _Dump | None:
         return msgspec.msgpack.decode(file.read_bytes(), type=_Dump)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None
+
+
+def _dumps(folder: Path) -> dict[str, _Dump]:
+    """By number. Raises OSError."""
+    try:
+        files = sorted(file for file in folder.iterdir() if file.name.isdigit())
+    except FileNotFoundError:
+        return {}
+    return {file.name: dump for file in files if (dump := _get_dump(file)) is not None}
+
+
+def _since(before: _Dump | None, now: _Dump) -> _Dump:
+    """What was counted since then."""
+    if before is None:
+        return now
+    known = {
+        (family.name, series.labels): series
+        for family in before.families
+        if family.kind != "gauge"
+        for series in family.series
+    }
+    for family in now.families:
+        family.series = [s.minus(known.get((family.name, s.labels))) for s in family.series]
+    return now
 
 
 def _merged(dumps: Sequence[_Dump]) -> list[Family]:

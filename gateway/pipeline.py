@@ -563,7 +563,7 @@ class Run:
             left = _length(reply)
             await self._start_stream(reply.status, reply.headers)
             if exchange.request.method != "HEAD":
-                await self._write_chunks(chunks, left, server.write_timeout)
+                await self._write_chunks(chunks, left)
         except (GatewayError, ClientGone):
             raise
         except dispatch.FAILURES as error:
@@ -576,8 +576,9 @@ class Run:
             await _close(chunks, impl, exchange)
         await self._end_stream()
 
-    async def _write_chunks(self, chunks: AsyncIterator[bytes], left: int | None, seconds: float) -> None:
+    async def _write_chunks(self, chunks: AsyncIterator[bytes], left: int | None) -> None:
         """`left`: how many bytes there must be."""
+        patience = self._patience
         wait, write, touch, rest = self.watch.wait, self.client.write, self.watch.touch, self.watch.rest
         async for chunk in chunks:
             if not isinstance(chunk, bytes):
@@ -587,7 +588,7 @@ class Run:
                 if left < 0:
                     raise ValueError("more bytes than the Content-Length says")
             for start in range(0, len(chunk), PIECE):
-                wait(watch.WRITE, seconds)
+                wait(watch.WRITE, patience)
                 await write(chunk[start : start + PIECE])
             touch()
             rest()
@@ -614,13 +615,14 @@ class Run:
             self._beat(server.keepalive_interval)
         await self._start_stream(200, headers)
         wait, client, next_block, touch = self.watch.wait, self.client, stream.next_block, self.watch.touch
+        patience = self._patience
         while True:
             wait(watch.STALL, AFTERWARDS if stream.answered else stall)
             block = await next_block()
             if block is None:
                 break
             if block:
-                wait(watch.WRITE, server.write_timeout)
+                wait(watch.WRITE, patience)
                 await client.write(block)
                 touch()
         await self._end_relay()
@@ -733,7 +735,7 @@ class Run:
         stream = self._stream
         if reason in _OURS and stream is not None and stream.answered:
             # the client has it all: an error after the answer would belie that
-            self.watch.wait(watch.WRITE, self.exchange.snapshot.settings.server.write_timeout)
+            self.watch.wait(watch.WRITE, self._patience)
             if last := stream.finish():
                 await self.client.write(last)
             await self._end_relay()
@@ -786,7 +788,7 @@ class Run:
             self.client.abort()
             return
         last = self._stream.last if self._stream is not None else _last_event(self._last)
-        self.watch.wait(watch.WRITE, exchange.snapshot.settings.server.write_timeout)
+        self.watch.wait(watch.WRITE, self._patience)
         await self.client.write(grammar.error(error, last, exchange.request_id))
         await self._end_stream()
 
@@ -810,10 +812,15 @@ class Run:
         await self._deliver(reply.status, headers, reply.body)
 
     async def _deliver(self, status: int, headers: CIMultiDict[str], body: bytes) -> None:
-        seconds = self.exchange.snapshot.settings.server.write_timeout
+        seconds = self._patience
         self.watch.wait(watch.WRITE, seconds)
         await self.client.send(status, headers, body, lambda: self.watch.wait(watch.WRITE, seconds))
         self.watch.rest()
+
+    @property
+    def _patience(self) -> float | None:
+        """Seconds that a client has to take a piece. Whoever keeps a job's answer has limits of his own."""
+        return None if self.exchange.late is not None else self.exchange.snapshot.settings.server.write_timeout
 
     def _finish(self) -> None:
         """Nothing of the exchange is left open; `request_finished` runs in a task that the drain awaits."""

@@ -28,7 +28,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -42,6 +41,7 @@ from pydantic import SecretStr
 
 from gateway import logs
 from gateway.errors import StartError
+from gateway.metric_files import start_anew
 from gateway.plugins import PluginStartError
 from gateway.problems import ConfigError, Problem
 from gateway.reload import Reload, Reloader, ReloadError, told
@@ -49,7 +49,7 @@ from gateway.settings import load_text
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from gateway.reload import Reloading
     from gateway.settings import Loaded, Settings
@@ -72,6 +72,17 @@ class Ready:
     simulated: bool
     has_chat_task: bool
     config: str
+
+
+class Waits:
+    """How long to wait before a process that ended is started again."""
+
+    def __init__(self) -> None:
+        self._quick = 0
+
+    def after(self, lived: float) -> float:
+        self._quick = self._quick + 1 if lived < QUICK else 0
+        return WAITS[min(self._quick, len(WAITS) - 1)]
 
 
 class _Child:
@@ -107,7 +118,7 @@ class _Child:
     async def listen(self, pipe: int, asked: Callable[[_Child, int], None]) -> None:
         """Until it ends. `asked`: with the number of its request for a reload."""
         try:
-            async for message in _lines(os.fdopen(pipe, "rb", buffering=0)):
+            async for message in lines(os.fdopen(pipe, "rb", buffering=0)):
                 answer = self._answers.get(message.get("answers", ""))
                 if "ready" in message:
                     self.ready.set_result(Ready(**message["ready"]))
@@ -125,8 +136,17 @@ class _Child:
 class Group:
     """The workers of one gateway."""
 
-    def __init__(self, loaded: Loaded, folder: Path, redis_url: str | None, read: Callable[[], Loaded]) -> None:
-        """`redis_url`: of the embedded Valkey, where there is one; `read`: the configuration once more."""
+    def __init__(
+        self,
+        loaded: Loaded,
+        folder: Path,
+        redis_url: str | None,
+        read: Callable[[], Loaded],
+        follow: Callable[[Loaded], None] = lambda _: None,
+    ) -> None:
+        """`redis_url`: of the embedded Valkey, where there is one; `read`: the configuration once more; `follow`: after
+        each reload, with the one in force.
+        """
         self._loaded = loaded
         self._folder = folder
         self._redis_url = redis_url
@@ -138,6 +158,7 @@ class Group:
         self._rounds = 0
         self.reloader = Reloader(loaded, read, self.put_in_force, lambda: self.config, self.tell)
         self.config = ""  # the hash in force
+        self._follow = follow
         self.port = 0
 
     @contextlib.asynccontextmanager
@@ -146,7 +167,7 @@ class Group:
         settings = self._loaded.settings
         self._sockets = listen(settings.server.host, settings.server.port)
         self.port = self._sockets[0].getsockname()[1]
-        _wipe(self._folder / "metrics")
+        start_anew(self._folder / "metrics")
         try:
             first = [await self._start(number) for number in range(1, settings.server.workers + 1)]
             said = [await worker.ready for worker in first]
@@ -179,7 +200,7 @@ class Group:
         async with self._changing:
             workers = await self._all_that_serve(seconds)
             self._rounds += 1
-            message = {"prepare": _text_of(loaded)}
+            message = {"prepare": text_of(loaded)}
             asked = [_prepared(worker, f"prepared {self._rounds}", seconds, message) for worker in workers]
             try:
                 answers = await asyncio.gather(*asked)
@@ -197,9 +218,10 @@ class Group:
             log.warning("reload_late", workers=late)
 
     def tell(self) -> None:
-        """All workers what became of the reloads so far."""
+        """All what became of the reloads so far."""
         for worker in self._workers.values():
             worker.send(reloads=_state(self.reloader))
+        self._follow(self._loaded)
 
     async def _all_that_serve(self, seconds: float) -> list[_Child]:
         """Those that are being started begin with the configuration that is in force now: they must have."""
@@ -240,7 +262,7 @@ class Group:
         server = self._loaded.settings.server
         worker.send(
             number=number,
-            config=_text_of(self._loaded),
+            config=text_of(self._loaded),
             told={"host": server.host, "port": self.port, "workers": server.workers},
             data_dir=str(self._folder),
             sockets=fds,
@@ -254,14 +276,12 @@ class Group:
 
     async def _keep(self, worker: _Child) -> None:
         """Start it again whenever it ends, until the group stops."""
-        quick = 0
+        waits = Waits()
         while True:
             code = await worker.process.wait()
             if self._stopping.is_set():
                 return
-            lived = time.monotonic() - worker.started
-            quick = quick + 1 if lived < QUICK else 0
-            wait = WAITS[min(quick, len(WAITS) - 1)]
+            wait = waits.after(time.monotonic() - worker.started)
             log.error("worker_ended", worker=worker.number, pid=worker.process.pid, code=code, again_in_seconds=wait)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
@@ -331,13 +351,18 @@ def _state(who: Reloading) -> dict[str, Any]:
     return {"done": who.done, "refused": who.refused, "last": who.last.to_json() if who.last else None}
 
 
-def _text_of(loaded: Loaded) -> dict[str, Any]:
+def text_of(loaded: Loaded) -> dict[str, Any]:
     """All that makes the configuration: read once, for all processes."""
     source = loaded.source
     return {"text": source.text, "file": source.file, "base": str(source.base), "files": source.files}
 
 
-async def _lines(pipe: Any) -> AsyncIterator[dict[str, Any]]:
+def loaded_of(config: Mapping[str, Any]) -> Loaded:
+    """What `text_of` made. Raises ConfigError."""
+    return load_text(config["text"], config["file"], base=Path(config["base"]), files=config["files"])
+
+
+async def lines(pipe: Any) -> AsyncIterator[dict[str, Any]]:
     """Each line's object, until the other side ends."""
     reader = asyncio.StreamReader(limit=LONGEST_LINE)
     loop = asyncio.get_running_loop()
@@ -373,12 +398,6 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return out
 
 
-def _wipe(folder: Path) -> None:
-    """Counters of workers that are no more."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-
-
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +423,7 @@ def main() -> int:
 
 def _as_told(config: dict[str, Any], order: dict[str, Any]) -> Loaded:
     """The settings as the parent has them, which the command line may have changed."""
-    loaded = load_text(config["text"], config["file"], base=Path(config["base"]), files=config["files"])
+    loaded = loaded_of(config)
     server = loaded.settings.server.model_copy(update=order["told"])
     services = loaded.settings.services
     if order["redis"]:
@@ -474,7 +493,7 @@ class _Parent:
     async def listen(self, stop: asyncio.Event) -> None:
         """Do what it says, until it ends."""
         try:
-            async for message in _lines(sys.stdin):
+            async for message in lines(sys.stdin):
                 self._do(message)
         finally:
             stop.set()

@@ -21,7 +21,7 @@ from gateway.errors import StartError
 from gateway.logs import scrub
 from gateway.plugins import PluginStartError, file_of, read_entries
 from gateway.problems import ConfigError, Problem
-from gateway.settings import Loaded, examine, without_passwords
+from gateway.settings import Loaded, examine, examine_source, without_passwords
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -262,10 +262,10 @@ def changed(loaded: Loaded, changes: Mapping[str, Any]) -> Loaded:
     return replace(loaded, settings=loaded.settings.model_copy(update={"server": server}))
 
 
-def examine_all(path: Path) -> tuple[list[Blueprint], list[Problem], Loaded | None]:
-    """Everything that is wrong with the file and its plugins, in line order."""
+def examine_all(given: Path | Source) -> tuple[list[Blueprint], list[Problem], Loaded | None]:
+    """Everything that is wrong with the file, or what was read of it, and its plugins, in line order."""
     try:
-        examined = examine(path)
+        examined = examine(given) if isinstance(given, Path) else examine_source(given)
     except ConfigError as error:
         return [], list(error.problems), None
     blueprints, problems = _plugins_of(examined)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
+from pydantic import BaseModel
+
 from gateway.incoming import asked_models
 from gateway.kit.subjects import brings, input_estimate
 from gateway.kit.text import clean
+from gateway.settings import When
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from gateway.exchange import Exchange, Principal
-    from gateway.settings import TimeWindow, TokenRange, When
+    from gateway.settings import TimeWindow, TokenRange
 
 # When a field is known, and when a hook runs first: 0 head, 1 authentication, 2 principal and body, 3 decision.
 _KNOWN_AT = {
@@ -70,6 +74,21 @@ def faults(when: When | None, hooks: Sequence[str]) -> list[str]:
         if early:
             out.append(f"`{name}` is not known yet when this plugin's {', '.join(sorted(early))} runs.")
     return out
+
+
+def headers_in(settings: Any) -> Iterator[str]:
+    """Names of the request headers that a `when:` within these settings reads."""
+    if isinstance(settings, When):
+        yield from settings.headers or ()
+    elif isinstance(settings, BaseModel):
+        for name in type(settings).model_fields:
+            yield from headers_in(getattr(settings, name))
+    elif isinstance(settings, Mapping):
+        for value in settings.values():
+            yield from headers_in(value)
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from headers_in(value)
 
 
 def compile_when(when: When | None) -> Callable[[Exchange], bool] | None:

@@ -65,6 +65,7 @@ class Services:
     opened_database: Database | None = field(default=None, repr=False)
     inner: InnerCalls | None = field(default=None, repr=False)
     rows: Rows = field(default_factory=Rows, repr=False)
+    serves: bool = True  # False: a process beside the gateway, such as a worker of jobs; a plugin opens no port there
     plugin_id: str = "core"
     log: Any = None
 

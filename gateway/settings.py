@@ -610,6 +610,11 @@ def examine(path: Path, env: Mapping[str, str] = os.environ) -> Examined:
     return _examine(read_file(path, env))
 
 
+def examine_source(source: Source) -> Examined:
+    """As `examine`, of what was read already."""
+    return _examine(source)
+
+
 def examine_text(
     text: str, file: str = "<text>", env: Mapping[str, str] = os.environ, base: Path | None = None
 ) -> Examined:

@@ -17,10 +17,11 @@ from gateway.exchange import Limits
 from gateway.incoming import closed_fields
 from gateway.plugins import PluginStartError, compile_hooks, construct
 from gateway.routes import Router
+from gateway.scoping import headers_in
 from gateway.timing import PluginCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from gateway.dispatch import CompiledHooks, Impl
     from gateway.exchange import Attempt, Exchange, Target
@@ -40,6 +41,7 @@ class Derived:
     forwarded: Mapping[str, tuple[istr, ...]]  # endpoint → request headers that may pass
     served_by: Mapping[str, str]  # model → upstream, where that is not the default
     takes_jobs: bool  # some plugin does
+    kept: tuple[str, ...]  # request headers beside those that a job must keep: a `when:` or a plugin reads them
 
     @classmethod
     def of(cls, settings: Settings, instances: Sequence[Instance]) -> Derived:
@@ -54,7 +56,14 @@ class Derived:
             },
             served_by={model: o.upstream for model, o in settings.catalogue.overrides.items() if o.upstream},
             takes_jobs=any(getattr(i.plugin, "takes_jobs", False) for i in instances),
+            kept=tuple({name.lower() for i in instances for name in _headers_read(i)}),
         )
+
+
+def _headers_read(instance: Instance) -> Iterator[str]:
+    yield from getattr(instance.plugin, "reads_headers", ())
+    yield from headers_in(instance.blueprint.entry.when)
+    yield from headers_in(instance.blueprint.config)
 
 
 class Users:
@@ -103,6 +112,10 @@ class Snapshot:
 
     def attempt_for(self, exchange: Exchange, target: Target) -> Attempt:
         return outgoing.attempt_for(exchange, target)
+
+    def instance(self, plugin: str) -> Instance | None:
+        """The plugin with this id."""
+        return next((instance for instance in self.instances if instance.id == plugin), None)
 
     def names(self) -> tuple[str, ...]:
         """Names that plugins answer to beside the upstreams' models: aliases, tasks."""

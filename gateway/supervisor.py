@@ -77,6 +77,20 @@ def identity(path: Path, settings: Settings, *, new_bootstrap_key: bool = False)
     return Identity(pepper, key, is_new)
 
 
+def identity_beside(path: Path, settings: Settings) -> Identity:
+    """As a gateway has it, for a process beside it: nothing is made, which the gateway would not have. Raises
+    DataDirError.
+    """
+    given = settings.server.pepper
+    pepper = given.get_secret_value() if given else _found(path / "pepper")
+    if pepper is None:
+        raise DataDirError(
+            f"There is no pepper in {path}: no gateway has run there yet. Start `xenios serve` first; or, on a host "
+            "without one, set server.pepper to what the gateway has."
+        )
+    return Identity(pepper, _found(path / "bootstrap_key") if settings.server.bootstrap_key else None)
+
+
 def read_pepper(settings: Settings) -> str:
     """The pepper alone, for `xenios keys hash`; makes the data directory if need be."""
     if settings.server.pepper:
@@ -94,6 +108,15 @@ def make_data_dir(settings: Settings) -> Path:
             f"The data directory {path} can't be used ({error.strerror}); set server.data_dir."
         ) from error
     return path
+
+
+def _found(file: Path) -> str | None:
+    try:
+        return file.read_text().strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataDirError(f"{file} can't be read ({error.strerror}).") from error
 
 
 def _kept(file: Path, fresh: str) -> tuple[str, bool]:

@@ -46,6 +46,8 @@ class Counted(Protocol):
     @property
     def server(self) -> Server: ...
     @property
+    def serves(self) -> bool: ...
+    @property
     def simulated(self) -> bool: ...
     @property
     def reloader(self) -> Reloading | None: ...
@@ -82,8 +84,9 @@ def count(metrics: Metrics, worker: Counted, lag: Lag) -> None:
 
     def look() -> None:
         snapshot, reloader = worker.snapshot, worker.reloader
-        in_force.replace({(snapshot.hash,): 1})
-        loaded.set(_unix(snapshot.since))
+        if worker.serves:
+            in_force.replace({(snapshot.hash,): 1})
+            loaded.set(_unix(snapshot.since))
         if (listed := _oldest_list(snapshot)) is not None:
             updated.set(listed)
         simulated.set(int(worker.simulated))
@@ -92,8 +95,9 @@ def count(metrics: Metrics, worker: Counted, lag: Lag) -> None:
         if snapshot.services.redis is not None:
             snapshot.services.redis.tell()
         snapshot.services.database.tell()
-        workers.set(1)
-        in_flight.set(worker.server.live)
+        if worker.serves:
+            workers.set(1)
+            in_flight.set(worker.server.live)
         memory.set(_resident())
         files.set(_open_files())
         late.set(lag.worst)

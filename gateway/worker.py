@@ -1,4 +1,7 @@
-"""One process that serves: settings → services → snapshot → server, and everything closed again in reverse."""
+"""One process: settings → services → snapshot → server, and everything closed again in reverse.
+
+Without a server it is the process of a plugin's command (`headless.py`).
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from gateway.finisher import Finisher
 from gateway.health import Health
 from gateway.inner import InnerCalls
 from gateway.kit.ledger import MemoryLedger, RedisLedger
+from gateway.metric_files import start_anew
 from gateway.metrics import Metrics
 from gateway.plugins import close_all, needs_database, open_all, read_plugins, schemas
 from gateway.server import Server
@@ -42,7 +46,7 @@ from gateway.upstream import UpstreamClient, fetch_models
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from gateway.plugins import Blueprint, Instance
@@ -75,11 +79,14 @@ class Worker:
         *,
         sockets: Sequence[socket.socket] = (),
         number: int = 1,
+        serves: bool = True,
     ) -> None:
         """`blueprints`: plugins that are given as they are (a test's own classes), instead of the YAML's. `sockets`:
         those of a parent of several workers, instead of the settings' host and port; `number`: of this one.
+        `serves=False`: beside a gateway, whose stores it uses; without a server.
         """
         self.number = number
+        self.serves = serves
         self._shared_sockets = sockets
         self._loaded = loaded
         self._blueprints = blueprints
@@ -94,14 +101,16 @@ class Worker:
         self._prepared: tuple[Snapshot, Callable[[], None]] | None = None
         self._preparing = False
         self._closing = Tasks()
-        shared = data_dir / "metrics" if data_dir is not None and sockets else None
-        self.metrics = Metrics(shared, number)
+        self._alone = serves and not sockets
+        self.metrics = Metrics(data_dir / "metrics" if data_dir is not None else None, number, alone=self._alone)
         self._lag = vitals.Lag()
         self._health = Health(lambda: self.server.draining)
         self.reloader: Reloading | None = None  # who reloads, where there is a file to read again
         self.corrections = Corrections(lambda: self.snapshot)
         self.server = Server(lambda: self.snapshot, self._tasks, self._finisher, self.corrections)
         self.port = 0
+        # Awaited when it has drained, while its stores are open.
+        self.companions_ended: Callable[[], Awaitable[None]] | None = None
 
     @property
     def snapshot(self) -> Snapshot:
@@ -116,6 +125,8 @@ class Worker:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Worker]:
         """Serve while the context lasts, then drain. Raises ConfigError, StartError, PluginStartError, OSError."""
+        if self._alone and self._data_dir is not None:
+            start_anew(self._data_dir / "metrics")
         settings = self._loaded.settings
         blueprints = self._blueprints
         logs.hide(self._loaded.secrets())
@@ -126,7 +137,9 @@ class Worker:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._close_simulator)
             await self._simulate(settings)
-            redis = await stack.enter_async_context(open_redis(settings, self._data_dir, self.metrics))
+            redis = await stack.enter_async_context(
+                open_redis(settings, self._data_dir, self.metrics, beside=not self.serves)
+            )
             database = await stack.enter_async_context(
                 open_database(
                     settings,
@@ -139,7 +152,8 @@ class Worker:
             services = self._services(settings, redis, database)
             stack.push_async_callback(self._close_transports, everything=True)
             self._snapshot = self._build(self._loaded, blueprints, services)
-            _refuse_open_door(self._snapshot)
+            if self.serves:
+                _refuse_open_door(self._snapshot)
             self._count()
             await stack.enter_async_context(self.metrics.lifespan())
             await stack.enter_async_context(services.catalogue.lifespan())
@@ -149,8 +163,9 @@ class Worker:
             stack.push_async_callback(self._close_all_plugins)
             await stack.enter_async_context(self.corrections.lifespan())
             stack.push_async_callback(self._finish_all)
-            self.port = await self.server.start(settings.server.host, settings.server.port, self._shared_sockets)
-            stack.push_async_callback(self._drain)
+            if self.serves:
+                self.port = await self.server.start(settings.server.host, settings.server.port, self._shared_sockets)
+                stack.push_async_callback(self._drain)
             # Not after a reload: it would stop all streams for a while, and what is frozen is never collected.
             gc.collect()
             gc.freeze()
@@ -181,7 +196,8 @@ class Worker:
             await asyncio.to_thread(self._make_transports, settings)  # a certificate store takes a tenth of a second
             services = replace(now.services, settings=settings)
             snapshot = self._build(loaded, blueprints, services, now.instances)
-            _refuse_open_door(snapshot)
+            if self.serves:
+                _refuse_open_door(snapshot)
             self._open.append(snapshot)
             try:
                 await open_all(snapshot.instances, seconds)
@@ -281,6 +297,8 @@ class Worker:
         cut = await self.server.drain(settings.drain_delay, settings.drain_timeout)
         if cut:
             log.warning("drain_cut_requests", requests=cut)
+        if self.companions_ended is not None:
+            await self.companions_ended()
 
     async def _close(self, snapshot: Snapshot) -> None:
         await self._close_plugins(snapshot)
@@ -324,6 +342,7 @@ class Worker:
             redis=redis,
             opened_database=database,
             inner=InnerCalls(lambda: self.snapshot, self._tasks, self._finisher, self.corrections),
+            serves=self.serves,
         )
 
     def _follow_models(self) -> None:

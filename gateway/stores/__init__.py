@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 @contextlib.asynccontextmanager
 async def open_redis(
-    settings: Settings, data_dir: Path | None, metrics: Metrics | None = None
+    settings: Settings, data_dir: Path | None, metrics: Metrics | None = None, *, beside: bool = False
 ) -> AsyncIterator[RedisStore | None]:
     """The Redis that the settings name; None for `memory`. Connects at the first call, not here.
 
-    Raises EmbeddedError if a Valkey of our own doesn't start.
+    `beside` a gateway: `embedded` is the Valkey that it runs. Raises EmbeddedError if a Valkey of our own doesn't
+    start, or beside a gateway does not run.
     """
     url = settings.services.redis.get_secret_value()
     if url == "memory":
@@ -45,10 +46,23 @@ async def open_redis(
 
             if data_dir is None:
                 raise EmbeddedError("services.redis: embedded needs server.data_dir.")
-            url = await stack.enter_async_context(valkey(data_dir / "valkey"))
+            url = await (_running(data_dir) if beside else stack.enter_async_context(valkey(data_dir / "valkey")))
         store = RedisStore(url, metrics)
         stack.push_async_callback(store.close)
         yield store
+
+
+async def _running(data_dir: Path) -> str:
+    """The URL of the Valkey that a gateway runs. Raises EmbeddedError."""
+    from gateway.stores.embedded import EmbeddedError, answers, url_of_running  # noqa: PLC0415 - as above
+
+    url = url_of_running(data_dir / "valkey")
+    if url is None or not await answers(url):
+        raise EmbeddedError(
+            f"No gateway runs with the data directory {data_dir}, and services.redis is embedded: the Valkey that it "
+            "starts. Start `xenios serve` first, or set services.redis to an address such as redis://host:6379/0."
+        )
+    return url
 
 
 @contextlib.asynccontextmanager

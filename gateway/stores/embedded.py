@@ -55,10 +55,36 @@ async def valkey(directory: Path) -> AsyncIterator[str]:
         child = await _start(path, directory, output)
         keeper = tasks.spawn(_keep(child, path, directory, output), "embedded Valkey")
         try:
+            _tell(directory / "url", f"unix://{path}")
             yield f"unix://{path}"
         finally:
+            (directory / "url").unlink(missing_ok=True)
             keeper.cancel()
             await tasks.drain(10)
+
+
+def url_of_running(directory: Path) -> str | None:
+    """Of the one that a gateway runs there, for processes beside it; None if it has said nothing."""
+    try:
+        return (directory / "url").read_text().strip()
+    except OSError:
+        return None
+
+
+async def answers(url: str) -> bool:
+    """Is it there?"""
+    try:
+        async with asyncio.timeout(1):
+            return await _ping(url.removeprefix("unix://"))
+    except (OSError, TimeoutError):
+        return False
+
+
+def _tell(file: Path, url: str) -> None:
+    """All of it or nothing: others read at any time."""
+    side = file.with_suffix(".new")
+    side.write_text(url + "\n")
+    side.replace(file)
 
 
 async def _keep(child: asyncio.subprocess.Process, path: Path, directory: Path, output: IO[bytes]) -> None:
@@ -125,13 +151,16 @@ async def _wait(child: asyncio.subprocess.Process, path: Path, directory: Path) 
     while time.monotonic() < end:
         if child.returncode is not None:
             raise EmbeddedError(f"The embedded Valkey ended at once ({child.returncode}); see {directory / 'log'}.")
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(1):
-                reader, writer = await asyncio.open_unix_connection(path)
-                writer.write(b"PING\r\n")
-                answer = await reader.readline()
-                writer.close()
-            if answer.startswith(b"+PONG"):
-                return
+        if await answers(str(path)):
+            return
         await asyncio.sleep(0.02)
     raise EmbeddedError(f"The embedded Valkey did not answer within {START_SECONDS:g} s; see {directory / 'log'}.")
+
+
+async def _ping(path: str) -> bool:
+    """Raises OSError."""
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(b"PING\r\n")
+    answer = await reader.readline()
+    writer.close()
+    return answer.startswith(b"+PONG")

@@ -70,7 +70,7 @@ class RedisStore:
 
     def __init__(self, url: str, metrics: Metrics | None = None) -> None:
         """`redis://`, `rediss://` or `unix://`. Raises ValueError if it is none of them."""
-        self.url = url  # for whoever needs a client of another kind
+        self.url = url  # for clients of other kinds, such as a library's own; it may hold a password
         self._counts = StoreCounts("redis", metrics)
         self._pool = redis.asyncio.ConnectionPool.from_url(
             url,

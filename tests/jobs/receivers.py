@@ -64,11 +64,25 @@ async def receiver(*script, tls=None):
 @contextlib.asynccontextmanager
 async def raw_receiver(serve):
     """`serve(reader, writer)` for each connection; yields the port."""
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    open_ones = set()
+
+    async def connected(reader, writer):
+        open_ones.add(asyncio.current_task())
+        try:
+            with contextlib.suppress(ConnectionError):
+                await serve(reader, writer)
+        finally:
+            writer.transport.abort()
+            open_ones.discard(asyncio.current_task())
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
+        for task in open_ones:
+            task.cancel()
+        await asyncio.gather(*open_ones, return_exceptions=True)
 
 
 class Kept:

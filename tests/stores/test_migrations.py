@@ -20,7 +20,7 @@ from gateway.cli import app
 from gateway.kit import Schema
 from gateway.kit.testing import Gateway
 from gateway.settings import load_text
-from gateway_plugins import api_keys, usage
+from gateway_plugins import api_keys, jobs, usage
 from tests.integration.process import serving, xenios
 from tests.stores import notes
 from tests.stores.postgres import pgbouncer, postgres_server
@@ -85,7 +85,7 @@ def test_the_migrations_make_what_the_tables_say(url, tmp_path):
     assert migrations.differences(settings, tmp_path / "data", SCHEMA) != []
 
 
-BUILT_IN = [api_keys.Plugin.schema, usage.Plugin.schema]
+BUILT_IN = [api_keys.Plugin.schema, jobs.Plugin.schema, usage.Plugin.schema]
 
 
 @pytest.mark.parametrize("schema", BUILT_IN, ids=lambda schema: schema.name)

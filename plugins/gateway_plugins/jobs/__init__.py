@@ -79,7 +79,12 @@ class Plugin:
 
     @hookimpl
     def register_commands(self, cli: Any) -> None:
-        from gateway_plugins.jobs import commands  # noqa: PLC0415 - a command's business
+        from gateway_plugins.jobs import commands, worker_commands  # noqa: PLC0415 - a command's business
 
         # the plugin is not constructed, nor are its parts
         commands.add_commands(self, cli)
+        worker_commands.add_commands(self, cli)
+        if self.config.webhooks.enabled:
+            from gateway_plugins.jobs.webhooks import commands as webhooks  # noqa: PLC0415 - as above
+
+            webhooks.add_commands(self, cli)

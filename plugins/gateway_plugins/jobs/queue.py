@@ -55,7 +55,7 @@ _KNOWN = {JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED}
 
 # Two of one gateway may ask for this at once: who has the lock keeps it.
 _LOCK = """
-if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
+if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 2 end
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
@@ -98,8 +98,11 @@ class Queue:
         self._probe: asyncio.Task[None] | None = None
         self._seen: Sequence[QueueState] = ()
         metrics = services.metrics
-        self.retries = metrics.counter("xenios_jobs_retries_total", "Jobs that were put back to be tried again.").of()
-        self.dead = metrics.counter("xenios_jobs_dead_total", "Jobs that failed for good.").of()
+        about = "Time from the start of a try to its end."
+        self._seconds = metrics.histogram("xenios_jobs_seconds", about, ("queue", "outcome"))
+        self._retries = metrics.counter("xenios_jobs_retries_total", "Jobs that were put back to be tried again.").of()
+        # counted by the part that gives a job up
+        self.dead = metrics.counter("xenios_jobs_dead_total", "Jobs that failed after their last try.").of()
 
     def serve(self, name: str, queue: settings.Queue) -> None:
         """A queue of a part's own, in its constructor; what the YAML says of that name counts more."""
@@ -164,14 +167,20 @@ class Queue:
         wanted = list(works)
         return await self._ask(lambda connection: _unknown(connection, kind, wanted)) if wanted else set()
 
-    async def lock(self, name: str, holder: str, seconds: float) -> bool:
-        """True: `holder` has it now, and for so long."""
+    async def lock(self, name: str, holder: str, seconds: float) -> int:
+        """0: somebody else has it. Else `holder` has it for so long; 2: it had it not before."""
         arguments = (f"xenios:jobs:lock:{name}", holder, round(seconds * 1000))
-        return bool(await self._ask(lambda connection: connection.eval(_LOCK, 1, *arguments)))
+        return int(await self._ask(lambda connection: connection.eval(_LOCK, 1, *arguments)))
 
     async def unlock(self, name: str, holder: str) -> None:
         arguments = (f"xenios:jobs:lock:{name}", holder)
         await self._ask(lambda connection: connection.eval(_UNLOCK, 1, *arguments))
+
+    def ended(self, queue: str, outcome: str, seconds: float) -> None:
+        """A worker says what became of a try."""
+        self._seconds.observe(seconds, queue, outcome)
+        if outcome == "again":
+            self._retries.value += 1
 
     @staticmethod
     def why() -> Why:

@@ -393,7 +393,7 @@ class AsyncWorker(BaseWorker):
                 outcome, after = "again", STORE_SECONDS
             else:
                 outcome, failure = "failed", type(error).__name__
-                _tell_of(error, "job_failed", kind=kind, id=work)
+                tell_of(error, "job_failed", kind=kind, id=work)
         finally:
             run.settling = True
             if timer is not None:
@@ -466,7 +466,7 @@ class AsyncWorker(BaseWorker):
             except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
                 self._trouble(error)
             except Exception as error:  # noqa: BLE001 - one job that can't be read, of thousands
-                _tell_of(error, "jobs_chore_failed", chore=chore.__name__)
+                tell_of(error, "jobs_chore_failed", chore=chore.__name__)
                 await self._try_to_clear()
             else:
                 self._well(chore)
@@ -604,7 +604,7 @@ class AsyncWorker(BaseWorker):
             pipeline.execute()
 
 
-def _tell_of(error: BaseException, event: str, **about: str) -> None:
+def tell_of(error: BaseException, event: str, **about: str) -> None:
     """Its kind and its last frames. What it says may be somebody's prompt."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]

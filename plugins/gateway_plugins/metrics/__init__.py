@@ -70,6 +70,7 @@ class Plugin:
             raise ValueError("List `metrics` once: two would count each request twice.")
         self._config = config
         self._metrics = services.metrics
+        self._serves = services.serves
         # An empty variable is no token.
         self._token = (config.token.get_secret_value() if config.token else "") or None
         self._recorder = Recorder(services.metrics)
@@ -78,8 +79,8 @@ class Plugin:
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        if self._config.port is None:
-            yield
+        if self._config.port is None or not self._serves:
+            yield  # what a process beside the gateway counts, the gateway tells
             return
         port = Port(self._config.host, self._config.port, self._config.path, self._token, self._shown)
         async with port.open():

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-import secrets
 import time
 from collections import Counter
 from contextlib import asynccontextmanager
-from fnmatch import fnmatchcase
-from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from yarl import URL
@@ -20,15 +16,16 @@ from gateway import BadRequest, NotFound, StoreUnavailable
 from gateway.kit import clean
 from gateway_plugins.jobs.parts import Again
 from gateway_plugins.jobs.settings import Queue as QueueSettings
-from gateway_plugins.jobs.webhooks import signing, store
+from gateway_plugins.jobs.webhooks import messages, store
 from gateway_plugins.jobs.webhooks.client import Client
+from gateway_plugins.jobs.webhooks.directory import Directory
 from gateway_plugins.jobs.webhooks.routes import Routes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from gateway import Exchange, Reply, Router, Services
-    from gateway.kit import Database, Row, Statements
+    from gateway import Router, Services
+    from gateway.kit import Row, Statements
     from gateway_plugins.jobs import settings
     from gateway_plugins.jobs.parts import Handler
     from gateway_plugins.jobs.queue import Queue
@@ -43,71 +40,6 @@ LONGEST_WAIT = 86400.0  # that a receiver may ask for
 BUSY_SECONDS = 1.0
 MOST_AT_ONCE = 20  # to one host from one process: a receiver that hangs is not to keep all others waiting
 PAGE = 500
-
-
-class Receiver(NamedTuple):
-    """Where a message goes now, and what it is signed with."""
-
-    url: str
-    secrets: list[str]
-
-
-class Directory:
-    """Who is told, and by which secrets: of the configuration, registered, or a tenant for its jobs' own webhooks."""
-
-    def __init__(self, config: settings.Webhooks, pepper: str) -> None:
-        self._pepper = pepper
-        self.configured = {configured_id(entry): entry for entry in config.endpoints}
-
-    async def listening(self, statements: Statements, tenant: str, event_type: str) -> list[str]:
-        """Ids of endpoints that want to know."""
-        rows = await store.listening(statements, tenant)
-        disabled = {row["id"] for row in rows if row["disabled_at"] is not None}
-        return [
-            *(
-                key
-                for key, entry in self.configured.items()
-                if key not in disabled
-                and entry.tenant in {None, tenant}
-                and any(fnmatchcase(event_type, glob) for glob in entry.events)
-            ),
-            *(
-                row["id"]
-                for row in rows
-                if row["id"] not in disabled and row["url"] and event_type in json.loads(row["event_types"])
-            ),
-        ]
-
-    async def receiver(self, database: Database, row: Row) -> Receiver | None:
-        """Of a message. None: there is no such endpoint any more, or it is disabled."""
-        if row["endpoint"] is None:
-            return Receiver(row["url"], self.secrets(*await self.tenants(database, row["tenant"])))
-        try:
-            return await self.endpoint(database, row["endpoint"])
-        except NotFound:
-            return None
-
-    async def endpoint(self, database: Database, endpoint_id: str, *, disabled: bool = False) -> Receiver:
-        """Raises NotFound, also of one that is disabled, unless `disabled`."""
-        found = await store.own(database, endpoint_id)
-        if found is None or disabled or found["disabled_at"] is None:
-            if (entry := self.configured.get(endpoint_id)) is not None:
-                given = [entry.secret, *([entry.old_secret] if entry.old_secret else [])]
-                return Receiver(entry.url, [secret.get_secret_value() for secret in given])
-            if found is not None and found["url"]:
-                return Receiver(found["url"], self.secrets(endpoint_id, found))
-        raise NotFound(f"There is no webhook endpoint {endpoint_id[:100]!r}, or it is disabled.")
-
-    async def tenants(self, database: Database, tenant: str) -> tuple[str, Row | None]:
-        """For `secrets`: what signs the messages to jobs' own webhooks."""
-        owner = f"tenant:{tenant}"
-        return owner, await store.own(database, owner)
-
-    def secrets(self, owner: str, row: Row | None) -> list[str]:
-        """The one in force, then the one before while it still is."""
-        version = row["version"] if row else 1
-        old = row is not None and version > 1 and (row["old_until"] or 0) > store.now()
-        return [signing.secret(self._pepper, owner, v) for v in ([version, version - 1] if old else [version])]
 
 
 class Webhooks:
@@ -165,7 +97,7 @@ class Webhooks:
         receivers += [(key, None) for key in await self.directory.listening(statements, tenant, event_type)]
         task = asyncio.current_task()
         if receivers and task is not None:
-            ids = await store.add(statements, tenant, event_type, event(event_type, data), receivers)
+            ids = await store.add(statements, tenant, event_type, messages.event(event_type, data), receivers)
             self._sent.setdefault(task, []).extend(ids)
 
     async def wake(self) -> None:
@@ -206,21 +138,13 @@ class Webhooks:
             return random.uniform(BUSY_SECONDS, 2 * BUSY_SECONDS)  # noqa: S311 - no secret
         self._busy[host] += 1
         try:
-            answer = await self.post(receiver, row["id"], row["body"])
+            answer = await messages.post(self.client, receiver, row["id"], row["body"])
+            self._seconds.observe(answer.seconds)
         finally:
             self._busy[host] -= 1
             if not self._busy[host]:
                 del self._busy[host]
         return await self._judge(row, host, answer)
-
-    async def post(self, receiver: Receiver, message: str, body: str) -> Answer:
-        """Once, signed anew."""
-        if self._client is None:
-            raise RuntimeError("The plugin is not open.")
-        headers = signing.headers(message, body, receiver.secrets, time.time())
-        answer = await self._client.post(receiver.url, {**headers, "Content-Type": "application/json"}, body.encode())
-        self._seconds.observe(answer.seconds)
-        return answer
 
     async def _judge(self, row: Row, host: str, answer: Answer) -> float | None:
         if answer.failure is None:
@@ -262,18 +186,15 @@ class Webhooks:
 
     # --- around it ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, exchange: Exchange) -> None:
-        """No request becomes a webhook."""
-
-    async def accept(self, exchange: Exchange) -> Reply | None:
-        """As above."""
+    @property
+    def client(self) -> Client:
+        if self._client is None:
+            raise RuntimeError("The plugin is not open.")
+        return self._client
 
     def register_routes(self, router: Router) -> None:
         if self.config.enabled:
             Routes(self).register(router)
-
-    def add_commands(self, cli: Any) -> None:
-        """The commands are added by the plugin: it is not constructed then."""
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -286,7 +207,7 @@ class Webhooks:
             yield
         finally:
             end()
-            await self._client.close()
+            await self.client.close()
 
     def _told(self) -> Mapping[tuple[str, ...], float]:
         """Only by whom tidies now."""
@@ -304,22 +225,3 @@ class Webhooks:
                 await self._queue.put(KIND, key, queue=QUEUE)
             after = (rows[-1]["next_at"], rows[-1]["id"])
         self._waiting = (time.monotonic(), await store.count_waiting(database))
-
-
-def configured_id(entry: settings.WebhookEndpoint) -> str:
-    """The same as long as URL and tenant are."""
-    return "we_" + sha256(f"{entry.tenant or ''}\0{entry.url}".encode()).hexdigest()[:16]
-
-
-def event(event_type: str, data: Mapping[str, Any]) -> str:
-    """What is sent: thin, so that whoever is told asks for the rest with a key."""
-    return json.dumps(
-        {
-            "id": "evt_" + secrets.token_hex(12),
-            "object": "event",
-            "created_at": int(time.time()),
-            "type": event_type,
-            "data": dict(data),
-        },
-        separators=(",", ":"),
-    )

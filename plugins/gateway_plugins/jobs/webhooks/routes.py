@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import secrets
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from gateway import BadRequest, Forbidden, GatewayError, Reply
+from gateway import BadRequest, Forbidden, Reply
 from gateway.kit import limit_of, query_of
 from gateway_plugins.jobs.settings import EVENTS
-from gateway_plugins.jobs.webhooks import signing, store
+from gateway_plugins.jobs.webhooks import messages, signing, store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,13 +23,6 @@ M = TypeVar("M", bound=BaseModel)
 _NO_STORE = {"Cache-Control": "no-store"}
 _Strict = ConfigDict(extra="forbid", strict=True)
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-
-
-class Unreachable(GatewayError):
-    """The webhook endpoint gave no answer."""
-
-    status = 502
-    code = "webhook_unreachable"
 
 
 class _Changes(BaseModel):
@@ -146,7 +138,8 @@ class Routes:
     async def test(self, exchange: Exchange) -> Reply:
         event_type = parsed(_Test, exchange.body).event_type
         row = await store.endpoint(self._database, _id(exchange), _whose(exchange))
-        status = await tried(self._webhooks, row["id"], event_type)
+        webhooks = self._webhooks
+        status = await messages.example(webhooks.client, webhooks.directory, self._database, row["id"], event_type)
         return Reply(
             200,
             data={
@@ -191,24 +184,6 @@ class Routes:
 
     def _with_secret(self, row: Row) -> dict[str, Any]:
         return {**self._shown(row), "signing_secret": self._webhooks.directory.secrets(row["id"], row)[0]}
-
-
-async def tried(webhooks: Webhooks, endpoint_id: str, event_type: str) -> int:
-    """The status that an example got. One that is taken makes an endpoint that was disabled work again.
-
-    Raises NotFound, Unreachable, StoreUnavailable.
-    """
-    from gateway_plugins.jobs.webhooks.part import event  # noqa: PLC0415 - it imports this module
-
-    database = webhooks.services.database
-    receiver = await webhooks.directory.endpoint(database, endpoint_id, disabled=True)
-    body = event(event_type, {"id": f"{event_type.partition('.')[0]}_{'0' * 24}"})
-    answer = await webhooks.post(receiver, "msg_" + secrets.token_hex(12), body)
-    if answer.status is None:
-        raise Unreachable(f"The webhook endpoint gave no answer: {answer.failure}.")
-    if answer.failure is None:
-        await store.set_disabled(database, endpoint_id, disabled=False)
-    return answer.status
 
 
 def shown(row: Row, secret: str) -> dict[str, Any]:
