@@ -24,7 +24,8 @@ NEEDS = {"jwt_auth": {"issuers": [{"issuer": "https://login.example.com", "audie
 async def families() -> list[Family]:
     """Of a gateway with all built-in plugins."""
     names = sorted(n for n, point in installed().items() if point.value.startswith("gateway_plugins."))
-    async with Gateway.test(plugins=[(name, NEEDS.get(name, {})) for name in names]) as gateway:
+    plugins = [(name, NEEDS.get(name, {})) for name in names]
+    async with Gateway.test(plugins=plugins, settings={"services": {"redis": "embedded"}}) as gateway:
         return await gateway.snapshot.services.metrics.read()
 
 

@@ -74,6 +74,9 @@ def test_the_shipped_order(monkeypatch):
         ("insight_generation", "anthropic/claude-opus-4.5"),
         ("intent_classification", "anthropic/claude-sonnet-4"),
         ("entity_extraction", "anthropic/claude-sonnet-4"),
+        ("structured_extraction", "anthropic/claude-sonnet-4"),
+        ("document_analysis", "anthropic/claude-opus-4.5"),
+        ("session_analysis", "anthropic/claude-opus-4.5"),
     ],
 )
 async def test_tasks_have_their_models_and_successors(path, task, model, monkeypatch):

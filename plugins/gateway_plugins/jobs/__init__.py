@@ -34,9 +34,14 @@ class Plugin:
     Config: TypeAlias = settings.Config
     reads_settings = ()
     takes_jobs = True
-    requires_services = ("redis", "database")
     schema = Schema("jobs", Path(__file__).parent)
+    requires_services = ("redis",)
     commands = "`xenios worker`, `jobs`, `queues` and `webhooks` come with the plugin jobs."
+
+    @staticmethod
+    def companion(config: Config) -> list[str] | None:
+        """What `xenios serve` keeps running beside itself."""
+        return ["worker"] if config.worker.embedded else None
 
     def __init__(self, config: Config, services: Services) -> None:
         self.config = config

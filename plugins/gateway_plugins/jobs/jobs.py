@@ -146,8 +146,7 @@ class Jobs:
         name = options.queue or self.queue_for(task, exchange.endpoint)
         queue = self.queues[name]
         at = store.now()
-        late = LateRequest.of(exchange)
-        late = replace(late, deadline=queue.timeout, headers={**self._headers(exchange), **late.headers})
+        late = replace(LateRequest.of(exchange), deadline=queue.timeout)
         job = Job(
             id=store.new_id(self.id_prefix, self.id_bytes),
             kind=self.kind,
@@ -172,11 +171,6 @@ class Jobs:
             request_id=exchange.request_id,
         )
         return job, late
-
-    def _headers(self, exchange: Exchange) -> dict[str, str]:
-        """What rules may ask for when it runs, as far as it is no secret."""
-        names = [name for name in exchange.request.headers if name.lower().startswith("x-xenios-")]
-        return exchange.request.pick([*names, *self._config.keep_headers])
 
     async def _same(self, job: Job) -> Job:
         """The job that was taken with this idempotency key before. Raises Conflict if that was another request."""

@@ -23,7 +23,6 @@ from gateway import Duration, Size
 from gateway_plugins.jobs.webhooks.addresses import Rules
 
 QueueName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
-HeaderName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,100}$")]
 _Settings = ConfigDict(extra="forbid", frozen=True)
 
 # What webhooks tell of.
@@ -229,11 +228,6 @@ class Config(BaseModel):
         ge=60,
         le=365 * 86400,
         description="How long a failed job can be asked for, and retried. Default 30d.",
-    )
-    keep_headers: tuple[HeaderName, ...] = Field(
-        (),
-        description="Request headers that are kept with a job beside those that its upstream gets and X-Xenios-*: for "
-        "rules that ask for headers, since a job's models are chosen when it runs. Default none.",
     )
     run_within: Duration = Field(
         86400.0, ge=60, le=30 * 86400, description="A job that has not begun by then has failed. Default 24h."
