@@ -98,8 +98,10 @@ def settlement_of(exchange: Exchange, actual: Sequence[tuple[Rule, int | None]])
     return [exchange.id, admission is None or bool(admission.states), held]
 
 
-def settle(ledger: Ledger, settlement: Sequence[Any]) -> None:
-    """Settle what a worker did not live to settle. As often as you like; the first time counts. Raises ValueError."""
+def settle(ledger: Ledger, settlement: Sequence[Any] | None) -> None:
+    """Settle what a worker did not live to settle. As often as you like; the first time counts. None: nothing."""
+    if not settlement:
+        return
     op, admitted, held = settlement
     actual = [(Rule(key, kind, 1, _refuse, amount=amount), used) for key, kind, amount, used in held]
     if actual:

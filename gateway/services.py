@@ -129,6 +129,6 @@ class Services:
             late, client, operation_id=operation_id, commit=commit, charge_abandoned=charge_abandoned
         )
 
-    def settle_late(self, settlement: Sequence[Any]) -> None:
+    def settle_late(self, settlement: Sequence[Any] | None) -> None:
         """Settle what a worker committed and did not live to settle; doing it twice changes nothing. Does not wait."""
         settle(self.ledger, settlement)
