@@ -1,6 +1,7 @@
 """Xenios: a plugin-based LLM gateway. What stands here is what plugins may import, and is kept stable."""
 
 from gateway._version import __version__
+from gateway.access import may_see
 from gateway.client import Client, ClientGone
 from gateway.errors import (
     BadRequest,
@@ -121,4 +122,5 @@ __all__ = [
     "conditions",
     "format_duration",
     "hookimpl",
+    "may_see",
 ]

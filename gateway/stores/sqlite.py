@@ -180,12 +180,15 @@ class SqliteSession:
         try:
             return await work
         except asyncio.CancelledError:
-            await self._connection.interrupt()
-            raise
+            pass
         except ValueError as error:
             if "clos" in str(error) or "no active connection" in str(error):
                 raise ClosedError from None
             raise
+        # Raised anew: the first one's traceback may hold a cursor that has rows left, and as long as that lives, SQLite
+        # interrupts whatever is asked next, too.
+        await self._connection.interrupt()
+        raise asyncio.CancelledError
 
 
 def _named(values: Sequence[Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from pathlib import Path
 
+import aiosqlite
 import pytest
 
 from gateway.errors import StatementError, StoreUnavailable
@@ -253,3 +254,33 @@ async def test_a_database_that_is_away_does_not_hold_the_start_up(server, tmp_pa
         assert time.monotonic() - begin < 3
         with pytest.raises(StoreUnavailable):
             await database.fetch("SELECT 1")
+
+
+async def test_a_read_that_is_given_up_as_its_rows_come_spoils_no_other(tmp_path, monkeypatch):
+    """SQLite: whoever leaves in the very moment in which the database answers takes nobody else's answer with him."""
+    tasks = []
+
+    def set_result(future, result):
+        aiosqlite_sets(future, result)
+        if tasks and isinstance(result, sqlite3.Cursor):
+            tasks.pop().cancel()
+
+    async def gone():
+        try:
+            await database.fetch("SELECT * FROM things")
+        except asyncio.CancelledError as cancelled:  # alive, as it is while a request is cleaned up after it
+            left.append(cancelled)
+            await database.fetch("SELECT * FROM things")
+            raise
+
+    left = []
+    aiosqlite_sets = aiosqlite.core.set_result
+    async with opened("sqlite", tmp_path) as database:
+        await database.execute("CREATE TABLE things (id BIGINT PRIMARY KEY)")
+        await database.execute_many("INSERT INTO things VALUES ($1)", [(n,) for n in range(10)])
+        monkeypatch.setattr("aiosqlite.core.set_result", set_result)
+        tasks.append(task := asyncio.get_running_loop().create_task(gone()))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert left
+        assert len(await database.fetch("SELECT * FROM things")) == 10

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from gateway import hookimpl
 from gateway.kit import Schema
 from gateway_plugins.jobs import settings
+from gateway_plugins.jobs.batches import Batches
 from gateway_plugins.jobs.events import Events
+from gateway_plugins.jobs.files import Files
 from gateway_plugins.jobs.jobs import Jobs
 from gateway_plugins.jobs.parts import Shared
 from gateway_plugins.jobs.queue import Queue
@@ -52,6 +54,11 @@ class Plugin:
         shared = Shared(config, services, self.queue, self.events, webhooks)
         self.takers: list[Taker] = [Responses(shared), Jobs(shared)]  # in the order in which they are asked
         self.parts: list[Part] = [*self.takers, webhooks]
+        if config.files.enabled:
+            files = Files(config.files, services)
+            self.parts.append(files)
+            if config.batches.enabled:
+                self.parts.append(Batches(shared, files))
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:

@@ -95,6 +95,37 @@ class Files(BaseModel):
     model_config = _Settings
 
     enabled: bool = Field(True, description="Offer /v1/files. Batches need it. Default true.")
+    storage: str = Field(
+        "local",
+        pattern=r"^(local|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]{1,200})?)$",
+        description="Where files lie: `local`, in data_dir/files, or `s3://bucket/prefix`, which several hosts share. "
+        "Default local.",
+    )
+    endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="S3: the server, if it isn't Amazon's. Default Amazon's."
+    )
+    region: str = Field("us-east-1", min_length=1, description="S3: the region. Default us-east-1.")
+    access_key_id: SecretStr | None = Field(
+        None, description="S3: the key's id. Default what the environment says, as AWS's own tools read it."
+    )
+    secret_access_key: SecretStr | None = Field(None, description="S3: the key. Default as for its id.")
+    max_bytes: Size = Field(
+        209_715_200, gt=0, le=1 << 34, description="Largest file. OpenAI's batches take 200 MB. Default 200MiB."
+    )
+    max_total: Size = Field(
+        10_737_418_240, gt=0, description="What the files of one tenant may take together. Default 10GiB."
+    )
+    keep: Duration = Field(
+        30 * 86400.0, ge=3600, le=3650 * 86400, description="How long a file is kept that says nothing. Default 30d."
+    )
+
+    @model_validator(mode="after")
+    def _check_s3(self) -> Files:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise ValueError("access_key_id and secret_access_key go together")
+        if self.storage == "local" and (self.endpoint or self.access_key_id):
+            raise ValueError("endpoint and keys are for storage: s3://…, and this says local")
+        return self
 
 
 class Batches(BaseModel):
@@ -103,6 +134,32 @@ class Batches(BaseModel):
     model_config = _Settings
 
     enabled: bool = Field(True, description="Offer /v1/batches. Default true.")
+    lanes: int = Field(50, ge=1, le=1000, description="How many lines of one chunk run at once. Default 50.")
+    chunks: int = Field(
+        2,
+        ge=1,
+        le=100,
+        description="How many chunks of one batch run at once: with `lanes` this bounds what a batch asks of an "
+        "upstream. Default 2.",
+    )
+    chunk_lines: int = Field(500, ge=1, le=5000, description="How many lines a worker takes at a time. Default 500.")
+    max_lines: int = Field(50_000, ge=1, le=1_000_000, description="Most lines of one batch. Default 50000.")
+    attempts: int = Field(
+        5, ge=1, le=50, description="How often a line is tried whose upstream fails or is too busy. Default 5."
+    )
+    backoff: Duration = Field(
+        1.0, gt=0, le=3600, description="Wait before the second try; it doubles with each further one. Default 1s."
+    )
+    line_timeout: Duration = Field(600.0, gt=0, le=86400, description="Longest time of one try. Default 10m.")
+    window: Duration = Field(
+        86400.0,
+        ge=1,
+        le=30 * 86400,
+        description="How long a batch may take; what isn't done by then expires. Default 24h, as clients are told.",
+    )
+    keep: Duration = Field(
+        90 * 86400.0, ge=3600, le=3650 * 86400, description="How long an ended batch can be asked for. Default 90d."
+    )
 
 
 def _signing_secret(value: SecretStr) -> SecretStr:

@@ -66,3 +66,61 @@ webhook_deliveries = Table(
     Index("ix_jobs_webhook_deliveries_created", "created_at"),
     Index("ix_jobs_webhook_deliveries_expires", "expires_at"),
 )
+
+# Uploaded files and batches' results; the storage has their bytes.
+files = Table(
+    "jobs_files",
+    metadata,
+    Column("id", Text, primary_key=True),
+    *_texts("tenant", "principal", "purpose", "filename", nullable=False),
+    *_texts("state", nullable=False),  # uploading, stored, deleted: hidden, until its bytes are gone
+    *_numbers("bytes", "created_at", nullable=False),
+    *_numbers("expires_at"),
+    Index("ix_jobs_files_tenant_created", "tenant", "created_at"),
+    Index("ix_jobs_files_expires", "expires_at"),
+)
+
+batches = Table(
+    "jobs_batches",
+    metadata,
+    Column("id", Text, primary_key=True),
+    *_texts("tenant", "principal", "endpoint", "input_file_id", "status", "completion_window", nullable=False),
+    Column("late", LargeBinary, nullable=False),  # a LateRequest without body: whose lines they are
+    *_texts("metadata", "model", "errors", "output_file_id", "error_file_id"),
+    *_texts("ending"),  # completed, cancelled, expired: from then on no line's result is taken any more
+    *_numbers("total", "completed", "failed", nullable=False),
+    *_numbers("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", nullable=False),
+    *_numbers("created_at", "expires_at", nullable=False),
+    *_numbers("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at"),
+    *_numbers("cancelling_at", "cancelled_at", "ended_at"),
+    *_numbers("output_seconds"),  # how long the results are to be kept
+    *_numbers("has_lines", nullable=False),
+    Index("ix_jobs_batches_tenant_created", "tenant", "created_at"),
+    Index("ix_jobs_batches_ended", "ended_at"),
+    Index("ix_jobs_batches_input", "input_file_id"),
+)
+
+# Some hundred lines of a batch, which a worker takes together.
+chunks = Table(
+    "jobs_chunks",
+    metadata,
+    Column("batch", Text, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    *_numbers("first", "lines", nullable=False),  # of the batch's requests, counted from 0
+    *_numbers("start", "length", nullable=False),  # bytes of the file
+    *_texts("custom_ids", "state", nullable=False),  # waiting, queued, running, done
+)
+
+# The result of one line: that there is one says that it never runs again.
+lines = Table(
+    "jobs_lines",
+    metadata,
+    Column("batch", Text, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    *_numbers("ok", nullable=False),
+    *_texts("custom_id", nullable=False),
+    *_numbers("status"),
+    Column("body", LargeBinary),  # JSON
+    *_texts("error_code", "error_message"),
+    *_texts("settlement"),  # for the ledger, if the worker died before it had it
+)

@@ -219,7 +219,7 @@ class AsyncWorker(BaseWorker):
             pump = self._loop.run_in_executor(self._chores, self._pump, burst)
             for chore in chores:
                 self._tasks.spawn(self._every(*chore), f"jobs: {chore[1].__name__}")
-            log.info("jobs_worker_started", worker=self.name, queues=[lane.name for lane in self._lanes])
+            log.info("jobs_worker_started", name=self.name, queues=[lane.name for lane in self._lanes])
             await self._until(stop, pump)
             await self._drain(stop)
         finally:
@@ -270,7 +270,7 @@ class AsyncWorker(BaseWorker):
             self._trouble(error)
         self._chores.shutdown(wait=False, cancel_futures=True)
         self._settlers.shutdown(wait=False, cancel_futures=True)
-        log.info("jobs_worker_ended", worker=self.name, left=len(self._runs))
+        log.info("jobs_worker_ended", name=self.name, left=len(self._runs))
 
     async def _in_thread(self, call: Callable[[], None]) -> None:
         await self._loop.run_in_executor(self._chores, call)

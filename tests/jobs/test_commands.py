@@ -1,0 +1,132 @@
+"""`xenios worker` and `xenios queues`, as processes beside a gateway."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+
+from gateway_plugins.jobs.queue import QueueState
+from gateway_plugins.jobs.worker_commands import _table
+from tests.integration.process import XENIOS, environment, serving, xenios
+from tests.integration.test_workers import children, eventually
+
+CONFIG = """
+server: {{data_dir: ./data, drain_timeout: 10s}}
+log: {{format: json}}
+upstreams: {{openrouter: {{without_key: simulate}}}}
+services: {{redis: embedded, database: {{migrate_on_start: true}}}}
+plugins:
+  - {{use: metrics, config: {{public: true}}}}
+  - use: api_keys
+  - use: routing
+  - use: jobs
+    config: {{worker: {{embedded: {embedded}, lease: 5s, grace: 2s}}, queues: {{audio: {{concurrency: 2}}}}}}
+"""
+
+
+def config(folder, *, embedded="false"):
+    path = folder / "x.yaml"
+    path.write_text(CONFIG.format(embedded=embedded))
+    return path
+
+
+@contextlib.contextmanager
+def working(folder, *arguments):
+    """`xenios worker`, which is ended by TERM, and says so by exit code 0."""
+    process = subprocess.Popen(
+        [*XENIOS, "--config", str(folder / "x.yaml"), "worker", *arguments],
+        cwd=folder,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+        process.send_signal(signal.SIGTERM)
+        _, text = process.communicate(timeout=20)
+        assert process.returncode == 0, text
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def queues(folder):
+    shown = xenios("--config", folder / "x.yaml", "queues", "--json", cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    return {state["name"]: state for state in json.loads(shown.stdout)}
+
+
+def later(running, model="anthropic/claude-haiku-4.5"):
+    """The path of a job."""
+    answer = running.chat(model, headers={"Prefer": "respond-async"})
+    assert answer.status == 202, answer.body
+    return answer.headers["location"]
+
+
+def status(running, path):
+    return running.request("GET", path).data["status"]
+
+
+def metric(running, name):
+    """Of each series its value."""
+    text = running.request("GET", "/metrics", key=None).body.decode()
+    return {labels: float(value) for labels, value in re.findall(rf"^{name}(\S*) ([0-9.e+]+)$", text, re.MULTILINE)}
+
+
+def test_serve_runs_a_worker_beside_itself(tmp_path):
+    """With `worker.embedded` nothing else need be started: a job is done, and the gateway's metrics tell of queue,
+    worker and job.
+    """
+    path = config(tmp_path, embedded="true")
+    with serving(tmp_path, "--config", path) as running:
+        job = later(running)
+        eventually(lambda: status(running, job) == "succeeded", 30)
+        eventually(lambda: metric(running, "xenios_job_workers").get('{queue="default"}') == 1, 20)
+        assert metric(running, "xenios_jobs_waiting")['{priority="normal",queue="default"}'] == 0
+        assert metric(running, "xenios_jobs_running")['{queue="audio"}'] == 0
+        eventually(
+            lambda: metric(running, "xenios_jobs_seconds_count").get('{outcome="done",queue="default"}') == 1, 10
+        )
+
+
+def test_jobs_wait_for_a_worker_and_queues_shows_them(tmp_path):
+    """Without a worker a job waits, and `xenios queues` shows it; `--burst` does what waits, and ends; a queue that is not
+    there is an error that names those that are.
+    """
+    path = config(tmp_path)
+    with serving(tmp_path, "--config", path) as running:
+        job = later(running)
+        assert queues(tmp_path)["default"]["waiting"] == 1
+        wrong = xenios("--config", path, "worker", "--queues", "vidoe", cwd=tmp_path)
+        assert wrong.returncode == 1
+        assert "No such queue: vidoe. There are default, audio" in wrong.stderr
+        assert xenios("--config", path, "worker", "--burst", cwd=tmp_path).returncode == 0
+        assert status(running, job) == "succeeded"
+
+
+def test_the_table_of_queues():
+    """What stands in a column stands below its name, and nothing in `oldest` where nothing waits."""
+    states = [QueueState("default", 1200, 3, 0, 12, 75.4, 2), QueueState("audio")]
+    assert _table(states).splitlines() == [
+        "queue    waiting  running  scheduled  failed  oldest  workers",
+        "default     1200        3          0      12     75s        2",
+        "audio          0        0          0       0                0",
+    ]
+
+
+@pytest.mark.full
+def test_of_several_processes_one_that_is_killed_is_replaced(tmp_path):
+    """`--processes 2` keeps two that run jobs: one that is killed is started again, and all end with their parent."""
+    path = config(tmp_path)
+    with serving(tmp_path, "--config", path) as running, working(tmp_path, "--processes", "2") as parent:
+        eventually(lambda: queues(tmp_path)["default"]["workers"] == 2, 60)
+        first = sorted(children(parent.pid))
+        os.kill(first[0], signal.SIGKILL)
+        eventually(lambda: len(children(parent.pid)) == 2 and sorted(children(parent.pid)) != first, 30)
+        job = later(running)
+        eventually(lambda: status(running, job) == "succeeded", 30)
