@@ -10,6 +10,10 @@ each hook; where it says `on_error`, the YAML decides (`fail`: 503 `plugin_error
 A failure's log line names the plugin and the hook.
 
 Every hook runs exactly once per exchange unless its text says otherwise.
+
+A request that is taken as a job makes two exchanges. In phase `accept` the hooks run up to `lookup_response`, which
+must answer, then `response_started` and `request_finished`. In phase `run` all run, but for `authenticate`:
+`restore_principal` was asked before.
 """
 
 from __future__ import annotations
@@ -132,6 +136,8 @@ class Hooks:
     async def lookup_response(self, exchange: Exchange) -> Reply | None:
         """Is there an answer without an upstream (a cache, the 202 of a job)? The first answer counts.
 
+        In phase `accept` somebody must have one, else the client gets 503 `no_job_taken`. A reply with `chunks` passes
+        as it is: no tap sees it, nor does `transform_response`.
         A failure: `on_error` (default `fail`; a cache sets `ignore`).
         """
 
@@ -180,7 +186,8 @@ class Hooks:
 
     @hookspec
     async def transform_response(self, exchange: Exchange) -> None:
-        """A whole reply (not a stream, not an error): edit `exchange.reply`. Also on a hit of `lookup_response`.
+        """A whole reply (not a stream, not an error): edit `exchange.reply`. Also on a hit of `lookup_response`, but
+        not in phase `accept`: what is said of a job is no answer yet.
 
         May refuse. A failure is answered with 503.
         """

@@ -194,8 +194,10 @@ class Run:
         self._enter("check")
         if hooks.check_request:
             await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
-            if exchange.rules:
-                exchange.admission = await ledger.admit(exchange.snapshot.services.ledger, exchange, exchange.rules)
+        if exchange.late is not None:
+            exchange.hold(ledger.UNDER_WAY)
+        if exchange.rules:
+            exchange.admission = await ledger.admit(exchange.snapshot.services.ledger, exchange, exchange.rules)
         if hooks.lookup_response:
             hit: Reply | None = await dispatch.run_first(exchange, hooks.lookup_response, ignorable=True, returns=Reply)
             if hit is not None:

@@ -12,6 +12,9 @@ the request, and then nothing was taken for any rule. When the request is over, 
   is spent as reserved, and leaves a row. spent + reserved never exceeds the limit at an admission.
 
 Settlement is by operation id, the exchange's: doing it twice, or after the lease ended, ends in the same sums.
+
+Late work (phase `run`) always leaves its operation's row behind, whatever limits there are; and where the operator pays
+for what a dead worker had under way, its reservations are given back instead of spent.
 """
 
 from __future__ import annotations
@@ -123,7 +126,7 @@ class Verdict(Sequence[State]):
             return [self[i] for i in range(*index.indices(len(self)))]
         rule, level = self._rules[index], self._levels[index]
         if isinstance(level, tuple):
-            return self._of_budget(rule, *level)
+            return self._of_budget(rule, self.granted if rule.amount else 0, *level)
         if rule.kind == "slots":
             left = int(rule.limit - level)
             return State(True, left - self.allowed) if left > 0 else State(False, 0, 0.0, 1.0)
@@ -139,10 +142,10 @@ class Verdict(Sequence[State]):
         wait = (short + 0.5) / 1e6 if amount <= rule.size else None
         return State(False, max(0, int(room / unit)), level / 1e6, wait)
 
-    def _of_budget(self, rule: Rule, spent: float, reserved: float) -> State:
+    def _of_budget(self, rule: Rule, granted: int, spent: float, reserved: float) -> State:
         left = int(rule.limit - spent - reserved)
         if self.allowed:
-            return State(True, left - self.granted, 0.0, None, self.granted, int(reserved))
+            return State(True, left - granted, 0.0, None, granted, int(reserved))
         least = rule.amount if rule.least is None else rule.least
         return State(least <= left, max(0, left), 0.0, None, 0, int(reserved))
 
@@ -151,7 +154,7 @@ def _weighed(rules: Sequence[Rule], levels: Sequence[Level]) -> Verdict:
     """As if it was taken, if all have room."""
     states: Sequence[State] = Verdict(rules, levels, allowed=False)
     allowed = all(state.allowed for state in states)
-    grants = [min(r.amount, s.remaining) for r, s in zip(rules, states, strict=True) if r.kind == "budget"]
+    grants = [min(r.amount, s.remaining) for r, s in zip(rules, states, strict=True) if r.kind == "budget" and r.amount]
     return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
 
 
@@ -169,16 +172,17 @@ class Row(NamedTuple):
     id: str  # for `drop_rows`
     op: str
     payload: bytes
-    abandoned: int | None = None  # micro-USD spent as reserved
+    abandoned: int | None = None  # micro-USD that were reserved
 
 
 class Ledger(Protocol):
     """In memory and on Redis: the same answers."""
 
-    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> Verdict:
+    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"", *, give_back: bool = False) -> Verdict:
         """Take for all rules, or for none if one has no room. Raises StoreUnavailable.
 
-        `row` is recorded if the operation is never settled. A second call for the same operation takes more.
+        `row` is recorded if the operation is never settled; what was reserved is spent then, or `give_back`. A second
+        call for the same operation takes more. A budget's rule of amount 0 takes nothing, and has the operation known.
         """
 
     async def peek(self, rules: Sequence[Rule]) -> Verdict:
@@ -233,14 +237,23 @@ class Ledger(Protocol):
     def lifespan(self) -> contextlib.AbstractAsyncContextManager[None]: ...
 
 
+def _never(rule: Rule, state: State) -> GatewayError:
+    raise AssertionError(f"{rule.key} has room for everybody: {state}")
+
+
+# Held for late work: its operation is known, so that its row is there whatever becomes of its worker.
+UNDER_WAY = Rule("core:run", "budget", ENDLESS, _never, amount=0)
+
+
 async def admit(ledger: Ledger, exchange: Exchange, rules: Sequence[Rule]) -> Admission:
     """Raises what the rule without room says, or StoreUnavailable if a rule wants that."""
     op = exchange.id
     row = b""
     if exchange.record is not None and any(rule.kind == "budget" for rule in rules):
         row = exchange.record(exchange)
+    give_back = exchange.late is not None and exchange.charge_abandoned == "operator"
     try:
-        verdict = await ledger.judge(op, rules, row)
+        verdict = await ledger.judge(op, rules, row, give_back=give_back)
     except StoreUnavailable:
         if any(rule.on_store_error == "deny" for rule in rules):
             raise
@@ -350,16 +363,16 @@ class MemoryLedger:
         self._numbers = 0
         self._calls = 0
 
-    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> Verdict:
+    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"", *, give_back: bool = False) -> Verdict:
         """Two loops without calls: they run for every request."""
-        del row  # who would record it, dies with the operation
+        del row, give_back  # who would do it, dies with the operation
         now = self._clock() * 1e6
         self._calls += 1
         if self._calls % SWEEP_EVERY == 0:
             self._sweep(now)
         full_at, slots = self._full_at, self._slots
         levels: list[Any] = []
-        budgets: list[_Budget] = []
+        budgets: list[tuple[_Budget, int]] = []
         allowed, grant = True, -1
         for rule in rules:
             kind = rule.kind
@@ -375,14 +388,15 @@ class MemoryLedger:
                     allowed = False
             else:
                 budget = self._budget(rule)
-                budgets.append(budget)
                 level = (budget.spent, budget.reserved)
                 left, amount = rule.limit - budget.spent - budget.reserved, rule.amount
+                budgets.append((budget, amount))
                 if left < (amount if rule.least is None else rule.least):
                     allowed = False
-                amount = min(amount, left)
-                if grant < 0 or amount < grant:
-                    grant = amount
+                if amount:
+                    amount = min(amount, left)
+                    if grant < 0 or amount < grant:
+                        grant = amount
             levels.append(level)
         if not allowed:
             return Verdict(rules, levels, allowed=False)
@@ -392,9 +406,10 @@ class MemoryLedger:
                 full_at[rule.key] = now + level + rule.amount * rule.unit
             elif kind == "slots":
                 slots.setdefault(rule.key, set()).add(op)
-        for budget in budgets:
-            budget.held[op] = budget.held.get(op, 0) + grant
-            budget.reserved += grant
+        for budget, amount in budgets:
+            taken = grant if amount else 0
+            budget.held[op] = budget.held.get(op, 0) + taken
+            budget.reserved += taken
         return Verdict(rules, levels, allowed=True, granted=grant)
 
     async def peek(self, rules: Sequence[Rule]) -> Verdict:
@@ -498,7 +513,9 @@ class MemoryLedger:
 # All keys of the ledger carry one hash tag: a Cluster keeps them on one node, as one call on several keys needs.
 PREFIX = "{xenios}:ledger:"
 LEASES = PREFIX + "leases"  # sorted set: operation → when its reservations are spent as reserved
-OPERATION = PREFIX + "op:"  # hash of one operation: budget's key → reserved; `~row`; `~gone` once it was reaped
+# Hash of one operation: budget's key → reserved; `~row`; `~back` if it is to be given back, not spent; `~gone` once it
+# was reaped: then budget's key → what was spent.
+OPERATION = PREFIX + "op:"
 ADJUSTED = PREFIX + "adjusted:"  # operation and budget that were charged without a reservation
 ROWS = PREFIX + "rows"  # stream
 DROPPED = PREFIX + "dropped"  # how many rows found no place in it
@@ -512,7 +529,7 @@ local function text(n) return string.format('%.0f', n) end
 """
 
 # KEYS: one per rule, then the operation's and the leases. ARGV: the time in µs (0: Redis's own), the lease in µs, the
-# operation, its row, then four per rule:
+# operation, its row, '1' if it is to be given back, then four per rule:
 #   'r', the bucket's size in µs, what the request takes in µs, '';
 #   's', the number of slots, operations that are over but whose slots may not have been freed yet, '';
 #   'b', the limit, the least and the most to reserve as 'least most', when the count may be forgotten in ms or ''.
@@ -521,9 +538,9 @@ _JUDGE = (
     _TIME
     + """
 local op, n = ARGV[3], #KEYS - 2
-local out, ok, grant = {1}, true, nil
+local out, ok, grant, budgets = {1}, true, nil, false
 for i = 1, n do
-  local key, p = KEYS[i], 4 * i + 1
+  local key, p = KEYS[i], 4 * i + 2
   local kind, room, level = ARGV[p], tonumber(ARGV[p + 1]), nil
   if kind == 's' then
     for over in string.gmatch(ARGV[p + 2], '%S+') do redis.call('ZREM', key, over) end
@@ -536,7 +553,8 @@ for i = 1, n do
     local least, most = string.match(ARGV[p + 2], '(%d+) (%d+)')
     local left = room - spent - reserved
     if left < tonumber(least) then ok = false end
-    grant = math.min(grant or left, left, tonumber(most))
+    if most ~= '0' then grant = math.min(grant or left, left, tonumber(most)) end
+    budgets = true
     level = text(spent) .. ' ' .. text(reserved)
   else
     level = math.max(0, tonumber(redis.call('GET', key) or 0) - now)
@@ -546,25 +564,27 @@ for i = 1, n do
   out[i + 1] = tostring(level)
 end
 if not ok then out[1] = 0; return out end
-local gone = grant and redis.call('HEXISTS', KEYS[n + 1], '~gone')
+local gone = budgets and redis.call('HEXISTS', KEYS[n + 1], '~gone')
 for i = 1, n do
-  local key, p = KEYS[i], 4 * i + 1
+  local key, p = KEYS[i], 4 * i + 2
   local kind = ARGV[p]
   if kind == 's' then
     redis.call('ZADD', key, now + lease, op)
     redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
   elseif kind == 'b' then
     -- an operation whose lease ended was charged what it had reserved: what it takes on top is charged too
-    redis.call('HINCRBY', key, gone == 1 and 'spent' or 'reserved', text(grant))
+    local taken = string.sub(ARGV[p + 2], -2) == ' 0' and 0 or grant
+    redis.call('HINCRBY', key, gone == 1 and 'spent' or 'reserved', text(taken))
     if ARGV[p + 3] ~= '' then redis.call('PEXPIREAT', key, ARGV[p + 3]) end
-    redis.call('HINCRBY', KEYS[n + 1], key, text(grant))
+    redis.call('HINCRBY', KEYS[n + 1], key, text(taken))
   else
     local ahead = tonumber(out[i + 1]) + tonumber(ARGV[p + 2])
     redis.call('SET', key, string.format('%.3f', now + ahead), 'PX', math.ceil(ahead / 1000) + 1)
   end
 end
-if grant then
+if budgets then
   if ARGV[4] ~= '' then redis.call('HSET', KEYS[n + 1], '~row', ARGV[4]) end
+  if ARGV[5] ~= '' then redis.call('HSET', KEYS[n + 1], '~back', '1') end
   if gone == 0 then redis.call('ZADD', KEYS[n + 2], now + lease, op) end
 end
 return out
@@ -638,7 +658,8 @@ for i, key in ipairs(KEYS) do
       end
       redis.call('HINCRBY', key, 'spent', text(tonumber(spent)))
       redis.call('HDEL', held, key)
-      local rest = redis.call('HLEN', held) - redis.call('HEXISTS', held, '~gone') - redis.call('HEXISTS', held, '~row')
+      local rest = redis.call('HLEN', held)
+      for _, own in ipairs({{'~gone', '~row', '~back'}}) do rest = rest - redis.call('HEXISTS', held, own) end
       if rest == 0 then
         redis.call('DEL', held)
         redis.call('ZREM', leases, op)
@@ -656,7 +677,8 @@ return 1
 """
 )
 
-# KEYS: the leases. Spends what dead workers had reserved, and records it. Returns how many operations it found.
+# KEYS: the leases. Spends what dead workers had reserved, or gives it back, and records it. Returns how many operations
+# it found.
 _REAP = (
     _TIME
     + f"""
@@ -665,13 +687,18 @@ for _, op in ipairs(ended) do
   redis.call('ZREM', KEYS[1], op)
   local held = '{OPERATION}' .. op
   local fields, most, row = redis.call('HGETALL', held), '0', nil
+  local back = redis.call('HEXISTS', held, '~back') == 1
   for i = 1, #fields, 2 do
     local key, amount = fields[i], fields[i + 1]
     if key == '~row' then
       row = amount
-    elseif key ~= '~gone' then
+    elseif key ~= '~gone' and key ~= '~back' then
       redis.call('HINCRBY', key, 'reserved', text(0 - amount))
-      redis.call('HINCRBY', key, 'spent', amount)
+      if back then
+        redis.call('HSET', held, key, '0')
+      else
+        redis.call('HINCRBY', key, 'spent', amount)
+      end
       if tonumber(amount) > tonumber(most) then most = amount end
     end
   end
@@ -733,20 +760,21 @@ class RedisLedger:
         self._in_stream = 0  # rows, as the worker that takes them last saw it
         store.on_return.append(self._on_return)
 
-    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"") -> Verdict:
-        verdict = await self._judge(op, rules, row)
+    async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"", *, give_back: bool = False) -> Verdict:
+        verdict = await self._judge(op, rules, row, give_back)
         if not verdict.allowed and any(
             not s.allowed and (r.kind == "slots" or s.reserved) for r, s in zip(rules, verdict, strict=True)
         ):
             # What stands in the way may be over already, and its settlement under way here or in another worker.
             await asyncio.sleep(SETTLE_SECONDS * 1.5)
-            verdict = await self._judge(op, rules, row)
+            verdict = await self._judge(op, rules, row, give_back)
         return verdict
 
-    async def _judge(self, op: str, rules: Sequence[Rule], row: bytes) -> Verdict:
+    async def _judge(self, op: str, rules: Sequence[Rule], row: bytes, give_back: bool) -> Verdict:
         if self._store.is_open:
             raise StoreUnavailable
-        keys, arguments, taken = [], [self._now(), int(LEASE_SECONDS * 1e6), op, row], []
+        keys, taken = [], []
+        arguments = [self._now(), int(LEASE_SECONDS * 1e6), op, row, "1" if give_back else ""]
         for rule in rules:
             key = PREFIX + rule.key
             keys.append(key)
@@ -786,7 +814,8 @@ class RedisLedger:
                 continue
             spent, _, reserved = text.partition(b" ")
             levels.append((int(spent), int(reserved)))
-            grants.append(min(rule.amount, rule.limit - int(spent) - int(reserved)))
+            if rule.amount:
+                grants.append(min(rule.amount, rule.limit - int(spent) - int(reserved)))
         return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
 
     async def peek(self, rules: Sequence[Rule]) -> Verdict:

@@ -5,6 +5,9 @@ Each limit has a bucket that holds `burst` units (default: as many as the limit)
 when it is over: what it used beyond is a debt that later requests wait for. A request that has no room in one limit is
 refused with 429, and counts for none.
 
+A job counts for `requests` when it is taken, for `tokens` and `concurrent` while it runs: it is one request, whenever
+and however often it is tried, and takes no place while it waits.
+
 Counts live where `services.redis` says: in the process, or in a Redis that all workers and gateways share.
 """
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 _SUBJECTS = 4096  # whose rules are kept ready
 _OWN = "own limits"  # no name that the YAML can give
 _UNITS = ("requests", "tokens", "concurrent")
+_LATE = {"accept": frozenset({"requests"}), "run": frozenset({"tokens", "concurrent"})}  # what counts; live: all
 
 
 class Limit(NamedLimit):
@@ -70,6 +74,14 @@ class Limit(NamedLimit):
             raise ValueError("burst_requests stands without requests")
         if self.burst_tokens is not None and self.tokens is None:
             raise ValueError("burst_tokens stands without tokens")
+        phases = self.when.phase if self.when is not None else None
+        if phases is not None and "live" not in phases:
+            counted = frozenset().union(*(_LATE[phase] for phase in phases))
+            if useless := [unit for unit in _UNITS if getattr(self, unit) is not None and unit not in counted]:
+                raise ValueError(
+                    f"{useless[0]} don't count in phase {' or '.join(phases)}: a job counts for requests when it is "
+                    "taken (accept), for tokens and concurrent while it runs (run)"
+                )
         return self
 
 
@@ -214,6 +226,10 @@ class Plugin:
                 for more, of_tokens in limit.rules(exchange):
                     fixed += more
                     counted += (of_tokens,) if of_tokens else ()
+        if exchange.phase != "live":
+            units = _LATE[exchange.phase]
+            fixed = tuple(rule for rule in fixed if rule.about.unit in units)
+            counted = counted if "tokens" in units else ()
         if fixed:
             exchange.hold(*fixed)
         if counted:

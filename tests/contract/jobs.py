@@ -15,8 +15,8 @@ ADA = Principal(
 )
 
 
-class Jobs:
-    """Takes what asks for it by a header, and keeps it."""
+class Taker:
+    """Takes what asks for it by a header, and keeps it. Callers are others' business."""
 
     reads_settings = ()
     takes_jobs = True
@@ -24,18 +24,7 @@ class Jobs:
     def __init__(self, config, services):
         self.services = services
         self.kept = []
-        self.gone = False
         self.phases = []
-
-    @hookimpl
-    async def authenticate(self, exchange):
-        return ADA
-
-    @hookimpl
-    async def restore_principal(self, reference, kept):
-        if isinstance(self.gone, Exception):
-            raise self.gone
-        return None if self.gone else kept
 
     @hookimpl
     async def prepare_request(self, exchange):
@@ -61,7 +50,23 @@ class Jobs:
         return LateRequest.from_json(self.kept[-1])
 
 
-class Answer:
+class Jobs(Taker):
+    """Knows who is calling, too: `gone` is what becomes of that."""
+
+    gone = False
+
+    @hookimpl
+    async def authenticate(self, exchange):
+        return ADA
+
+    @hookimpl
+    async def restore_principal(self, reference, kept):
+        if isinstance(self.gone, Exception):
+            raise self.gone
+        return None if self.gone else kept
+
+
+class Keeper:
     """A client of `services.run`."""
 
     def __init__(self):
@@ -96,11 +101,11 @@ class Commits:
         self.rows.append(row)
 
 
-async def taken(gw, *, plugin="Jobs", **fields):
+async def taken(gw, *, plugin="Jobs", headers=None, **fields):
     reply = await gw.post(
         "/v1/chat/completions",
         {"model": "test/model", "messages": [{"role": "user", "content": "Hello"}], **fields},
-        headers={"Prefer": "respond-async", "X-Request-Id": "mine-1", "X-Title": "An app"},
+        headers={"Prefer": "respond-async", "X-Request-Id": "mine-1", "X-Title": "An app", **(headers or {})},
     )
     assert reply.status == 202
     return gw.plugin(plugin)

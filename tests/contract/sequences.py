@@ -35,5 +35,11 @@ SEQUENCES = {
     ("binary", "disconnect"): [*ASKED, "attempt_started", "response_started", "attempt_finished", "request_finished"],
     ("binary", "cut"): [*ASKED, "attempt_started", "response_started", "attempt_finished", "request_finished"],
 }
+# taken as a job: what is said of that is no model's answer
+ACCEPTED = [*LOOKED_UP, "response_started", "request_finished"]
+
 for fate in ("upstream error", "refused", "hit"):
     SEQUENCES["binary", fate] = SEQUENCES["whole", fate]
+
+# the job at work: who asks is restored, everything else is as ever
+RUNS = {case: [hook for hook in hooks if hook != "authenticate"] for case, hooks in SEQUENCES.items()}

@@ -11,7 +11,7 @@ from gateway.exchange import ANONYMOUS, Outcome
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Hang, ScriptedUpstream, Stream, chat_events
 from gateway.tasks import Tasks
-from tests.contract.jobs import ADA, Answer, Commits, Jobs, taken
+from tests.contract.jobs import ADA, Commits, Jobs, Keeper, Taker, taken
 
 PATIENT = 10.0
 
@@ -34,7 +34,7 @@ async def test_an_accepted_request_asks_no_upstream_and_runs_later_as_it_came():
         [accepted] = await gw.finished()
         assert (accepted.phase, accepted.attempts, accepted.outcome) == ("accept", [], Outcome.OK)
         assert gw.upstream.seen == []
-        answer, commits = Answer(), Commits()
+        answer, commits = Keeper(), Commits()
         exchange = await jobs.services.run(jobs.late(), answer, operation_id="job_1/1", commit=commits)
         assert (exchange.phase, exchange.outcome, exchange.id) == ("run", Outcome.OK, "job_1/1")
         assert (exchange.request_id, exchange.principal) == ("mine-1", ADA)
@@ -73,7 +73,7 @@ async def test_a_stream_runs_into_whoever_keeps_it():
     upstream = ScriptedUpstream(Stream(*chat_events()))
     async with Gateway.test(plugins=[Jobs], upstream=upstream) as gw:
         jobs = await taken(gw, stream=True)
-        answer = Answer()
+        answer = Keeper()
         await jobs.services.run(jobs.late(), answer)
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         assert answer.body.endswith(b"data: [DONE]\n\n")
@@ -87,10 +87,10 @@ async def test_nobody_restores_the_principal():
         jobs.gone = True
         commits = Commits()
         with pytest.raises(PrincipalGone):
-            await jobs.services.run(jobs.late(), Answer(), commit=commits)
+            await jobs.services.run(jobs.late(), Keeper(), commit=commits)
         jobs.gone = StoreUnavailable()
         with pytest.raises(StoreUnavailable):
-            await jobs.services.run(jobs.late(), Answer(), commit=commits)
+            await jobs.services.run(jobs.late(), Keeper(), commit=commits)
         assert (gw.upstream.seen, commits.rows) == ([], [])
 
 
@@ -98,7 +98,7 @@ async def test_cancelling_closes_the_upstreams_call_and_commits_what_came():
     upstream = ScriptedUpstream(Stream(*chat_events(finish=None, done=False, usage=False), end="hang"))
     async with Gateway.test(plugins=[Jobs], upstream=upstream) as gw:
         jobs = await taken(gw, stream=True)
-        answer, commits, tasks = Answer(), Commits(), Tasks()
+        answer, commits, tasks = Keeper(), Commits(), Tasks()
         running = tasks.spawn(jobs.services.run(jobs.late(), answer, commit=commits), "run")
         await asyncio.wait_for(answer.began.wait(), PATIENT)
         running.cancel()
@@ -113,7 +113,7 @@ async def test_cancelling_closes_the_upstreams_call_and_commits_what_came():
 async def test_a_run_has_its_own_deadline():
     async with Gateway.test(plugins=[Jobs], upstream=ScriptedUpstream(Hang())) as gw:
         jobs = await taken(gw)
-        answer = Answer()
+        answer = Keeper()
         exchange = await jobs.services.run(replace(jobs.late(), deadline=0.2), answer)
         assert (exchange.outcome, answer.status) == (Outcome.TIMEOUT, 504)
 
@@ -177,7 +177,7 @@ async def test_a_multipart_request_runs_with_its_file():
         headers = {"Content-Type": f"multipart/form-data; boundary={boundary}", "Prefer": "respond-async"}
         reply = await gw.request("POST", "/v1/audio/transcriptions", data=body, headers=headers)
         assert reply.status == 202
-        answer, jobs = Answer(), gw.plugin("Jobs")
+        answer, jobs = Keeper(), gw.plugin("Jobs")
         exchange = await jobs.services.run(jobs.late(), answer)
         assert answer.status == 200
         assert exchange.form.files[0].content == b"RIFF\x00\x01"
@@ -209,7 +209,7 @@ async def test_no_credential_is_kept_and_what_the_configuration_asks_for_is():
         assert b"secret" not in jobs.kept[0]
         kept = {name.lower(): value for name, value in jobs.late().headers.items()}
         assert kept == {"x-tier": "gold", "x-acme-shard": "7", "x-trace-me": "yes", "x-title": "An app"}
-        await jobs.services.run(jobs.late(), Answer())
+        await jobs.services.run(jobs.late(), Keeper())
         assert gw.upstream.seen[0].json["model"] == "test/gold"  # as it would have been then
 
 
@@ -234,21 +234,16 @@ def test_what_is_kept_is_read_as_it_was_written():
     assert read == replace(late, deadline=None, principal=replace(ADA, team=None))
 
 
-class Anonymous(Jobs):
-    authenticate = None
-    restore_principal = None
-
-
 async def test_nobody_who_authenticates_is_restored_as_nobody():
     """Where callers have no keys, their jobs run; once a plugin asks for keys, they don't."""
-    async with Gateway.test(plugins=[Anonymous]) as gw:
-        jobs = await taken(gw, plugin="Anonymous")
-        exchange = await jobs.services.run(jobs.late(), Answer())
+    async with Gateway.test(plugins=[Taker]) as gw:
+        jobs = await taken(gw, plugin="Taker")
+        exchange = await jobs.services.run(jobs.late(), Keeper())
         assert exchange.principal is ANONYMOUS
         kept = jobs.late()
-        await gw.reload(plugins=[Anonymous, "api_keys"])
+        await gw.reload(plugins=[Taker, "api_keys"])
         with pytest.raises(PrincipalGone):
-            await gw.plugin("Anonymous").services.run(kept, Answer())
+            await gw.plugin("Taker").services.run(kept, Keeper())
 
 
 class Rewrites:
@@ -267,7 +262,7 @@ async def test_an_answer_is_transformed_where_it_is_one():
     """What is said of an accepted job is no model's answer; the job's is."""
     async with Gateway.test(plugins=[Jobs, Rewrites]) as gw:
         jobs = await taken(gw)
-        answer = Answer()
+        answer = Keeper()
         await jobs.services.run(jobs.late(), answer)
         assert json.loads(answer.body)["signed"] is True
 
@@ -277,7 +272,7 @@ async def test_a_job_that_is_offloaded_again_is_run():
     async with Gateway.test(plugins=[Jobs]) as gw:
         jobs = await taken(gw)
         late = replace(jobs.late(), headers={"x-offload": "1"})
-        exchange = await jobs.services.run(late, Answer())
+        exchange = await jobs.services.run(late, Keeper())
         assert (exchange.phase, len(exchange.attempts)) == ("run", 1)
 
 
@@ -292,7 +287,7 @@ async def test_cancelling_during_the_commit_waits_for_it():
             await go_on.wait()
             done.append(exchange)
 
-        running = tasks.spawn(jobs.services.run(jobs.late(), Answer(), commit=commit), "run")
+        running = tasks.spawn(jobs.services.run(jobs.late(), Keeper(), commit=commit), "run")
         await begun.wait()
         running.cancel()
         running.cancel()
@@ -310,7 +305,7 @@ async def test_what_a_commit_raises_is_raised():
             raise StoreUnavailable
 
         with pytest.raises(StoreUnavailable):
-            await jobs.services.run(jobs.late(), Answer(), commit=commit)
+            await jobs.services.run(jobs.late(), Keeper(), commit=commit)
 
 
 async def test_a_slow_keeper_is_no_client_that_does_not_read():
@@ -318,7 +313,7 @@ async def test_a_slow_keeper_is_no_client_that_does_not_read():
     async with Gateway.test(plugins=[Jobs], settings={"server": {"write_timeout": 0.2}}) as gw:
         jobs = await taken(gw)
 
-        class Slow(Answer):
+        class Slow(Keeper):
             async def send(self, *arguments):
                 await asyncio.sleep(0.6)  # longer than `write_timeout`, and than the watch's turn
                 await super().send(*arguments)

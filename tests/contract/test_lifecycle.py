@@ -10,11 +10,14 @@ from gateway.dialects import DIALECTS
 from gateway.exchange import Outcome
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Answer, Error, Hang, ScriptedUpstream, Stream, chat_events
+from gateway.tasks import Tasks
+from tests.contract.jobs import Keeper, Taker
 from tests.contract.recorder import Hits, Recorder, Refuser, TwoTargets, trace
 from tests.contract.requests import STREAMS, request, stopping, streamed
-from tests.contract.sequences import ASKED, ATTEMPT, ERROR, HEAD, SEQUENCES
+from tests.contract.sequences import ACCEPTED, ASKED, ATTEMPT, ERROR, HEAD, RUNS, SEQUENCES
 
 P10 = pytest.mark.promise("P10.sequence")
+LATE = pytest.mark.promise("P10.late")
 
 CASES = [
     *((endpoint, "stream", fate) for kind, fate in SEQUENCES if kind == "stream" for endpoint in STREAMS),
@@ -89,6 +92,47 @@ async def test_each_hook_runs_once_and_in_the_documented_order(endpoint, kind, f
         assert trace(exchange) == SEQUENCES[kind, fate]
         assert exchange.outcome is OUTCOMES[fate]
         assert all(record.finished is not None for record in exchange.attempts)
+
+
+KINDS = sorted({case[:2] for case in CASES})
+RUN_CASES = [case for case in CASES if case[2] in {"success", "upstream error", "disconnect", "cut", "hit"}]
+
+
+async def _accepted(gw, endpoint, kind):
+    """The plugin that has taken the request."""
+    sent = request(endpoint, stream=kind == "stream")
+    sent["headers"] = {**sent.get("headers", {}), "Prefer": "respond-async"}
+    reply = await gw.request("POST", f"/v1/{endpoint}", **sent)
+    assert reply.status == 202
+    return gw.plugin("Taker")
+
+
+@LATE
+@pytest.mark.parametrize(("endpoint", "kind"), KINDS)
+async def test_a_job_is_taken_after_every_check_and_before_any_upstream(endpoint, kind):
+    """Whoever is asked of a live request until `lookup_response` is asked of one that becomes a job."""
+    async with Gateway.test(plugins=[Recorder, Taker]) as gw:
+        await _accepted(gw, endpoint, kind)
+        [exchange] = await gw.finished()
+        assert trace(exchange) == ACCEPTED
+        assert (exchange.phase, exchange.outcome) == ("accept", Outcome.OK)
+
+
+@LATE
+@pytest.mark.parametrize(("endpoint", "kind", "fate"), RUN_CASES)
+async def test_a_run_goes_through_the_same_hooks_but_for_authenticate(endpoint, kind, fate):
+    """Jobs have no back door: what limits, guards and transforms live requests does so with them, each hook once."""
+    upstream = ScriptedUpstream(*_answers(endpoint, kind, fate))
+    async with Gateway.test(plugins=[Recorder, Taker, *([Hits] if fate == "hit" else [])], upstream=upstream) as gw:
+        taker, answer, tasks = await _accepted(gw, endpoint, kind), Keeper(), Tasks()
+        running = tasks.spawn(taker.services.run(taker.late(), answer), "run")
+        if fate == "disconnect":
+            await (gw.upstream.wait_seen(1) if kind == "whole" else answer.began.wait())
+            running.cancel()
+        await asyncio.wait([running])
+        _, exchange = await gw.finished(2)
+        assert trace(exchange) == RUNS[kind, fate]
+        assert (exchange.phase, exchange.outcome) == ("run", OUTCOMES[fate])
 
 
 PREAMBLE = chat_events(finish=None, done=False, usage=False)[:2]

@@ -5,6 +5,7 @@ import pytest
 from gateway import Decision, Target, hookimpl
 from gateway.errors import StartError
 from gateway.kit.testing import Gateway
+from tests.contract.jobs import Jobs, Keeper, taken
 from tests.contract.recorder import Recorder, trace
 
 
@@ -135,3 +136,15 @@ async def test_on_loopback_no_key_is_needed():
     async with Gateway.test() as gw:
         reply = await gw.post(CHAT[0], CHAT[1], headers={"Authorization": ""})
         assert reply.status == 200
+
+
+async def test_phases_are_known_with_the_decision():
+    """A plugin for jobs at work is not there when they are taken, nor for what is answered at once."""
+    scoped = {"use": Scoped, "when": {"phase": ["run"]}}
+    async with Gateway.test(plugins=[Jobs, scoped]) as gw:
+        assert "x-scoped" not in (await gw.chat()).headers
+        jobs, keeper = await taken(gw), Keeper()
+        await jobs.services.run(jobs.late(), keeper)
+        assert "x-scoped" in keeper.headers
+        _, accepted, _ = await gw.finished(3)
+        assert "x-scoped" not in accepted.reply_headers

@@ -24,8 +24,8 @@ NEEDS = {"jwt_auth": {"issuers": [{"issuer": "https://login.example.com", "audie
 async def families() -> list[Family]:
     """Of a gateway with all built-in plugins."""
     names = sorted(n for n, point in installed().items() if point.value.startswith("gateway_plugins."))
-    plugins = [(name, NEEDS.get(name, {})) for name in names]
-    async with Gateway.test(plugins=plugins, settings={"services": {"redis": "embedded"}}) as gateway:
+    plugins, redis = [(name, NEEDS.get(name, {})) for name in names], {"services": {"redis": "embedded"}}
+    async with Gateway.test(plugins=plugins, settings=redis) as gateway:
         return await gateway.snapshot.services.metrics.read()
 
 

@@ -16,11 +16,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from pydantic import ValidationError
 
+from gateway import Principal, PrincipalGone
 from gateway.kit import hash_key, new_key
 from gateway.kit.testing import PEPPER, Gateway
 from gateway.kit.upstream import MODEL
 from gateway.tasks import Tasks
 from gateway_plugins import jwt_auth
+from tests.contract.jobs import Keeper, Taker, taken
 from tests.integration.process import xenios
 from tests.scraped import scraped
 
@@ -574,3 +576,45 @@ async def test_a_slow_issuer_holds_up_nobody_else(issuer):
             held.set()
             assert (await waiting).status == 200
     await runner.cleanup()
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_job_goes_on_with_what_the_token_said(issuer):
+    """Tenant, roles and limits as they were verified, though the token has ended by then."""
+    async with gateway(entry(issuer, claims={"tenant": "org"}), plugins=[Taker]) as gw:
+        taker = await taken(gw, plugin="Taker", headers={"Authorization": f"Bearer {issuer.token(org='acme')}"})
+        exchange = await taker.services.run(taker.late(), Keeper())
+        accepted, _ = await gw.finished(2)
+        assert exchange.principal == accepted.principal
+        assert (exchange.principal.reference, exchange.principal.tenant) == ("jwt.test:ann", "test/acme")
+
+
+async def test_a_job_of_an_issuer_that_was_removed_is_nobodys(issuer):
+    """Taken off the list: its callers' jobs fail, as their next requests would."""
+    other = {"name": "other", "issuer": "https://login.example.com", "audience": "gateway", "secret": SECRET}
+    renamed = {**other, "name": "test"}
+    async with gateway(entry(issuer), other, plugins=[Taker]) as gw:
+        taker = await taken(gw, plugin="Taker", headers={"Authorization": f"Bearer {issuer.token()}"})
+        late = taker.late()
+        for left in (other, renamed):
+            await gw.reload(plugins=[{"use": "jwt_auth", "config": {"issuers": [left]}}, Taker])
+            with pytest.raises(PrincipalGone):
+                await taker.services.run(late, Keeper())
+
+
+async def test_what_is_kept_is_believed_of_this_plugins_callers_alone(issuer):
+    """Neither a key's principal, nor one under another's name, nor a name without a token is restored."""
+    async with gateway(entry(issuer)) as gw:
+        restore = gw.plugin("jwt_auth").restore_principal
+        ann = Principal("ann", kind="jwt.test", claims={"iss": issuer.url})
+        assert await restore(ann.reference, ann) is ann
+        assert await restore("jwt.test:bob", ann) is None
+        assert await restore(ann.reference, None) is None
+        for stranger in (
+            Principal("ann", kind="key", claims={"iss": issuer.url}),
+            Principal("ann", kind="jwt.test", claims={"iss": "https://evil.example"}),
+            Principal("ann", kind="jwt.test"),
+        ):
+            assert await restore(stranger.reference, stranger) is None

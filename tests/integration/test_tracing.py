@@ -21,6 +21,7 @@ from gateway import BadRequest, RateLimited, Reply, hookimpl
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import COST, Error, Json, Pause, ScriptedUpstream, Stream, chat_completion, chat_events
 from gateway_plugins.tracing import export
+from tests.contract.jobs import Jobs, Keeper, taken
 from tests.integration.collector import Collector
 from tests.integration.process import serving_beside
 
@@ -365,6 +366,33 @@ async def test_a_plugins_own_call_is_within_its_requests_trace():
         assert inner.parent_id == outer.span_id
         assert attempt.parent_id == inner.span_id
         assert {span.trace_id for span in (outer, inner, attempt)} == {outer.trace_id}
+
+
+@pytest.mark.parametrize("config", [{}, {"parent_based": False}])
+async def test_a_job_goes_on_with_the_trace_in_which_it_was_taken(config):
+    """One trace from the client's call to the attempt of a run that came later, also where clients are not believed."""
+    async with Collector() as collector, Gateway.test(plugins=[traced(collector, **config), Jobs]) as gw:
+        jobs = await taken(gw)
+        exchange = await jobs.services.run(jobs.late(), Keeper())
+        accepted, run, attempt = await collector.received(3)
+        assert [accepted.kind, run.kind, attempt.kind] == ["server", "consumer", "client"]
+        assert [accepted.attributes["xenios.phase"], run.attributes["xenios.phase"]] == ["accept", "run"]
+        assert run.parent_id == accepted.span_id
+        assert attempt.parent_id == run.span_id
+        assert {accepted.trace_id, run.trace_id, attempt.trace_id} == {exchange.trace_id}
+        assert run.attributes["xenios.id"] == exchange.id
+
+
+async def test_what_was_not_traced_when_it_was_taken_is_not_traced_later():
+    """The caller's flag said no: the job's does too."""
+    async with Collector() as collector, Gateway.test(plugins=[traced(collector), Jobs]) as gw:
+        jobs = await taken(gw, headers={"traceparent": PARENT[:-1] + "0"})
+        exchange = await jobs.services.run(jobs.late(), Keeper())
+        assert exchange.trace_id == TRACE_ID
+        await gw.finished(2)
+        await gw.chat()
+        spans = await collector.received(2)
+        assert {span.trace_id for span in spans}.isdisjoint({TRACE_ID})
 
 
 async def test_two_tracers_tell_of_one_trace():

@@ -76,6 +76,8 @@ class InlineQueue:
 class Inline(Plugin):
     """`jobs` without Redis."""
 
+    requires_services = ("database",)
+
     def __init__(self, config: Any, services: Any) -> None:
         super().__init__(config, services)
         queue = self.queue

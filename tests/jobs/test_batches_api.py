@@ -9,14 +9,16 @@ from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Error, Hang, Json, ScriptedUpstream, chat_completion
 from tests.jobs.inline import Inline
 from tests.jobs.test_files_api import KEYS, other_tenant, upload
+from tests.stores.postgres import postgres_server
 
 CHAT = "/v1/chat/completions"
 SETTINGS = {"chunk_lines": 10, "lanes": 5, "backoff": "1ms"}
 
 
-def batches(upstream=None, *more, **settings):
+def batches(upstream=None, *more, database=None, **settings):
     config = {"batches": {**SETTINGS, **settings}}
-    return Gateway.test(plugins=[KEYS, "usage", (Inline, config), *more], upstream=upstream)
+    services = {"services": {"database": {"url": database}}} if database else None
+    return Gateway.test(plugins=[KEYS, "usage", (Inline, config), *more], upstream=upstream, settings=services)
 
 
 def line(custom_id, text="Hello", url=CHAT, model="test/model", **fields):
@@ -463,3 +465,53 @@ async def test_old_batches_go():
         await gw.plugin("Inline").part("Batches").tidy()
         reply = await gw.get(f"/v1/batches/{done['id']}")
     assert reply.status == 404
+
+
+@pytest.fixture
+async def postgres():
+    with postgres_server() as server:
+        yield await server.new()
+
+
+async def test_postgresql_keeps_them_as_well(postgres):
+    """The same on PostgreSQL: good lines, bad ones, a chunk that runs twice, cancelled, expired, listed, tidied."""
+
+    def answer(seen):
+        body = seen.body.decode()
+        return Error(400) if "bad" in body else Hang() if "never" in body else Json(chat_completion("Hi"), delay=0.05)
+
+    async with ScriptedUpstream(default=answer) as upstream:
+        async with batches(upstream, database=postgres) as gw:
+            inline(gw).held = []
+            batch = await create(gw, *(line(f"id-{i}") for i in range(25)), line("bad", "bad"))
+            [(kind, work)] = inline(gw).held
+            await inline(gw).handlers[kind](work)
+            chunk = f"{batch['id']}-0"
+            await asyncio.gather(*(inline(gw).handlers["chunk"](chunk) for _ in range(2)))
+            await inline(gw).go()
+            done = await ended(gw, batch)
+            good, bad = await lines_of(gw, done["output_file_id"]), await lines_of(gw, done["error_file_id"])
+            rows = await usage(gw)
+            other = await create(gw, line("a"), line("b", "never"))
+            await until(lambda: len(upstream.seen) == 38)
+            async with asyncio.timeout(5):
+                while (await gw.get(f"/v1/batches/{other['id']}")).data["request_counts"]["completed"] < 1:
+                    await asyncio.sleep(0.01)
+            await gw.post(f"/v1/batches/{other['id']}/cancel")
+            cancelled = await ended(gw, other)
+            listed = (await gw.get("/v1/batches?limit=1")).data
+            rest = (await gw.get(f"/v1/batches?after={listed['last_id']}")).data
+            files = (await gw.get("/v1/files?limit=1&order=asc")).data
+            more = (await gw.get(f"/v1/files?after={files['last_id']}&order=asc")).data
+            for name in ("Batches", "Files"):
+                await gw.plugin("Inline").part(name).tidy()
+        async with batches(upstream, database=postgres, window="1s") as gw:
+            expired = await ended(gw, await create(gw, line("b", "never")))
+    assert sorted(found["custom_id"] for found in good) == sorted(f"id-{i}" for i in range(25))
+    assert [found["custom_id"] for found in bad] == ["bad"]
+    assert done["request_counts"] == {"total": 26, "completed": 25, "failed": 1}
+    assert len(rows) == 36
+    assert (cancelled["status"], cancelled["request_counts"]["completed"]) == ("cancelled", 1)
+    assert [b["id"] for b in (*listed["data"], *rest["data"])] == [other["id"], batch["id"]]
+    assert len(more["data"]) == 4
+    assert (expired["status"], expired["output_file_id"]) == ("expired", None)

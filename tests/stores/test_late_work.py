@@ -11,7 +11,7 @@ from gateway.kit.testing import Gateway
 from gateway.kit.upstream import MODEL, Json, ScriptedUpstream, Stream, chat_completion, chat_events
 from gateway.tasks import Tasks
 from gateway_plugins.usage.rows import correction_row
-from tests.contract.jobs import Answer, Jobs, taken
+from tests.contract.jobs import Jobs, Keeper, taken
 from tests.stores.prices import PRICES
 from tests.stores.servers import emptied
 
@@ -72,7 +72,7 @@ async def test_the_row_is_committed_with_the_result_and_the_sums_add_up(services
     """The row is there before the commit ends, once; the budget is charged what it says, and holds nothing."""
     async with gateway(services) as gw:
         jobs, commit = await taken(gw, user="ann"), Commit(gw)
-        exchange = await jobs.services.run(jobs.late(), Answer(), operation_id="job_1/1", commit=commit)
+        exchange = await jobs.services.run(jobs.late(), Keeper(), operation_id="job_1/1", commit=commit)
         [row] = commit.seen
         assert (row["id"], row["request_id"], row["outcome"], row["end_user"]) == ("job_1/1", "mine-1", "ok", "ann")
         assert row["cost_micro_usd"] == exchange.cost.micro_usd == COST
@@ -89,7 +89,7 @@ async def test_a_row_that_could_not_be_committed_comes_with_the_sums(services):
             raise StoreUnavailable
 
         with pytest.raises(StoreUnavailable):
-            await jobs.services.run(jobs.late(), Answer(), operation_id="job_1/1", commit=commit)
+            await jobs.services.run(jobs.late(), Keeper(), operation_id="job_1/1", commit=commit)
         [row] = await rows(gw, "job_1/1")
         assert row["cost_micro_usd"] == COST
         assert await spent(gw) == (COST, 0)
@@ -99,7 +99,7 @@ async def test_a_run_that_was_cancelled_has_its_row_and_its_cost(services):
     """What came until then was paid for."""
     stream = Stream(*chat_events(finish=None, done=False, usage=False), end="hang")
     async with gateway(services, stream) as gw:
-        jobs, commit, answer, tasks = await taken(gw, stream=True, max_tokens=9), Commit(gw), Answer(), Tasks()
+        jobs, commit, answer, tasks = await taken(gw, stream=True, max_tokens=9), Commit(gw), Keeper(), Tasks()
         run = jobs.services.run(jobs.late(), answer, operation_id="job_1/1", commit=commit)
         running = tasks.spawn(run, "run")
         await asyncio.wait_for(answer.began.wait(), PATIENT)
@@ -118,7 +118,7 @@ async def test_a_row_is_stored_once_however_often_it_is_written(services):
         jobs, commit = await taken(gw), Commit(gw)
         failing = Stream(*chat_events(finish=None, done=False, usage=False, id="gen-7"), end="cut")
         gw.upstream.script(failing)
-        exchange = await jobs.services.run(jobs.late(), Answer(), operation_id="job_1/1", commit=commit)
+        exchange = await jobs.services.run(jobs.late(), Keeper(), operation_id="job_1/1", commit=commit)
         ledger, database = gw.snapshot.services.ledger, gw.snapshot.services.database
         truth = Usage(10, 5, source=Source.UPSTREAM), Cost(2 * COST * 10**6, Source.UPSTREAM)
         correction = correction_row(Correction(f"{exchange.id}/1", exchange.id, *truth))
@@ -136,7 +136,7 @@ async def test_what_is_written_is_gone_if_the_transaction_is(services):
     """Both or neither."""
     async with gateway(services) as gw:
         jobs, commit = await taken(gw), Commit(gw)
-        await jobs.services.run(jobs.late(), Answer(), operation_id="job_1/1", commit=commit)
+        await jobs.services.run(jobs.late(), Keeper(), operation_id="job_1/1", commit=commit)
         database = gw.snapshot.services.database
         await database.execute("DELETE FROM usage_requests")
         with pytest.raises(ZeroDivisionError):
@@ -153,7 +153,7 @@ async def test_a_worker_that_dies_after_its_commit_is_made_good_by_another(servi
         ledger = gw.snapshot.services.ledger
         with monkeypatch.context() as dead:
             dead.setattr(ledger, "settle", lambda *_, **__: None)
-            await jobs.services.run(jobs.late(), Answer(), operation_id="job_1/1", commit=commit)
+            await jobs.services.run(jobs.late(), Keeper(), operation_id="job_1/1", commit=commit)
         cost, reserved = await spent(gw)
         assert (cost, reserved > 0) == (0, True)
         for _ in range(2):
@@ -173,7 +173,7 @@ async def test_without_a_plugin_that_keeps_rows_a_commit_has_none():
             seen.append(row)
             await jobs.services.rows.write(None, b"a row of another day")
 
-        await jobs.services.run(jobs.late(), Answer(), commit=commit)
+        await jobs.services.run(jobs.late(), Keeper(), commit=commit)
         assert seen == [b""]
 
 
@@ -186,5 +186,5 @@ async def test_after_a_reload_the_new_instance_writes_the_rows(services):
         settings = {"services": services, "catalogue": {"overrides": {"test/model": PRICES[MODEL]}}}
         await gw.reload(plugins=[Jobs, BUDGET, changed], settings=settings)
         commit = Commit(gw)
-        await gw.plugin("Jobs").services.run(kept, Answer(), operation_id="job_1/1", commit=commit)
+        await gw.plugin("Jobs").services.run(kept, Keeper(), operation_id="job_1/1", commit=commit)
         assert len(commit.seen) == 1

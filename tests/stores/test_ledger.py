@@ -339,6 +339,50 @@ async def test_a_worker_that_was_only_slow_puts_it_right(shared):
     assert await other.budgets(["budget"]) == [(5, 0)]
 
 
+async def test_what_is_to_be_given_back_is_when_its_worker_dies(shared):
+    """Where the operator pays for a dead worker's calls the budgets have their money again, and the row says how much."""
+    (dead, alive), clock = shared
+    caps = [budget(100, amount=60), budget(100, key="other", amount=60)]
+    await dead.judge("a", caps, b"the operator's", give_back=True)
+    assert await alive.budgets(["budget", "other"]) == [(0, 60)] * 2
+    clock.now += LEASE_SECONDS + 0.1
+    assert await alive.reap() == 1
+    assert await alive.budgets(["budget", "other"]) == [(0, 0)] * 2
+    assert [(row.payload, row.abandoned) for row in await alive.rows(10)] == [(b"the operator's", 60)]
+    for ledger in (dead, alive):  # it was only slow, and what it committed is settled by others too
+        ledger.settle("a", [(cap, 5) for cap in caps])
+        await ledger.flush()
+    assert await alive.budgets(["budget", "other"]) == [(5, 0)] * 2
+    assert await dead._store.client.keys("*op:*") == []
+
+
+async def test_an_operation_without_limits_leaves_its_row_too(shared):
+    """Late work is known by a rule that takes nothing; beside it budgets are reserved as if it were not there."""
+    (dead, alive), clock = shared
+    [state] = await dead.judge("a", [kit_ledger.UNDER_WAY], b"who it was")
+    assert (state.allowed, state.granted) == (True, 0)
+    [under_way, capped] = await dead.judge("b", [kit_ledger.UNDER_WAY, budget(100, amount=60)], b"another")
+    assert (under_way.granted, capped.granted) == (0, 60)
+    dead.settle("b", [(kit_ledger.UNDER_WAY, None), (budget(100), 5)])
+    await dead.flush()
+    clock.now += LEASE_SECONDS + 0.1
+    assert await alive.reap() == 1
+    assert [(row.op, row.payload, row.abandoned) for row in await alive.rows(10)] == [("a", b"who it was", 0)]
+    assert await alive.budgets(["budget"]) == [(5, 0)]
+
+
+async def test_a_rule_that_takes_nothing_leaves_the_others_alone(ledger):
+    """In memory as in Redis: what is granted is the least of what the others have left."""
+    assert await allowed(ledger, budget(100, amount=70), op="first")
+    rules = [budget(100, amount=60, least=1), kit_ledger.UNDER_WAY, budget(100, key="wide", amount=60, least=1)]
+    seen, judged = await ledger.peek(rules), await ledger.judge("second", rules)
+    assert [s.granted for s in judged] == [30, 0, 30]
+    assert (seen.granted, judged.granted) == (30, 30)
+    ledger.settle("second", [(rule, None) for rule in rules])
+    await ledger.flush()
+    assert await ledger.budgets(["budget", "wide", "core:run"]) == [(30, 70), (30, 0), (0, 0)]
+
+
 async def test_a_living_worker_keeps_what_it_holds(shared):
     """A stream of an hour keeps its reservation and its slot as long as its worker renews them."""
     (ours, other), clock = shared
@@ -607,6 +651,7 @@ class Money(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.limit = 100
         self.open = {}  # operation → (ledger, granted)
+        self.given_back = set()  # operations that cost nothing if their worker dies
         self.charged = {}  # operation → what it should have cost by now
         self.corrections = 0
 
@@ -624,19 +669,21 @@ class Money(RuleBasedStateMachine):
         self.clock = Clock()
         self.ledgers = self.run(self.make())
 
-    @rule(worker=st.integers(0, 1), amount=st.integers(0, 60), least=st.none() | st.integers(1, 10))
-    def reserve(self, worker, amount, least):
+    @rule(worker=st.integers(0, 1), amount=st.integers(0, 60), least=st.none() | st.integers(1, 10), back=st.booleans())
+    def reserve(self, worker, amount, least, back):
         if least is not None and least > amount:
             least = amount
         op = f"m{next(_numbers)}"
         before = self.expected()
         ledger = self.ledgers[worker]
-        [state] = self.run(ledger.judge(op, [self.cap(amount, least)], b"left behind"))
+        row = b"given back" if back else b"left behind"
+        [state] = self.run(ledger.judge(op, [self.cap(amount, least)], row, give_back=back))
         wanted = amount if least is None else least
         assert state.allowed is (before + wanted <= self.limit)
         if state.allowed:
             assert state.granted == min(amount, self.limit - before)
             self.open[op] = (ledger, state.granted)
+            self.given_back |= {op} if back else set()
 
     @rule(data=st.data(), share=st.none() | st.floats(0, 1))
     def settle(self, data, share):
@@ -691,8 +738,9 @@ class Money(RuleBasedStateMachine):
                 if row.abandoned is None:
                     costs[row.op] = int(row.payload)
                 else:
-                    assert row.payload == b"left behind"
-                    costs.setdefault(row.op, row.abandoned)
+                    back = row.op in self.given_back
+                    assert row.payload == (b"given back" if back else b"left behind")
+                    costs.setdefault(row.op, 0 if back else row.abandoned)
             await ledger.drop_rows([row.id for row in rows])
         return sum(costs.values())
 
@@ -726,7 +774,7 @@ class MoneyOnRedis(Money):
         self.clock.now += LEASE_SECONDS + 1
         while self.run(self.ledgers[1].reap()):
             pass
-        self.charged.update({op: granted for op, (_, granted) in self.open.items()})
+        self.charged.update({op: 0 if op in self.given_back else granted for op, (_, granted) in self.open.items()})
         self.open.clear()
 
     @rule(data=st.data(), share=st.floats(0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import http.client
 import json
 import os
@@ -31,8 +32,9 @@ from gateway.health import Health
 from gateway.kit.testing import Gateway
 from gateway.plugins import HOOKS, faults_of, hooks_of, installed, load
 from gateway.routes import Router
-from gateway_plugins import api_keys, usage
+from gateway_plugins import api_keys, jobs, usage
 from tests.clients.process import plain_environment, served
+from tests.contract.jobs import Keeper
 from tests.integration.process import serving_beside, xenios
 from tests.stores.postgres import postgres_server
 from tests.stores.servers import valkey_server
@@ -45,7 +47,7 @@ DOCUMENTS = [
     ROOT / name
     for name in (
         "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md", "deploy/README.md", "gateway/README.md",
-        "plugins/README.md", "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md",
+        "plugins/README.md", "plugins/gateway_plugins/jobs/README.md", "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md",
         "tests/promises/README.md",
     )
 ]  # fmt: skip
@@ -109,6 +111,7 @@ def test_every_block_is_sound(path):
 def with_plugin_commands():
     """The command line, with what plugins add in a configuration that has them all."""
     api_keys.Plugin.register_commands(SimpleNamespace(config=api_keys.Config(database=True), id="api_keys"), app)
+    jobs.Plugin.register_commands(SimpleNamespace(config=jobs.Config(), id="jobs"), app)
     usage.Plugin.register_commands(SimpleNamespace(config=usage.Config(), id="usage"), app)
     return app
 
@@ -452,13 +455,33 @@ async def test_the_example_tap_shouts():
 
 async def test_the_example_routes_answer():
     """A plugin's route reaches a model through the pipeline; the admin route asks for an admin."""
-    [code] = [block for block in PLUGIN_BLOCKS if "register_routes" in block]
+    [code] = [block for block in PLUGIN_BLOCKS if "/v1/translate" in block]
     async with Gateway.test(plugins=["api_keys", example(code)["Plugin"]]) as gw:
         translated = await gw.post("/v1/translate", {"text": "Bonjour"})
         status = await gw.get("/admin/catalogue")
         asked = gw.upstream.seen[0].model
     assert (translated.status, status.status, asked) == (200, 200, "fast")
     assert translated.data["choices"]
+
+
+async def test_the_example_of_long_bodies_works():
+    """What is uploaded is summed piece by piece; what is counted comes as events."""
+    [code] = [block for block in PLUGIN_BLOCKS if "upload()" in block]
+    async with Gateway.test(plugins=["api_keys", example(code)["Plugin"]]) as gw:
+        reply = await gw.request("POST", "/v1/sums", data=b"abc")
+        assert reply.data["sha256"] == hashlib.sha256(b"abc").hexdigest()
+        assert (await gw.get("/v1/numbers")).events == [b"data: 1\n\n", b"data: 2\n\n", b"data: 3\n\n"]
+
+
+async def test_the_example_of_late_work_works():
+    """What was taken is answered later, to whoever asks for it then."""
+    [code] = [block for block in PLUGIN_BLOCKS if "takes_jobs" in block]
+    async with Gateway.test(plugins=["api_keys", example(code)["Plugin"]]) as gw:
+        body = {"model": "test/model", "messages": []}
+        assert (await gw.post("/v1/chat/completions", body, headers={"X-Later": "1"})).data == {"waiting": 1}
+        keeper = Keeper()
+        exchange = await gw.plugin("Plugin").work(keeper)
+        assert (exchange.phase, exchange.id, keeper.status) == ("run", "job-1-try-1", 200)
 
 
 def test_the_example_test_passes(tmp_path):

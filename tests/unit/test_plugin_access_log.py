@@ -65,6 +65,13 @@ async def lost(given):
     return {series.labels: series.value for series in family.series}["access_log",]
 
 
+async def test_a_line_says_of_a_job_which_half_it_is(tmp_path):
+    """Accepted, or run; what is answered at once says nothing of it."""
+    live, accept, run = await lines(tmp_path / "log", *[finished(phase=phase) for phase in ("live", "accept", "run")])
+    assert "phase" not in live
+    assert (accept["phase"], run["phase"]) == ("accept", "run")
+
+
 @pytest.mark.promise("P8.log")
 async def test_a_line_says_all_about_one_request(tmp_path):
     """One line answers: who, what, which model, how much, how long, at what cost. Never the prompt or the key."""

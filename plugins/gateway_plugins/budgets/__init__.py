@@ -235,9 +235,13 @@ class Plugin:
 
     @hookimpl
     async def check_request(self, exchange: Exchange) -> None:
-        self._hold(exchange)
+        if exchange.phase == "accept":
+            await self._look(exchange)
+        else:
+            self._hold(exchange)
 
-    def _hold(self, exchange: Exchange) -> list[Rule]:
+    def _templates(self, exchange: Exchange) -> Sequence[Rule]:
+        """Of the budgets that it falls under."""
         plan = self._plans.of(exchange)
         if time.time() >= plan.until:
             self._plans.clear()
@@ -246,6 +250,28 @@ class Plugin:
         for budget in plan.others:
             if budget.applies is None or budget.applies(exchange):
                 rules += tuple(budget.rules(exchange))
+        return rules
+
+    async def _look(self, exchange: Exchange) -> None:
+        """A job is taken: reserved is when it runs. Refused is now what can't be paid then, as far as that is known."""
+        rules = [rule for rule in self._templates(exchange) if rule.about.budget.hard]
+        if not rules:
+            return
+        self.pricing.bound(exchange)
+        try:
+            sums = await self._services.ledger.budgets([rule.key for rule in rules])
+        except StoreUnavailable:
+            if self.on_store_error == "deny":
+                raise
+            return
+        for rule, (spent, reserved) in zip(rules, sums, strict=True):
+            if spent >= rule.limit:
+                state = State(allowed=False, remaining=rule.limit - spent - reserved, reserved=reserved)
+                _refused(rule, state, told=True)
+                raise _refuse(rule, state)
+
+    def _hold(self, exchange: Exchange) -> list[Rule]:
+        rules = self._templates(exchange)
         if not rules:
             return []
         bound = self.pricing.bound(exchange)
@@ -263,6 +289,9 @@ class Plugin:
     async def explain(self, exchange: Exchange) -> list[str]:
         if exchange.decision is None:
             return []
+        if exchange.phase == "accept":
+            await self._look(exchange)
+            return ["reserves what it may cost when the job runs; until then only what is spent counts"]
         held = self._hold(exchange)  # it reserves nothing by itself, and edits only what is not sent
         reserved = exchange.get(self.reserved)
         if reserved is None or not reserved.bound.clamps:

@@ -204,6 +204,7 @@ class Runner:
             if closed is not None:
                 await self.tell(statements, closed)
         if closed is not None:
+            self._queue.tell(closed.status)
             await self._webhooks.wake()
             await self._events.ring(job.id)
         return closed
@@ -278,6 +279,8 @@ class Runner:
                     raise
                 await asyncio.sleep(RETRY_SECONDS)
             else:
+                if ended.ended:
+                    self._queue.tell(ended.status)
                 await self._webhooks.wake()  # by the task that told
                 return [Ended(ended, end)]
 

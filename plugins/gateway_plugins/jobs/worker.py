@@ -103,6 +103,7 @@ class Run:
     task: asyncio.Task[None] | None = None
     ending: Why = ""  # why it is cancelled
     settling: bool = False
+    told: list[str] = field(default_factory=list)  # by the handler
 
 
 class AsyncWorker(BaseWorker):
@@ -120,7 +121,7 @@ class AsyncWorker(BaseWorker):
         concurrency: int | None = None,
         lease: float = 60.0,
         grace: float = 30.0,
-        ended: Callable[[str, Outcome, float], None] = lambda *_: None,
+        ended: Callable[[str, str, float], None] = lambda *_: None,
     ) -> None:
         """`concurrency`: of all queues together, beside each one's own. `lease`: seconds without a sign of life after
         which others take its jobs. `grace`: seconds that a stop waits for them. `ended`: queue, outcome, seconds.
@@ -374,6 +375,7 @@ class AsyncWorker(BaseWorker):
         kind, work = run.job.work
         functions.handlers.set(self._handlers)
         functions.reason.set(lambda: run.ending)
+        functions.told.set(run.told)
         limit = run.job.timeout
         timer = self._loop.call_later(limit, self._cancel, [run], "timeout") if limit and limit > 0 else None
         after, failure = 0.0, ""
@@ -422,7 +424,7 @@ class AsyncWorker(BaseWorker):
                 self._places.release()
             self._woken.set()
             self._idle.set()
-            self._ended(run.lane.name, outcome, time.monotonic() - run.began)
+            self._ended(run.lane.name, run.told[-1] if run.told else outcome, time.monotonic() - run.began)
 
     def _record(self, run: Run, outcome: Outcome, after: float, failure: str) -> None:
         """In a thread. It may be tried again: what is not this execution's any more is left alone."""

@@ -68,8 +68,10 @@ class Plugin:
             )
         exchange.set(self._key, trace)
         if trace.sampled or trace.parent_id or self._config.propagate:
-            exchange.traceparent = place = trace.traceparent(trace.span_id)
+            place = trace.traceparent(trace.span_id)
             exchange.trace_id = place[3:35]
+            if exchange.traceparent is None:
+                exchange.traceparent = place
         return trace
 
     def _continued(self, exchange: Exchange) -> Trace | None:

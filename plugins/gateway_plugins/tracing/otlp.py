@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Attributes: TypeAlias = dict[str, Any]  # of str, bool, int, float or lists of them
 
-INTERNAL, SERVER, CLIENT = 1, 2, 3  # SpanKind
+INTERNAL, SERVER, CLIENT, CONSUMER = 1, 2, 3, 5  # SpanKind
+_KINDS = {INTERNAL: "internal", SERVER: "server", CLIENT: "client", CONSUMER: "consumer"}
 _SAMPLED, _HAS_IS_REMOTE, _IS_REMOTE = 0x01, 0x100, 0x200  # SpanFlags
 _ERROR = b"\x7a\x02\x18\x02"  # status: code: STATUS_CODE_ERROR
 _SPAN_ATTRIBUTE, _EVENT_ATTRIBUTE, _RESOURCE_ATTRIBUTE = b"\x4a", b"\x1a", b"\x0a"
@@ -120,7 +121,7 @@ def readable(span: Span) -> dict[str, Any]:
         "trace_id": f"{span.trace_id:032x}",
         "span_id": f"{span.span_id:016x}",
         "parent_id": f"{span.parent_id:016x}" if span.parent_id else None,
-        "kind": {INTERNAL: "internal", SERVER: "server", CLIENT: "client"}[span.kind],
+        "kind": _KINDS[span.kind],
         "started": span.started / 1e9,
         "seconds": (span.ended - span.started) / 1e9,
         "failed": span.failed,

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from gateway import Cause, Outcome, Source
 from gateway.kit import clean
 from gateway_plugins.tracing.context import new_span_id
-from gateway_plugins.tracing.otlp import CLIENT, INTERNAL, SERVER, Event, Shared, Span
+from gateway_plugins.tracing.otlp import CLIENT, CONSUMER, INTERNAL, SERVER, Event, Shared, Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +88,7 @@ class Spans:
             events = [Event("xenios.circuit_open", at, _target(target)) for target in exchange.skipped]
         return Span(
             name,
-            SERVER,
+            CONSUMER if exchange.phase == "run" else SERVER,
             trace.trace_id,
             trace.span_id,
             trace.parent_id,
@@ -156,6 +156,7 @@ def _answered(exchange: Exchange, *, failed: bool) -> tuple[str, tuple[Shared, .
         None if error is None else clean(error.error_code),
         exchange.error_by,
         failed,
+        exchange.phase,
     )
     if principal is None:
         return name, (http,)
@@ -173,6 +174,7 @@ def _http(  # noqa: PLR0917 - the cache is asked by position
     error_code: str | None,
     error_by: str | None,
     failed: bool,
+    phase: str,
 ) -> tuple[str, Shared]:
     attributes: Attributes = {
         "http.request.method": method,
@@ -184,6 +186,7 @@ def _http(  # noqa: PLR0917 - the cache is asked by position
         "xenios.error_by": error_by,
         "error.type": (error_code or str(status or outcome)) if failed else None,
         "http.route": None if path == _UNMATCHED else path,
+        "xenios.phase": None if phase == "live" else phase,
     }
     verb = "HTTP" if method == "_OTHER" else method
     return verb if path == _UNMATCHED else f"{verb} {path}", _shared(attributes)

@@ -15,6 +15,7 @@ from gateway.kit import clean, cleaned, end_user
 if TYPE_CHECKING:
     from gateway import AttemptRecord, Correction, Exchange, Target
 
+OPERATOR = "operator"  # tenant and principal of what nobody else pays for
 ABANDONED = "abandoned"  # outcome of a request whose worker died: nobody knows more
 
 
@@ -102,6 +103,8 @@ def request_row(exchange: Exchange) -> bytes:
     started, tries, usage, cost = exchange.started, exchange.attempts, exchange.usage, exchange.cost
     decision, served, finished = exchange.decision, exchange.served, exchange.finished
     over = exchange.outcome is not None
+    # of late work whose worker died, unless it is the tenant who pays for that
+    lost = not over and exchange.late is not None and exchange.charge_abandoned == "operator"
     user = end_user(exchange.body)
     error = exchange.error
     return encode(
@@ -109,10 +112,10 @@ def request_row(exchange: Exchange) -> bytes:
             id=exchange.id,
             request_id=exchange.id if exchange.request_id == exchange.id else cleaned(exchange.request_id),
             at=int(exchange.started_at * 1000),
-            tenant=clean(principal.tenant),
-            principal=clean(principal.reference),
-            team=clean(principal.team) if principal.team else None,
-            end_user=cleaned(user) if user else None,
+            tenant=OPERATOR if lost else clean(principal.tenant),
+            principal=OPERATOR if lost else clean(principal.reference),
+            team=clean(principal.team) if principal.team and not lost else None,
+            end_user=cleaned(user) if user and not lost else None,
             endpoint=exchange.endpoint,
             stream=exchange.stream,
             task=clean(decision.task) if decision is not None and decision.task else None,
@@ -136,9 +139,10 @@ def request_row(exchange: Exchange) -> bytes:
 
 
 def abandoned(row: Request, micro_usd: int) -> Request:
-    """The row that a dead worker left at admission: what it had reserved was charged."""
+    """The row that a dead worker left at admission: it cost what was reserved. Nothing was: nobody knows."""
     row.outcome, row.attempts = ABANDONED, None
-    row.cost_micro_usd, row.cost_source = micro_usd, Source.RESERVED
+    if micro_usd:
+        row.cost_micro_usd, row.cost_source = micro_usd, Source.RESERVED
     return row
 
 

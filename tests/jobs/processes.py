@@ -1,0 +1,79 @@
+"""A gateway and its workers as processes, with one upstream for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.integration.process import XENIOS, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def configured(folder: Path, upstream: str, redis: str, *, plugins: tuple[Any, ...] = (), **jobs: Any) -> Path:
+    """A configuration in `folder` with keys, usage and jobs."""
+    config = folder / "xenios.yaml"
+    settings = {
+        "server": {"host": "127.0.0.1", "port": 0, "data_dir": str(folder / "data")},
+        "services": {"redis": redis, "database": {"migrate_on_start": True}},
+        "upstreams": {"openrouter": {"base_url": upstream, "api_key": "sk-or-v1-test"}},
+        "catalogue": {"refresh": 0},
+        "plugins": [
+            {"use": "api_keys", "config": {"database": True}},
+            *plugins,
+            {"use": "usage"},
+            {"use": "jobs", "config": jobs},
+        ],
+    }
+    config.write_text(json.dumps(settings))
+    return config
+
+
+@dataclass
+class WorkerProcess:
+    """`xenios worker`."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def kill(self) -> None:
+        """As nobody can prepare for."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@contextlib.contextmanager
+def workers(config: Path) -> Iterator[Any]:
+    """Gives what starts one; none outlives the context."""
+    started: list[WorkerProcess] = []
+
+    def start() -> WorkerProcess:
+        log = config.parent / f"worker-{len(started)}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*XENIOS, "worker", "--config", str(config)],
+                cwd=config.parent,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        started.append(WorkerProcess(process, log))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for worker in started:
+            if worker.process.poll() is None:
+                worker.kill()
