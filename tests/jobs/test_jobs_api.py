@@ -427,7 +427,6 @@ async def test_what_no_try_mends_fails_at_once(url):
         assert (await shown(gw, job_id))["status"] == "failed"
 
 
-@pytest.mark.xfail(reason="limits do not tell phases apart yet", strict=True)
 async def test_a_limit_of_ours_makes_it_wait(url):
     """A run that a limit refuses before anything was sent waits for as long as the limit says, and loses no attempt."""
     limit = {"use": "rate_limit", "config": {"limits": [{"name": "all", "tokens": 100, "per": "1m"}]}}
