@@ -186,6 +186,13 @@ class AsyncWorker(BaseWorker):
             sleep_time=LISTEN_SECONDS, daemon=True, exception_handler=self._pubsub_failed
         )
 
+    def unsubscribe(self) -> None:
+        """RQ's waits for one second, then closes what the thread may be about to close."""
+        if self.pubsub is not None:
+            _untyped(self.pubsub).unsubscribe()
+            self.pubsub_thread.stop()
+            self.pubsub_thread.join(2 * LISTEN_SECONDS)  # it closes the subscription itself
+
     def _pubsub_failed(self, error: BaseException, *_: Any) -> None:
         """The next try connects and subscribes anew."""
         if not isinstance(error, (redis.RedisError, OSError)):
