@@ -62,6 +62,7 @@ mutation: $(VENV)/.test  ## Change the core's logic in 1,900 places and see unit
 
 bench: $(VENV)/.test  ## Measure against a bare aiohttp proxy; options as ARGS='--quick'
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+	@$(BIN)/python -m tests.benchmarks.jobs
 
 promises: $(VENV)/.test  ## Which promises are proven, by which test
 	@$(BIN)/python -m tests.promises.report

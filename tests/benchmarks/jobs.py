@@ -13,13 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import redis
 import rq
 from rq.serializers import JSONSerializer
 
-from gateway_plugins.jobs import settings
-from gateway_plugins.jobs.queue import _put, connect
-from gateway_plugins.jobs.worker import AsyncWorker
-from tests.stores.servers import valkey_server
+# Ours is imported where it is used: RQ's own workers don't have it in their memory.
 
 NAME = "xenios:default"
 SECONDS = 3.0  # that a waiting job waits, as one for a model does
@@ -50,8 +48,11 @@ async def handle_waits(_):
 
 
 def work(kind, url):
-    connection = connect(url, 5.0)
+    connection = redis.Redis.from_url(url)
     if kind == "xenios worker":
+        from gateway_plugins.jobs import settings
+        from gateway_plugins.jobs.worker import AsyncWorker
+
         handlers = {"nothing": handle_nothing, "waits": handle_waits}
         worker = AsyncWorker(connection, {"default": settings.Queue(concurrency=1000)}, handlers)
         asyncio.run(worker.run(asyncio.Event(), burst=True))
@@ -63,6 +64,8 @@ def work(kind, url):
 
 
 def child(kind, url):
+    if kind == "xenios worker":
+        import gateway_plugins.jobs.worker  # noqa: F401
     print("ready", flush=True)
     sys.stdin.readline()
     begun, spent = time.perf_counter(), cpu()
@@ -80,11 +83,13 @@ def cpu():
 
 
 def put(kind, url, what, jobs):
-    with connect(url, 5.0) as connection:
+    with redis.Redis.from_url(url) as connection:
         connection.flushall()
         queue = rq.Queue(NAME, connection=connection, serializer=JSONSerializer)
         for i in range(jobs):
             if kind == "xenios worker":
+                from gateway_plugins.jobs.queue import _put
+
                 _put(connection, what, str(i), NAME, 600, front=False, after=0)
             else:
                 queue.enqueue(f"tests.benchmarks.jobs.{what}", result_ttl=0)
@@ -107,7 +112,7 @@ def run(kind, url, what, jobs):
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.jobs", kind, url]
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
-        connect(url, 5.0) as connection,
+        redis.Redis.from_url(url) as connection,
     ):
         process.stdout.readline()
         idle = busy = tree_mb(process.pid)
@@ -123,6 +128,8 @@ def run(kind, url, what, jobs):
 
 
 def main():
+    from tests.stores.servers import valkey_server
+
     os.environ.setdefault("PYTHONPATH", str(Path.cwd()))  # RQ imports its functions by name
     print(f"rq {rq.VERSION}, CPython {sys.version.split()[0]}")
     print(f"{'':16} {'jobs/s':>8} {'CPU ms/job':>11} {'MB idle':>8} {'at once':>8} {'MB then':>8} {'MB a call':>10}")

@@ -90,7 +90,7 @@ def test_serve_runs_a_worker_beside_itself(tmp_path):
         assert metric(running, "xenios_jobs_waiting")['{priority="normal",queue="default"}'] == 0
         assert metric(running, "xenios_jobs_running")['{queue="audio"}'] == 0
         eventually(
-            lambda: metric(running, "xenios_jobs_seconds_count").get('{outcome="done",queue="default"}') == 1, 10
+            lambda: metric(running, "xenios_jobs_seconds_count").get('{outcome="succeeded",queue="default"}') == 1, 10
         )
 
 

@@ -240,6 +240,19 @@ async def test_another_tenants_responses_are_not_there(url):
         follow = await gw.post("/v1/responses", {**ASKED, "previous_response_id": taken["id"]}, headers=theirs)
         assert (follow.status, follow.data["error"]["code"]) == (400, "previous_response_not_found")
         assert (await gw.get(path)).status == 200
+        assert (await gw.get(f"{path}?tenant=other", headers=theirs)).status == 404
+        tenant = (await gw.worker.snapshot.services.database.fetch_one("SELECT tenant FROM jobs_jobs"))["tenant"]
+        assert (await gw.get(f"{path}?tenant={tenant}", headers=theirs)).status == 403
+
+
+async def test_an_administrator_sees_a_tenants_responses(url):
+    """By naming the tenant, as with jobs."""
+    async with working(url) as gw:
+        theirs = {"Authorization": f"Bearer {OTHER}"}
+        taken = (await gw.post("/v1/responses", ASKED, headers=theirs)).data
+        path = f"/v1/responses/{taken['id']}"
+        assert (await gw.get(path)).status == 404
+        assert (await gw.get(f"{path}?tenant=other")).data["id"] == taken["id"]
 
 
 async def test_a_conversation_is_filled_in(url):

@@ -85,6 +85,14 @@ def test_nonsense_in_a_request_is_not_echoed() -> None:
     assert (response.tools, response.temperature, response.parallel_tool_calls) == ([], 1.0, True)
 
 
+def test_what_is_long_is_echoed_by_the_answer_alone() -> None:
+    """Instructions of a megabyte are not read again with each look at a response that waits."""
+    waiting = queued(instructions="x" * 1_000_000)
+    assert waiting["instructions"] is None
+    answer = response_object("Hi", instructions="x" * 1_000_000)
+    assert len(objects.answered(waiting, answer, 1_700_000_009)["instructions"]) == 1_000_000
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [

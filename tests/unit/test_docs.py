@@ -32,7 +32,7 @@ from gateway.health import Health
 from gateway.kit.testing import Gateway
 from gateway.plugins import HOOKS, faults_of, hooks_of, installed, load
 from gateway.routes import Router
-from gateway_plugins import api_keys, usage
+from gateway_plugins import api_keys, jobs, usage
 from tests.clients.process import plain_environment, served
 from tests.contract.jobs import Keeper
 from tests.integration.process import serving_beside, xenios
@@ -47,7 +47,7 @@ DOCUMENTS = [
     ROOT / name
     for name in (
         "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md", "deploy/README.md", "gateway/README.md",
-        "plugins/README.md", "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md",
+        "plugins/README.md", "plugins/gateway_plugins/jobs/README.md", "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md",
         "tests/promises/README.md",
     )
 ]  # fmt: skip
@@ -111,7 +111,9 @@ def test_every_block_is_sound(path):
 def with_plugin_commands():
     """The command line, with what plugins add in a configuration that has them all."""
     api_keys.Plugin.register_commands(SimpleNamespace(config=api_keys.Config(database=True), id="api_keys"), app)
+    jobs.Plugin.register_commands(SimpleNamespace(config=jobs.Config(), id="jobs"), app)
     usage.Plugin.register_commands(SimpleNamespace(config=usage.Config(), id="usage"), app)
+    jobs.Plugin.register_commands(SimpleNamespace(config=jobs.Config(), id="jobs"), app)
     return app
 
 

@@ -20,6 +20,7 @@ Why: TypeAlias = Literal["", "stop", "timeout", "requeue", "lost"]
 
 handlers: ContextVar[Mapping[str, Handler]] = ContextVar("handlers")
 reason: ContextVar[Callable[[], Why]] = ContextVar("reason", default=lambda: "")
+told: ContextVar[list[str]] = ContextVar("told")  # how the work ended, by whoever knows what it was
 
 
 async def run(kind: str, work: str) -> None:

@@ -101,8 +101,7 @@ class Queue:
         about = "Time from the start of a try to its end."
         self._seconds = metrics.histogram("xenios_jobs_seconds", about, ("queue", "outcome"))
         self._retries = metrics.counter("xenios_jobs_retries_total", "Jobs that were put back to be tried again.").of()
-        # counted by the part that gives a job up
-        self.dead = metrics.counter("xenios_jobs_dead_total", "Jobs that failed after their last try.").of()
+        self._dead = metrics.counter("xenios_jobs_dead_total", "Jobs that failed after their last try.").of()
 
     def serve(self, name: str, queue: settings.Queue) -> None:
         """A queue of a part's own, in its constructor; what the YAML says of that name counts more."""
@@ -181,6 +180,12 @@ class Queue:
         self._seconds.observe(seconds, queue, outcome)
         if outcome == "again":
             self._retries.value += 1
+
+    def tell(self, outcome: str) -> None:
+        """A part says how its work ended for good: `succeeded`, `failed`, `cancelled`."""
+        functions.told.get([]).append(outcome)
+        if outcome == "failed":
+            self._dead.value += 1
 
     @staticmethod
     def why() -> Why:

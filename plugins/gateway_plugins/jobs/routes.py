@@ -74,13 +74,11 @@ class Routes:
         if wanted.endpoint not in self._endpoints(exchange):
             known = ", ".join(self._endpoints(exchange))
             raise BadRequest(f"`endpoint` is one of {known}.", param="endpoint")
-        services: Any = self._shared.services
-        reply: Reply = await services.submit(exchange, wanted.endpoint, wanted.body, phase="accept")
-        return reply
+        return await self._shared.services.submit(exchange, wanted.endpoint, wanted.body, phase="accept")
 
     async def page(self, exchange: Exchange) -> Reply:
         given = query_of(exchange, ("status", "queue", "task", "after", "limit", "tenant"))
-        tenant = _tenant(exchange, given)
+        tenant = whose(exchange, given)
         if given.get("status", "queued") not in STATUSES:
             raise BadRequest(f"`status` is one of {', '.join(STATUSES)}.", param="status")
         equal: dict[str, str] = {name: given[name] for name in ("status", "queue", "task") if name in given}
@@ -142,7 +140,7 @@ class Routes:
     async def _job(self, exchange: Exchange, given: dict[str, str] | None = None) -> Job:
         """Raises NotFound: also of another tenant's."""
         job_id = exchange.request.path_params["id"]
-        tenant = _tenant(exchange, query_of(exchange, ("tenant",)) if given is None else given)
+        tenant = whose(exchange, query_of(exchange, ("tenant",)) if given is None else given)
         job = await self._jobs.store.get(job_id, tenant) if len(job_id) <= 100 else None
         if job is None:
             raise NotFound(f"There is no job {job_id[:100]!r}. One that has ended is forgotten after a while.")
@@ -192,7 +190,7 @@ def _parsed(body: dict[str, Any]) -> NewJob:
         raise BadRequest(message, param=field) from None
 
 
-def _tenant(exchange: Exchange, given: dict[str, str]) -> str | None:
+def whose(exchange: Exchange, given: dict[str, str]) -> str | None:
     """Whose jobs are meant; None: all tenants'. Raises Forbidden."""
     principal = exchange.principal
     own = principal.tenant if principal else ""

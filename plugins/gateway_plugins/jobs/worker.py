@@ -103,6 +103,7 @@ class Run:
     task: asyncio.Task[None] | None = None
     ending: Why = ""  # why it is cancelled
     settling: bool = False
+    told: list[str] = field(default_factory=list)  # by the handler
 
 
 class AsyncWorker(BaseWorker):
@@ -120,7 +121,7 @@ class AsyncWorker(BaseWorker):
         concurrency: int | None = None,
         lease: float = 60.0,
         grace: float = 30.0,
-        ended: Callable[[str, Outcome, float], None] = lambda *_: None,
+        ended: Callable[[str, str, float], None] = lambda *_: None,
     ) -> None:
         """`concurrency`: of all queues together, beside each one's own. `lease`: seconds without a sign of life after
         which others take its jobs. `grace`: seconds that a stop waits for them. `ended`: queue, outcome, seconds.
@@ -184,6 +185,13 @@ class AsyncWorker(BaseWorker):
         self.pubsub_thread: Any = self.pubsub.run_in_thread(
             sleep_time=LISTEN_SECONDS, daemon=True, exception_handler=self._pubsub_failed
         )
+
+    def unsubscribe(self) -> None:
+        """RQ's waits for one second, then closes what the thread may be about to close."""
+        if self.pubsub is not None:
+            _untyped(self.pubsub).unsubscribe()
+            self.pubsub_thread.stop()
+            self.pubsub_thread.join(2 * LISTEN_SECONDS)  # it closes the subscription itself
 
     def _pubsub_failed(self, error: BaseException, *_: Any) -> None:
         """The next try connects and subscribes anew."""
@@ -374,6 +382,7 @@ class AsyncWorker(BaseWorker):
         kind, work = run.job.work
         functions.handlers.set(self._handlers)
         functions.reason.set(lambda: run.ending)
+        functions.told.set(run.told)
         limit = run.job.timeout
         timer = self._loop.call_later(limit, self._cancel, [run], "timeout") if limit and limit > 0 else None
         after, failure = 0.0, ""
@@ -422,7 +431,7 @@ class AsyncWorker(BaseWorker):
                 self._places.release()
             self._woken.set()
             self._idle.set()
-            self._ended(run.lane.name, outcome, time.monotonic() - run.began)
+            self._ended(run.lane.name, run.told[-1] if run.told else outcome, time.monotonic() - run.began)
 
     def _record(self, run: Run, outcome: Outcome, after: float, failure: str) -> None:
         """In a thread. It may be tried again: what is not this execution's any more is left alone."""

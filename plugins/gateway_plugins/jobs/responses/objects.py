@@ -5,8 +5,9 @@ Each is made of the one before: what the client asked for is echoed from the sta
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +19,8 @@ Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "
 ENDED = frozenset({"completed", "incomplete", "failed", "cancelled"})
 
 _NUMBER = (int, float)
-# What is echoed of a request, of which types, and what stands there if the client said nothing or nonsense.
+MOST_ECHOED = 8192  # bytes of one value: each look at a job reads them
+# What is echoed of a request, of which types, and what stands there if the client said nothing, nonsense, or too much.
 _ECHOED: tuple[tuple[str, tuple[type, ...], Any], ...] = (
     ("frequency_penalty", _NUMBER, 0.0),
     ("instructions", (str, list), None),
@@ -110,7 +112,7 @@ def error_code(code: str) -> str:
 def _echo(value: Any, types: tuple[type, ...], default: Any) -> Any:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         return default
-    return default if isinstance(value, float) and not math.isfinite(value) else value
+    return value if len(msgspec.json.encode(value)) <= MOST_ECHOED else default
 
 
 def _usage(usage: Any) -> JsonObject | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import BadRequest, Conflict, ContextKey, NotFound, Reply
+from gateway import BadRequest, Conflict, ContextKey, LateRequest, NotFound, Reply
 from gateway.kit import limit_of
-from gateway_plugins.jobs.jobs import Jobs, LateRequest, Options, idempotency_key
+from gateway_plugins.jobs.jobs import Jobs, Options, idempotency_key
 from gateway_plugins.jobs.responses import items, objects
 from gateway_plugins.jobs.responses.running import EVENT_STREAM, ResponseFollower, ResponseRunner, shown
+from gateway_plugins.jobs.routes import whose
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +27,7 @@ ENDPOINT = "responses"
 PREFIXES = ("/v1", "/api/v1")
 MOST_ITEMS = 100
 LONGEST_NUMBER = 12  # digits
+_ID = re.compile(r"resp_[0-9a-f]{32}")
 _TRUE = frozenset({"true", "1"})
 
 
@@ -78,7 +81,7 @@ class Responses(Jobs):
             return self._stream(job, -1, headers)
         return Reply(200, data=await shown(self.store, job), headers=headers)
 
-    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, Any]:
+    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, LateRequest]:
         job, late = super()._made(exchange, options)
         sent: JsonObject = msgspec.json.decode(late.body)
         response = objects.queued(sent, job.id, job.created_at // 1000)
@@ -92,7 +95,8 @@ class Responses(Jobs):
         previous = exchange.body.get("previous_response_id")
         if previous is None:
             return
-        job = await self.store.get(previous, _tenant(exchange)) if isinstance(previous, str) else None
+        known = isinstance(previous, str) and _ID.fullmatch(previous) is not None
+        job = await self.store.get(previous, whose(exchange, {})) if known else None
         if job is None:
             if not strict:
                 return  # the upstream may know it
@@ -148,7 +152,8 @@ class Responses(Jobs):
     async def _own(self, exchange: Exchange, what: str = "") -> Job:
         """Raises NotFound: also of another tenant's."""
         response_id = exchange.request.path_params["id"]
-        job = await self.store.get(response_id, _tenant(exchange)) if len(response_id) <= 100 else None
+        tenant = whose(exchange, exchange.request.query)
+        job = await self.store.get(response_id, tenant) if _ID.fullmatch(response_id) else None
         if job is None:
             if what and response_id.startswith("job_"):
                 raise BadRequest(f"Only background responses can be {what}led here; a job at /v1/jobs/{{id}}/{what}.")
@@ -158,10 +163,6 @@ class Responses(Jobs):
     def _stream(self, job: Job, after: int, headers: dict[str, str]) -> Reply:
         headers = {"Content-Type": EVENT_STREAM, "Cache-Control": "no-cache", **headers}
         return Reply(200, chunks=self.follower.follow(job.id, after), headers=headers)
-
-
-def _tenant(exchange: Exchange) -> str:
-    return exchange.principal.tenant if exchange.principal else ""
 
 
 def _number(query: Mapping[str, str], name: str, default: int) -> int:
