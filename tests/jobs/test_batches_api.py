@@ -186,8 +186,9 @@ async def test_what_is_wrong_with_a_batch_is_said(changed, status, param):
     assert (reply.status, reply.data["error"]["param"]) == (status, param)
 
 
+@pytest.mark.promise("P14.batches")
 async def test_a_tenant_sees_its_own_batches_alone():
-    """P14: every route answers another tenant's batch, and its files, as ones that aren't there."""
+    """Every route answers another tenant's batch, and its files, as ones that aren't there."""
     async with batches() as gw:
         mine = await ended(gw, await create(gw, line("a")))
         them = await other_tenant(gw)
