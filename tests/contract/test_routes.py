@@ -37,9 +37,11 @@ BUILT_IN = {
     "rate_limit": {"limits": [{"name": "all", "requests": 1000}]},
     "budgets": {"budgets": [{"name": "all", "usd": 1000}], "unknown_price": "allow"},
     "usage": {},
+    "jobs": {},
     "fallback": {},
 }
 EVERYTHING = [{"use": name, "config": config} for name, config in BUILT_IN.items()]
+STORES = {"services": {"redis": "embedded"}}  # jobs need one
 
 
 class AdminRoutes:
@@ -83,7 +85,7 @@ def test_all_built_in_plugins_are_walked():
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer sk-xenios-nonsense"}, {"x-api-key": "nonsense"}])
 async def test_every_route_but_the_public_ones_refuses_a_caller_without_a_key(headers):
     """Without a good key each route answers 401 in its own dialect, before anything of the request is looked at."""
-    async with Gateway.test(plugins=[*EVERYTHING, AdminRoutes]) as gw:
+    async with Gateway.test(plugins=[*EVERYTHING, AdminRoutes], settings=STORES) as gw:
         routes = gw.snapshot.routes.routes
         assert {(r.method, r.path) for r in routes if r.access == "public"} == PUBLIC
         assert {r.endpoint for r in routes if r.proxied} == set(DIALECTS)
@@ -98,7 +100,7 @@ async def test_every_route_but_the_public_ones_refuses_a_caller_without_a_key(he
 
 async def test_every_admin_route_refuses_a_caller_who_is_none():
     """A good key that isn't an administrator's gets 403 from each admin route; an administrator's gets in."""
-    async with Gateway.test(plugins=[*EVERYTHING, AdminRoutes]) as gw:
+    async with Gateway.test(plugins=[*EVERYTHING, AdminRoutes], settings=STORES) as gw:
         admin = [r for r in gw.snapshot.routes.routes if r.access == "admin"]
         assert len(admin) >= 2
         for route in admin:
@@ -142,7 +144,7 @@ async def test_every_proxied_route_passes_the_same_gates():
 
 async def test_every_method_and_spelling_that_is_not_a_route_reaches_nothing():
     """A path that is nearly a route is no way around its guard."""
-    async with Gateway.test(plugins=EVERYTHING) as gw:
+    async with Gateway.test(plugins=EVERYTHING, settings=STORES) as gw:
         for method, path in [
             ("PUT", "/v1/chat/completions"),
             ("GET", "/v1/chat/completions"),

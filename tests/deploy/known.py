@@ -20,8 +20,8 @@ def metrics() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 async def _metrics() -> dict[str, tuple[str, tuple[str, ...]]]:
-    plugins = ["metrics", "routing", "rate_limit", "budgets", "usage", "fallback"]
-    async with Gateway.test(plugins=plugins) as gateway:
+    plugins = ["metrics", "routing", "rate_limit", "budgets", "usage", "fallback", "jobs"]
+    async with Gateway.test(plugins=plugins, settings={"services": {"redis": "embedded"}}) as gateway:
         return {family.name: (family.kind, family.labels) for family in await gateway.worker.metrics.read()}
 
 
@@ -30,7 +30,19 @@ def known() -> Known:
     found: dict[str, frozenset[str]] = {
         "up": SCRAPED,
         "ALERTS": SCRAPED
-        | {"alertname", "alertstate", "severity", "model", "store", "plugin", "budget", "limit", "hook", "buffer"},
+        | {
+            "alertname",
+            "alertstate",
+            "severity",
+            "model",
+            "store",
+            "plugin",
+            "budget",
+            "limit",
+            "hook",
+            "buffer",
+            "queue",
+        },
     }
     for name, (kind, labels) in metrics().items():
         own = SCRAPED | set(labels)
@@ -42,7 +54,7 @@ def known() -> Known:
 
 
 VALUES = {
-    "outcome": set(Outcome),
+    "outcome": {*Outcome, "delivered", "failed", "dead"},  # of webhooks, too
     "cause": {"ok", *Cause},
     "kind": {"input", "output", "cache_read", "cache_write", "reasoning", "requests", "tokens", "concurrent"},
     "stream": {"true", "false"},

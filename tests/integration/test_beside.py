@@ -1,6 +1,7 @@
 """Processes beside the gateway: a plugin's command that runs without a server, and those that `serve` keeps running."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -8,8 +9,10 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.integration.process import XENIOS, environment, serving, xenios
-from tests.integration.test_workers import alive, children, eventually
+from tests.integration.test_workers import MODEL, alive, children, eventually
 
 PLUGIN = Path(__file__).with_name("beside.py")
 CONFIG = """
@@ -169,3 +172,109 @@ def test_several_processes_of_a_command_are_kept_running(tmp_path):
         third = works(tmp_path, 3)
     eventually(lambda: not alive(second) and not alive(third))
     assert {pid for _, pid in said(tmp_path, "ends")} == {second, third}
+
+
+# --- companions -------------------------------------------------------------------------------------------------------
+
+
+def companions(pid):
+    return {child for child, command in children(pid).items() if "gateway.companions" in command}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_companion_is_kept_running_beside_the_gateway_and_ends_with_it(tmp_path, workers):
+    """One, however many workers serve, with the configuration of the gateway; TERM to the gateway ends both in order."""
+    path = config(tmp_path, embedded="true", workers=workers)
+    with serving(tmp_path, "--config", path) as running:
+        pid = works(tmp_path)
+        assert companions(running.pid) == {pid}
+        assert running.chat(MODEL).status == 200
+        eventually(lambda: counted(running) == 1)
+    assert said(tmp_path, "works") == said(tmp_path, "ends") == [("first", pid)]
+    assert not alive(pid)
+
+
+def test_a_companion_that_is_killed_is_started_again(tmp_path):
+    """The gateway serves on, and says that it ended."""
+    with serving(tmp_path, "--config", config(tmp_path, embedded="true")) as running:
+        first = works(tmp_path)
+        os.kill(first, signal.SIGKILL)
+        second = works(tmp_path, 2)
+        assert companions(running.pid) == {second}
+        [ended] = [line for line in running.said if "companion_ended" in line]
+        assert json.loads(ended) | {"plugin": "beside", "pid": first, "code": -9} == json.loads(ended)
+
+
+def test_a_companion_ends_with_a_gateway_that_is_killed(tmp_path):
+    """kill -9 of the gateway leaves nothing behind: it ends in order, as by TERM."""
+    with (
+        contextlib.suppress(AssertionError),
+        serving(tmp_path, "--config", config(tmp_path, embedded="true")) as running,
+    ):
+        pid = works(tmp_path)
+        os.kill(running.pid, signal.SIGKILL)
+    eventually(lambda: not alive(pid))
+    assert said(tmp_path, "ends") == [("first", pid)]
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_companion_gets_what_is_in_force_after_a_reload(tmp_path, workers):
+    """A change of its plugin, in the same process; none where another one's was changed or the file is wrong; another
+    command is another process; none wanted any more ends it.
+    """
+
+    def reload(**changes):
+        config(tmp_path, workers=workers, **changes)
+        return running.request("POST", "/admin/reload").status
+
+    with serving(tmp_path, "--config", config(tmp_path, embedded="true", workers=workers)) as running:
+        first = works(tmp_path)
+        assert reload(embedded="true", word="second") == 200
+        assert works(tmp_path, 2) == first
+        assert reload(embedded="nonsense", word="wrong") == 409
+        os.kill(first, signal.SIGHUP)  # is none of its business: the file is wrong by now
+        os.kill(first, signal.SIGKILL)
+        second = works(tmp_path, 3)  # with the text in force, not with the file
+        assert reload(embedded="true", word="third", arguments="--processes, '2'") == 200
+        works(tmp_path, 5)
+        assert {word for word, _ in said(tmp_path, "works")[3:]} == {"third"}
+        eventually(lambda: not alive(second))
+        assert len(companions(running.pid)) == 3  # one that keeps two
+        assert reload(embedded="false") == 200
+        eventually(lambda: companions(running.pid) == set())
+    assert [word for word, _ in said(tmp_path, "works")] == ["first", "second", "second", "third", "third"]
+    assert [word for word, _ in said(tmp_path, "ends")] == ["first", "second", "third", "third"]
+
+
+@pytest.mark.full
+def test_a_companion_that_can_not_start_does_not_hold_up_the_gateway(tmp_path):
+    """It is tried again, after longer and longer waits; requests are answered meanwhile."""
+    path = config(tmp_path, embedded="true", arguments="--fail")
+    with serving(tmp_path, "--config", path) as running:
+        eventually(lambda: sum("companion_ended" in line for line in running.said) >= 2, 20)
+        assert running.chat(MODEL).status == 200
+        waits = [json.loads(line)["again_in_seconds"] for line in running.said if "companion_ended" in line]
+        assert waits == sorted(waits)
+        assert any("as asked" in line for line in running.said)
+
+
+@pytest.mark.full
+def test_ctrl_c_ends_both(tmp_path):
+    """INT goes to the gateway alone, which ends its companion in order."""
+    process = subprocess.Popen(
+        [*XENIOS, "serve", "--config", str(config(tmp_path, embedded="true")), "--port", "0"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        pid = works(tmp_path)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert said(tmp_path, "ends") == [("first", pid)]

@@ -255,7 +255,7 @@ def test_plugins_shows_hooks_and_order(tmp_path: Path) -> None:
     done = xenios("plugins", "--config", CONFIG / "xenios.yaml", cwd=tmp_path)
     assert done.returncode == 0
     listed, _, order = done.stdout.partition("\nCall order:\n")
-    names = ["access_log", "metrics", "api_keys", "routing", "rate_limit", "budgets", "usage", "fallback"]
+    names = ["access_log", "metrics", "api_keys", "routing", "rate_limit", "budgets", "usage", "jobs", "fallback"]
     assert [line.split()[0] for line in listed.splitlines()] == names
     assert re.search(r"^  explain +api_keys → routing → rate_limit → budgets → usage → fallback$", order, re.MULTILINE)
 

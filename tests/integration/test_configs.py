@@ -36,6 +36,9 @@ TASKS = {
     "insight_generation": BEST,
     "intent_classification": QUICK,
     "entity_extraction": QUICK,
+    "structured_extraction": QUICK,
+    "document_analysis": BEST,
+    "session_analysis": BEST,
 }
 
 
@@ -211,7 +214,7 @@ def test_default_goes_on_without_a_tasks_first_model(tmp_path: Path) -> None:
     """config/xenios.yaml in front of the simulation: where the first model is gone (404) or unknown, the next answers."""
     path = copied(tmp_path, "xenios.yaml")
     text = path.read_text()
-    assert (text.count(f"[{BEST[0]}, "), text.count(f"[{QUICK[0]}, ")) == (3, 2)
+    assert (text.count(f"[{BEST[0]}, "), text.count(f"[{QUICK[0]}, ")) == (5, 3)
     text = text.replace(f"[{BEST[0]}, ", "[xenios/sim-fail-404, ").replace(f"[{QUICK[0]}, ", "[anthropic/claude-gone, ")
     path.write_text(text)
     with serving(tmp_path, "--config", path) as running:

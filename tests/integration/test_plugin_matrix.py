@@ -40,6 +40,11 @@ SETS = {
 }
 
 
+def stores(plugins: list[str]) -> dict[str, Any]:
+    """Settings with a Redis where one is needed."""
+    return {"services": {"redis": "embedded"}} if "jobs" in plugins else {}
+
+
 def test_the_list_is_not_empty() -> None:
     """The entry points are there: an installation without them would make every test here pass for nothing."""
     assert {"access_log", "api_keys", "routing", "fallback"} <= set(OURS)
@@ -51,7 +56,7 @@ async def test_any_set_of_plugins_works(plugins: list[str], tmp_path: Path) -> N
     log = tmp_path / "access.log"
     config = {**NEEDED, "access_log": {"path": str(log)}}
     entries = [{"use": name, "config": config.get(name, {})} for name in plugins]
-    async with Gateway.test(plugins=entries) as gw:
+    async with Gateway.test(plugins=entries, settings=stores(plugins)) as gw:
         assert [i.id for i in gw.snapshot.instances][1:] == plugins
         if "jwt_auth" in plugins and "api_keys" not in plugins:
             claims = {"iss": "https://login.example.com", "aud": "x", "sub": "ann", "exp": time.time() + 60}
@@ -77,7 +82,8 @@ async def test_any_set_of_plugins_works(plugins: list[str], tmp_path: Path) -> N
 @pytest.mark.parametrize("plugins", SETS.values(), ids=SETS.keys())
 async def test_who_may_call(plugins: list[str]) -> None:
     """A caller without a key is refused exactly where a plugin that authenticates is on."""
-    async with Gateway.test(plugins=[{"use": name, "config": NEEDED.get(name, {})} for name in plugins]) as gw:
+    entries = [{"use": name, "config": NEEDED.get(name, {})} for name in plugins]
+    async with Gateway.test(plugins=entries, settings=stores(plugins)) as gw:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
         reply = await gw.post("/v1/chat/completions", body, headers={"Authorization": ""})
         assert reply.status == (401 if {"api_keys", "jwt_auth"} & set(plugins) else 200)

@@ -113,6 +113,7 @@ def with_plugin_commands():
     api_keys.Plugin.register_commands(SimpleNamespace(config=api_keys.Config(database=True), id="api_keys"), app)
     jobs.Plugin.register_commands(SimpleNamespace(config=jobs.Config(), id="jobs"), app)
     usage.Plugin.register_commands(SimpleNamespace(config=usage.Config(), id="usage"), app)
+    jobs.Plugin.register_commands(SimpleNamespace(config=jobs.Config(), id="jobs"), app)
     return app
 
 

@@ -49,13 +49,15 @@ def test_the_shipped_order(monkeypatch):
     """Whoever observes stands outermost: the order of the default's calls."""
     _, _, hooks = start(CONFIG / "xenios.yaml", {}, monkeypatch)
     assert {hook: plugins for hook, plugins in hooks.order().items() if plugins} == {
-        "register_routes": ["metrics", "api_keys", "usage", "fallback"],
-        "register_commands": ["api_keys", "usage"],
+        "register_routes": ["metrics", "api_keys", "usage", "jobs", "fallback"],
+        "register_commands": ["api_keys", "usage", "jobs"],
         "request_received": ["usage"],
         "authenticate": ["api_keys"],
         "restore_principal": ["api_keys"],
+        "prepare_request": ["jobs"],
         "choose_targets": ["routing"],
         "check_request": ["rate_limit", "budgets"],
+        "lookup_response": ["jobs"],
         "around_upstream": ["fallback"],
         "attempt_finished": ["fallback"],
         "response_started": ["rate_limit"],
@@ -74,6 +76,9 @@ def test_the_shipped_order(monkeypatch):
         ("insight_generation", "anthropic/claude-opus-4.5"),
         ("intent_classification", "anthropic/claude-sonnet-4"),
         ("entity_extraction", "anthropic/claude-sonnet-4"),
+        ("structured_extraction", "anthropic/claude-sonnet-4"),
+        ("document_analysis", "anthropic/claude-opus-4.5"),
+        ("session_analysis", "anthropic/claude-opus-4.5"),
     ],
 )
 async def test_tasks_have_their_models_and_successors(path, task, model, monkeypatch):

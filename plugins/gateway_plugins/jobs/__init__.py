@@ -35,6 +35,7 @@ class Plugin:
 
     Config: TypeAlias = settings.Config
     reads_settings = ()
+    takes_jobs = True
     schema = Schema("jobs", Path(__file__).parent)
     requires_services = ("redis",)
     commands = "`xenios worker`, `jobs`, `queues` and `webhooks` come with the plugin jobs."

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-import gateway
 from gateway import (
     BadRequest,
     Conflict,
     ContextKey,
+    LateRequest,
     RateLimited,
     Reply,
     StatementError,
@@ -33,8 +33,6 @@ from gateway_plugins.jobs.queue import DEFAULT
 from gateway_plugins.jobs.runner import Runner
 from gateway_plugins.jobs.store import ENDED, End, Job, Store
 from gateway_plugins.jobs.tidying import Tidier, put
-
-LateRequest: Any = getattr(gateway, "LateRequest", None)  # until it is there
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -140,7 +138,7 @@ class Jobs:
         await put(self._shared, self.kind, job, after=after)
         return job, True
 
-    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, Any]:
+    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, LateRequest]:
         principal, decision = exchange.principal, exchange.decision
         if principal is None:
             raise RuntimeError("A request was admitted that is nobody's.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import contextlib
 
-    from gateway import Exchange, Reply, Router
+    from gateway import Exchange, Reply, Router, Services
     from gateway_plugins.jobs.events import Events
     from gateway_plugins.jobs.queue import Queue
     from gateway_plugins.jobs.settings import Config
@@ -32,7 +32,7 @@ class Shared:
     """What the parts are made with."""
 
     config: Config
-    services: Any
+    services: Services
     queue: Queue
     events: Events
     webhooks: Webhooks

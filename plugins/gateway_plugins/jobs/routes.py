@@ -74,9 +74,7 @@ class Routes:
         if wanted.endpoint not in self._endpoints(exchange):
             known = ", ".join(self._endpoints(exchange))
             raise BadRequest(f"`endpoint` is one of {known}.", param="endpoint")
-        services: Any = self._shared.services
-        reply: Reply = await services.submit(exchange, wanted.endpoint, wanted.body, phase="accept")
-        return reply
+        return await self._shared.services.submit(exchange, wanted.endpoint, wanted.body, phase="accept")
 
     async def page(self, exchange: Exchange) -> Reply:
         given = query_of(exchange, ("status", "queue", "task", "after", "limit", "tenant"))

@@ -9,12 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-import gateway
-from gateway import Cause, GatewayError, Outcome, RateLimited, StoreUnavailable, Tasks, UpstreamError
+from gateway import (
+    Cause,
+    GatewayError,
+    LateRequest,
+    Outcome,
+    PrincipalGone,
+    RateLimited,
+    StoreUnavailable,
+    Tasks,
+    UpstreamError,
+)
 from gateway_plugins.jobs.events import Splitter
 from gateway_plugins.jobs.parts import Again
 from gateway_plugins.jobs.store import End, Lost, Result
@@ -29,11 +38,6 @@ if TYPE_CHECKING:
     from gateway_plugins.jobs.events import Events
     from gateway_plugins.jobs.parts import Shared
     from gateway_plugins.jobs.store import Job, Store
-
-# until they are there
-LateRequest: Any = getattr(gateway, "LateRequest", None)
-PrincipalGone: Any = getattr(gateway, "PrincipalGone", GatewayError)
-DeadlineExceeded: Any = getattr(gateway, "DeadlineExceeded", GatewayError)
 
 # A later try may mend these.
 PASSING = frozenset(
@@ -181,7 +185,7 @@ class Runner:
         if (early := self._early(job)) is not None:
             await self.close(job, early)
             return
-        await self._settle(job)
+        self._settle(job)
         try:
             job = await self._store.begin(job, f"{job.id}-{job.attempts + 1}")
         except Lost:
@@ -224,9 +228,12 @@ class Runner:
         late = LateRequest.from_json(await self._store.request(job.id))
         sink = await self.sink(job)
         ended: list[Ended] = []
+        over = False
 
         async def commit(exchange: Exchange, row: bytes) -> None:
-            ended.extend(await self._commit(job, sink, exchange, row))
+            nonlocal over
+            over = True
+            ended.extend(await self._end(job, self._judged(job, sink, exchange), row))
 
         try:
             await self._services.run(
@@ -239,21 +246,18 @@ class Runner:
         except PrincipalGone as error:
             ended.extend(await self._end(job, End(status="failed", code=error.error_code, message=error.message)))
         except asyncio.CancelledError:
-            if not ended and (end := self._interrupted(job)) is not None:
+            if not over and (end := self._interrupted(job)) is not None:
                 ended.extend(await asyncio.shield(self._end(job, end)))
             raise
         except GatewayError as error:
-            if not ended:
-                ended.extend(await self._end(job, self._later(job, error, counts=False)))
+            if over:  # nothing could be stored: it runs again
+                raise Again(RETRY_SECONDS) from error
+            ended.extend(await self._end(job, self._later(job, error, counts=False)))
         finally:
             await asyncio.shield(self._after(sink, ended))
         for _, end in ended:
             if end.status == "queued":
                 raise Again(end.after)
-
-    async def _commit(self, job: Job, sink: Sink, exchange: Exchange, row: bytes) -> list[Ended]:
-        end = self._judged(job, sink, exchange)
-        return await self._end(job, end, row)
 
     async def _end(self, job: Job, end: End | None, row: bytes = b"") -> list[Ended]:
         """Result, usage row and message in one transaction; none of it but the row if somebody else has the job."""
@@ -292,8 +296,7 @@ class Runner:
     def _judged(self, job: Job, sink: Sink, exchange: Exchange) -> End | None:
         """None: the job is somebody else's."""
         error, outcome = exchange.error, exchange.outcome
-        kept = getattr(exchange, "settlement", None)
-        settlement = msgspec.json.encode(kept).decode() if kept else None
+        settlement = msgspec.json.encode(exchange.settlement).decode() if exchange.settlement else None
         found: End | None
         if outcome is Outcome.OK:
             found = End(status="succeeded", result=sink.result())
@@ -314,7 +317,8 @@ class Runner:
             case "lost":
                 return None
             case "timeout":
-                return self._later(job, DeadlineExceeded(), counts=True)
+                error = GatewayError("The job took longer than its queue allows.", code="deadline_exceeded")
+                return self._later(job, error, counts=True)
             case _:
                 return End(status="queued", counts=False)
 
@@ -331,7 +335,7 @@ class Runner:
 
     # --- beside them -----------------------------------------------------------------------------------------------
 
-    async def _settle(self, job: Job) -> None:
+    def _settle(self, job: Job) -> None:
         """A run before this one ended, and its worker died before the ledger knew."""
         if job.settlement is not None:
             self._services.settle_late(msgspec.json.decode(job.settlement))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from gateway import GatewayError, hookimpl
 from gateway_plugins.routing.checks import concerns, expiries
-from gateway_plugins.routing.settings import PREFIX, Config
+from gateway_plugins.routing.settings import HEADER, PREFIX, Config
 from gateway_plugins.routing.table import Table, fraction
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Plugin:
 
     Config: TypeAlias = Config
     concerns = staticmethod(concerns)
+    reads_headers = (HEADER,)
 
     def __init__(self, config: Config, services: Services) -> None:
         faults = config.faults({name: upstream.kind for name, upstream in services.settings.upstreams.items()})

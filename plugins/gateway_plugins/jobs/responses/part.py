@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import BadRequest, Conflict, ContextKey, NotFound, Reply
+from gateway import BadRequest, Conflict, ContextKey, LateRequest, NotFound, Reply
 from gateway.kit import limit_of
-from gateway_plugins.jobs.jobs import Jobs, LateRequest, Options, idempotency_key
+from gateway_plugins.jobs.jobs import Jobs, Options, idempotency_key
 from gateway_plugins.jobs.responses import items, objects
 from gateway_plugins.jobs.responses.running import EVENT_STREAM, ResponseFollower, ResponseRunner, shown
 from gateway_plugins.jobs.routes import whose
@@ -81,7 +81,7 @@ class Responses(Jobs):
             return self._stream(job, -1, headers)
         return Reply(200, data=await shown(self.store, job), headers=headers)
 
-    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, Any]:
+    def _made(self, exchange: Exchange, options: Options) -> tuple[Job, LateRequest]:
         job, late = super()._made(exchange, options)
         sent: JsonObject = msgspec.json.decode(late.body)
         response = objects.queued(sent, job.id, job.created_at // 1000)
