@@ -94,6 +94,7 @@ def test_serve_runs_a_worker_beside_itself(tmp_path):
         )
 
 
+@pytest.mark.full
 def test_jobs_wait_for_a_worker_and_queues_shows_them(tmp_path):
     """Without a worker a job waits, and `xenios queues` shows it; `--burst` does what waits, and ends; a queue that is not
     there is an error that names those that are.

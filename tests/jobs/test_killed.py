@@ -65,6 +65,7 @@ async def test_jobs_of_a_killed_worker_run_again(url):
                 assert len(connection.smembers("rq:workers")) == 1
 
 
+@pytest.mark.full
 async def test_term_waits_for_what_ends_in_time_and_puts_back_the_rest(url):
     """SIGTERM: nothing new is taken, what ends within the grace ends, the rest waits again; the process ends with 0."""
     async with open_queue(url) as queue, process(url, grace=1) as worker:

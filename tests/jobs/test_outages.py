@@ -26,6 +26,7 @@ async def put_soon(queue, *arguments, **options):
                 await asyncio.sleep(0.05)
 
 
+@pytest.mark.promise("P9.jobs")
 @pytest.mark.parametrize("harm", ["freeze", "kill"])
 async def test_jobs_go_on_while_redis_is_away(server, harm):
     """Redis is frozen, or killed and started again: what ran runs on and ends once, what ended meanwhile is recorded, a
@@ -82,6 +83,7 @@ async def test_an_outage_longer_than_the_lease_runs_nothing_twice(server):
         assert waits.ended == dict.fromkeys("abc", "done")
 
 
+@pytest.mark.promise("P9.jobs")
 @pytest.mark.parametrize("how", ["flushed", "restarted"])
 async def test_a_redis_that_comes_back_empty_is_told_what_runs(server, how):
     """Redis comes back empty: what runs is registered again and ends as if nothing had been; what waited is known to

@@ -51,7 +51,7 @@ PROBE_SECONDS = 0.5
 READ_SECONDS = 5.0  # between two looks at all queues, for the metrics
 FAILED_SECONDS = 3600  # how long RQ remembers what failed; the database does longer
 KILLS = 100  # workers that may die with a job before RQ gives it up
-WAKE: Final = "xenios:jobs:wake"  # workers listen here for what was enqueued
+WAKE: Final = "{xenios}:jobs:wake"  # workers listen here for what was enqueued
 
 _ABOUT = ("status", "origin", "worker_name")
 _KNOWN = {JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED}
@@ -171,11 +171,11 @@ class Queue:
 
     async def lock(self, name: str, holder: str, seconds: float) -> int:
         """0: somebody else has it. Else `holder` has it for so long; 2: it had it not before."""
-        arguments = (f"xenios:jobs:lock:{name}", holder, round(seconds * 1000))
+        arguments = (lock_key(name), holder, round(seconds * 1000))
         return int(await self._ask(lambda connection: connection.eval(_LOCK, 1, *arguments)))
 
     async def unlock(self, name: str, holder: str) -> None:
-        arguments = (f"xenios:jobs:lock:{name}", holder)
+        arguments = (lock_key(name), holder)
         await self._ask(lambda connection: connection.eval(_UNLOCK, 1, *arguments))
 
     def ended(self, queue: str, outcome: str, seconds: float) -> None:
@@ -298,6 +298,10 @@ def connect(url: str, timeout: float) -> redis.Redis:
         protocol=2,
         client_name="xenios-jobs",
     )
+
+
+def lock_key(name: str) -> str:
+    return f"{{xenios}}:jobs:lock:{name}"
 
 
 def queue_name(queue: str, priority: str) -> str:

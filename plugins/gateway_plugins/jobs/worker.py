@@ -41,7 +41,7 @@ from gateway import StoreUnavailable, Tasks
 from gateway_plugins.jobs import functions
 from gateway_plugins.jobs.functions import AllowedJob, Why
 from gateway_plugins.jobs.parts import Again
-from gateway_plugins.jobs.queue import FAILED_SECONDS, PRIORITIES, WAKE, queue_name, rq_queue
+from gateway_plugins.jobs.queue import FAILED_SECONDS, PRIORITIES, WAKE, lock_key, queue_name, rq_queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -575,7 +575,7 @@ class AsyncWorker(BaseWorker):
 
     def _mine(self, name: str, seconds: int) -> bool:
         """A lock for a chore that one worker does, until it stops doing it."""
-        key = f"xenios:jobs:lock:{name}"
+        key = lock_key(name)
         if self.connection.set(key, self.name, nx=True, ex=seconds):
             return True
         if as_text(self.connection.get(key) or b"") != self.name:
