@@ -39,7 +39,7 @@ class Tool:
         self.config.write_text(CONFIG % {"folder": folder, "url": url, "secret": SECRET})
         loaded = load(self.config)
         [blueprint] = read_plugins(loaded.settings, loaded.source)
-        self.plugin = _Unstarted(blueprint, loaded)
+        self.plugin = _Unstarted(blueprint, loaded, self.config)
         self.cli = typer.Typer()
         self.cli.command("other")(lambda: None)
         commands.add_commands(self.plugin, self.cli)
