@@ -150,7 +150,8 @@ def _lines(answer: JsonObject) -> Iterator[str]:
         yield f"  {refused['message']}"
     elif targets:
         first = targets[0]
-        yield f"Goes to {first['model']} at {first['upstream']}{_at_most(answer['worst_case_usd'])}."
+        goes = "Becomes a job, which goes" if answer["phase"] == "accept" else "Goes"
+        yield f"{goes} to {first['model']} at {first['upstream']}{_at_most(answer['worst_case_usd'])}."
     for reason in answer["reasons"]:
         yield f"  {reason}"
     if targets:

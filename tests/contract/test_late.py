@@ -8,12 +8,26 @@ import pytest
 
 from gateway import LateRequest, PrincipalGone, Reply, StoreUnavailable, hookimpl
 from gateway.exchange import ANONYMOUS, Outcome
-from gateway.kit.testing import Gateway
+from gateway.explain_command import in_words
+from gateway.kit.testing import PEPPER, Gateway
 from gateway.kit.upstream import Hang, ScriptedUpstream, Stream, chat_events
+from gateway.supervisor import Identity
 from gateway.tasks import Tasks
+from gateway.worker import Worker
 from tests.contract.jobs import ADA, Commits, Jobs, Keeper, Taker, taken
 
 PATIENT = 10.0
+
+
+class Offloads:
+    """Takes jobs, and asks for it by its decision."""
+
+    reads_settings = ()
+    takes_jobs = True
+
+    def __init__(self, config, services): ...
+
+    choose_targets = Jobs.choose_targets
 
 
 class NoJobs:
@@ -66,6 +80,15 @@ async def test_offload_is_ignored_where_nobody_takes_jobs_and_explain_says_so():
             "large",
             "No plugin takes jobs: `offload` is ignored, and the request is answered at once.",
         ]
+
+
+async def test_explain_says_that_it_would_become_a_job():
+    """By the decision; nothing is taken."""
+    async with Gateway.test(plugins=[Offloads, "api_keys"]) as gw:
+        body = {"model": "test/model", "messages": []}
+        explained = await gw.post("/admin/explain", {"body": body, "headers": {"x-offload": "1"}})
+        assert explained.data["phase"] == "accept"
+        assert "\nBecomes a job, which goes to test/model at openrouter.\n  large\n" in in_words(explained.data)
 
 
 async def test_a_stream_runs_into_whoever_keeps_it():
@@ -320,3 +343,17 @@ async def test_a_slow_keeper_is_no_client_that_does_not_read():
 
         exchange = await jobs.services.run(jobs.late(), Slow())
         assert exchange.outcome is Outcome.OK
+
+
+async def test_a_process_without_a_server_runs_it():
+    """What a gateway accepted runs wherever the same plugins are open: a worker of jobs needs no port."""
+    async with Gateway.test(plugins=[Jobs]) as gw:
+        kept = (await taken(gw)).kept[0]
+        loaded, blueprints = gw._read([Jobs], None)
+        worker = Worker(loaded, Identity(PEPPER, None), gw.worker._data_dir, blueprints, number=9, serves=False)
+        async with worker.running():
+            [jobs] = [i.plugin for i in worker.snapshot.instances if isinstance(i.plugin, Jobs)]
+            keeper, commits = Keeper(), Commits()
+            exchange = await jobs.services.run(LateRequest.from_json(kept), keeper, commit=commits)
+        assert (exchange.outcome, keeper.status, exchange.request_id) == (Outcome.OK, 200, "mine-1")
+        assert (len(commits.rows), len(gw.upstream.seen), worker.port) == (1, 1, 0)

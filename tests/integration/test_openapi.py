@@ -55,7 +55,7 @@ def _labels() -> list[str]:
     add_core_routes(router, Health(lambda: False))
     add_admin_routes(router, lambda: None, 1)
     nothing: Any = SimpleNamespace(database=None)
-    counting: Any = SimpleNamespace(metrics=Metrics(), settings=SimpleNamespace(upstreams={}, plugins=()))
+    counting: Any = SimpleNamespace(metrics=Metrics(), settings=SimpleNamespace(upstreams={}, plugins=()), serves=True)
     metrics.Plugin(metrics.Config(), counting).register_routes(router)
     Admin(nothing, frozenset()).register(router)
     Routes(nothing.database).register(router)

@@ -103,10 +103,8 @@ async def test_a_running_job_is_stopped_within_a_second(config, tmp_path):
         assert cancelled["status"] == "cancelled" or (await until(running, job_id, "cancelled", seconds=5))
         stream = await ask(running, "GET", f"/v1/jobs/{job_id}/stream")
         assert b"job_cancelled" in stream.body
-        async with asyncio.timeout(10):
-            while not (rows := (await ask(running, "GET", "/admin/usage")).data["data"]):
-                await asyncio.sleep(0.2)
-        assert [(row["id"], row["outcome"]) for row in rows] == [(f"{job_id}-1", "client_disconnect")]
+        rows = (await ask(running, "GET", "/admin/usage")).data["data"]  # stored with the job's end
+        assert [row["outcome"] for row in rows if row["id"] == f"{job_id}-1"] == ["client_disconnect"]
 
 
 async def test_the_command_line_sees_to_jobs(config, tmp_path):

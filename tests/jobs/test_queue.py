@@ -71,6 +71,17 @@ async def test_what_waits_or_is_due_later_can_be_taken_out(url):
         assert await queue.unknown("job", ["now", "later"]) == {"now", "later"}
 
 
+async def test_one_whose_worker_died_can_be_taken_out(url):
+    """Work that waits again after its worker's death can be dropped, though RQ still remembers half of that try."""
+    async with open_queue(url) as queue:
+        await queue.put("job", "a")
+        with client(url) as connection:
+            connection.zadd("rq:executions:job-a", {"dead": 1e12})
+            await queue.drop("job", "a")
+            assert not connection.exists("rq:job:job-a", "rq:executions:job-a")
+        assert await queue.position("job", "a") is None
+
+
 async def test_what_has_failed_can_be_put_again(url):
     """RQ's memory of a failure does not keep work from being done anew."""
     async with open_queue(url) as queue:

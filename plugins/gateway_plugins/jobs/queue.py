@@ -22,11 +22,13 @@ import structlog
 from redis.backoff import NoBackoff
 from redis.retry import Retry as NoRetry
 from rq import Retry
-from rq.command import send_stop_job_command
-from rq.exceptions import DuplicateJobError, InvalidJobOperation, NoSuchJobError
+from rq.command import send_command
+from rq.exceptions import DuplicateJobError
+from rq.executions import ExecutionRegistry
 from rq.job import JobStatus
 from rq.queue import Queue as RQQueue
 from rq.serializers import JSONSerializer
+from rq.utils import as_text
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from gateway import StoreUnavailable, Tasks
@@ -51,6 +53,7 @@ FAILED_SECONDS = 3600  # how long RQ remembers what failed; the database does lo
 KILLS = 100  # workers that may die with a job before RQ gives it up
 WAKE: Final = "xenios:jobs:wake"  # workers listen here for what was enqueued
 
+_ABOUT = ("status", "origin", "worker_name")
 _KNOWN = {JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED}
 
 # Two of one gateway may ask for this at once: who has the lock keeps it.
@@ -349,17 +352,23 @@ def _forget(connection: redis.Redis, job: str) -> bool:
     return bool(connection.eval(_FORGET, len(keys), *keys, job))
 
 
-def _drop(connection: redis.Redis, job_id: str) -> None:
+def _drop(connection: redis.Redis, job: str) -> None:
+    """Not `Job.delete`, which fails while one of its executions has ended but half."""
     for _ in range(2):  # a worker may take it between
-        try:
-            job = AllowedJob.fetch(job_id, connection=connection, serializer=JSONSerializer)
-        except NoSuchJobError:
+        key = AllowedJob.key_for(job)
+        status, origin, worker = (as_text(value or b"") for value in connection.hmget(key, _ABOUT))
+        if not origin:
             return
-        if job.get_status(refresh=False) == JobStatus.STARTED:
-            with contextlib.suppress(InvalidJobOperation, NoSuchJobError):  # it has just ended
-                send_stop_job_command(connection, job_id, serializer=JSONSerializer)
+        if status == JobStatus.STARTED:
+            send_command(connection, worker, "stop-job", job_id=job)
             return
-        job.delete()
+        queue = rq_queue(origin, connection)
+        with connection.pipeline() as pipeline:
+            pipeline.lrem(queue.key, 0, job)
+            pipeline.zrem(queue.scheduled_job_registry.key, job)
+            pipeline.zrem(queue.failed_job_registry.key, job)
+            pipeline.delete(key, ExecutionRegistry(job, connection).key)
+            pipeline.execute()
 
 
 def _position(connection: redis.Redis, job: str, name: str) -> int | None:

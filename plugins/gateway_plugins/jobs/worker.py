@@ -8,6 +8,7 @@ this process renews. What that stands on, and what it can't do: README.md.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import os
@@ -285,7 +286,7 @@ class AsyncWorker(BaseWorker):
 
     def _on_loop(self, call: Callable[..., object], *arguments: Any) -> None:
         """From a thread; of no use once the loop has ended."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *arguments)
 
     # --- taking jobs: in a thread of its own -------------------------------------------------------------------------
@@ -295,8 +296,11 @@ class AsyncWorker(BaseWorker):
             self._woken.clear()
             try:
                 took = not self._suspended and self._take_what_waits()
-            except (redis.RedisError, OSError) as error:
-                self._trouble(error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next look may succeed
+                if _is_away(error):
+                    self._trouble(error)
+                else:
+                    tell_of(error, "jobs_not_taken")
                 self._stopping.wait(IDLE_SECONDS)
                 continue
             if burst and not took and not self._runs:
@@ -333,6 +337,7 @@ class AsyncWorker(BaseWorker):
 
     def _take(self, lane: Lane, queue: RQQueue) -> bool:
         while True:
+            found = None
             try:
                 found = self.queue_class.dequeue_any(
                     [queue], None, self.connection, AllowedJob, self.serializer, _NoDeathPenalty
@@ -344,11 +349,9 @@ class AsyncWorker(BaseWorker):
                     self.connection.lrem(queue.intermediate_queue_key, 1, job.id)
                     continue
                 _ = job.work
-            except (redis.ConnectionError, redis.TimeoutError):
-                raise
             except Exception as error:
                 unread = getattr(error, "job_id", None) or (found[0].id if found else None)
-                if unread is None:
+                if unread is None or _is_away(error):
                     raise
                 self._discard(queue, unread, error)
                 continue
@@ -472,11 +475,12 @@ class AsyncWorker(BaseWorker):
         while True:
             try:
                 await self._in_thread(chore)
-            except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-                self._trouble(error)
             except Exception as error:  # noqa: BLE001 - one job that can't be read, of thousands
-                tell_of(error, "jobs_chore_failed", chore=chore.__name__)
-                await self._try_to_clear()
+                if _is_away(error):
+                    self._trouble(error)
+                else:
+                    tell_of(error, "jobs_chore_failed", chore=chore.__name__)
+                    await self._try_to_clear()
             else:
                 self._well(chore)
             await asyncio.sleep(seconds)
@@ -593,9 +597,9 @@ class AsyncWorker(BaseWorker):
                     _ = _untyped(AllowedJob.fetch(job_id, self.connection, self.serializer)).work
                 except NoSuchJobError:
                     continue
-                except (redis.ConnectionError, redis.TimeoutError):
-                    raise
-                except Exception as error:  # noqa: BLE001 - as it was written by somebody else
+                except Exception as error:
+                    if _is_away(error):
+                        raise
                     self._discard(queue, job_id, error)
 
     def _discard(self, queue: RQQueue, job_id: str, error: Exception) -> None:
@@ -618,6 +622,11 @@ def tell_of(error: BaseException, event: str, **about: str) -> None:
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
     log.error(event, error=type(error).__name__, where=where, **about)
+
+
+def _is_away(error: Exception) -> bool:
+    """Redis, or what it can do now; not one key that somebody else made what it is."""
+    return isinstance(error, (redis.RedisError, ConnectionError, TimeoutError)) and "WRONGTYPE" not in str(error)
 
 
 def _job_of(composite_key: str) -> str:
