@@ -29,7 +29,7 @@ from gateway.processes import Waits, lines, loaded_of, text_of
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from gateway.settings import Loaded
 
@@ -132,13 +132,22 @@ class Companions:
         self._leaving: list[Kept] = []
         self._loaded: Loaded | None = None
         self._stopping = False
+        self._following = asyncio.Lock()
+        self._tasks = Tasks()
 
     def follow(self, loaded: Loaded) -> None:
         """Keep running what this configuration, which is in force, wants; does nothing if it is known already."""
-        if self._stopping or self._loaded is loaded:
-            return
-        self._loaded = loaded
-        wanted = _wanted(loaded)
+        if not self._stopping and self._loaded is not loaded:
+            self._loaded = loaded
+            self._tasks.spawn(self._follow(loaded), "companions")
+
+    async def _follow(self, loaded: Loaded) -> None:
+        async with self._following:
+            wanted = await asyncio.to_thread(_wanted, loaded)  # requests are answered meanwhile
+            if not self._stopping:
+                self._keep(loaded, wanted)
+
+    def _keep(self, loaded: Loaded, wanted: Mapping[str, list[str]]) -> None:
         for plugin, kept in list(self._kept.items()):
             if wanted.get(plugin) == kept.arguments:
                 kept.follow(loaded)
@@ -165,6 +174,7 @@ class Companions:
         self.stop()
         for kept in (*self._leaving, *self._kept.values()):
             await kept.ended()
+        await self._tasks.drain(0)
 
 
 def _wanted(loaded: Loaded) -> dict[str, list[str]]:

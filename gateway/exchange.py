@@ -205,6 +205,7 @@ class Decision:
     """Which models may answer, in order, and why.
 
     `alias` names what the client asked for when that was not a model itself: a scope that grants it grants its targets.
+    `offload`: it is to become a job, if some plugin takes jobs.
     `fallback_on`: the causes after which the next target is tried, None = as the fallback plugin is set up.
     `timeout`: seconds for the whole request, None = `server.request_timeout`, which is also its upper end.
     """

@@ -115,7 +115,9 @@ class Hooks:
     async def prepare_request(self, exchange: Exchange) -> None:
         """The body is parsed and valid: edit `exchange.body`. All plugins are called; the only hook that may edit it.
 
-        No side effects: it runs in dry runs too. May refuse. A failure is answered with 503.
+        A field that only a plugin can do (`background`) is taken out here by the one that does it; what is left of
+        them afterwards is refused. No side effects: it runs in dry runs too. May refuse. A failure is answered with
+        503.
         """
 
     @hookspec

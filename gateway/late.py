@@ -6,7 +6,7 @@ and as often as it must: the request goes through the pipeline as it came, in ph
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -31,7 +31,7 @@ class LateRequest:
     """
 
     endpoint: str
-    body: bytes
+    body: bytes = field(repr=False)  # a prompt, which belongs in no log
     content_type: str
     headers: Mapping[str, str]
     request_id: str

@@ -250,6 +250,7 @@ def test_what_is_kept_is_read_as_it_was_written():
         7.5,
     )
     assert LateRequest.from_json(late.to_json()) == late
+    assert '"m"' not in repr(late)  # a log line of it has no prompt
     newer = json.loads(late.to_json()) | {"more": 1}
     newer["principal"] |= {"more": 1}
     del newer["deadline"], newer["principal"]["team"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ from gateway.health import Health
 from gateway.metrics import Metrics
 from gateway.openapi import document as document_of
 from gateway.routes import Router
-from gateway_plugins import fallback, metrics
+from gateway_plugins import fallback, jobs, metrics
 from gateway_plugins.api_keys.admin import Admin
 from gateway_plugins.usage.routes import Routes
 from tests.clients.process import Served, served
@@ -59,6 +60,8 @@ def _labels() -> list[str]:
     metrics.Plugin(metrics.Config(), counting).register_routes(router)
     Admin(nothing, frozenset()).register(router)
     Routes(nothing.database).register(router)
+    later: Any = SimpleNamespace(metrics=Metrics(), pepper="", data_dir=Path(), database=None, redis=None, log=None)
+    jobs.Plugin(jobs.Config(), later).register_routes(router)
     named: Any = SimpleNamespace(plugin_id="fallback", metrics=Metrics())
     fallback.Plugin(fallback.Config(breaker=False), named).register_routes(router)
     paths = document_of(router.table().routes)["paths"]

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from gateway import StatementError, StoreUnavailable
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Error, Hang, Json, ScriptedUpstream, chat_completion
 from tests.jobs.inline import Inline
@@ -186,8 +187,9 @@ async def test_what_is_wrong_with_a_batch_is_said(changed, status, param):
     assert (reply.status, reply.data["error"]["param"]) == (status, param)
 
 
+@pytest.mark.promise("P14.batches")
 async def test_a_tenant_sees_its_own_batches_alone():
-    """P14: every route answers another tenant's batch, and its files, as ones that aren't there."""
+    """Every route answers another tenant's batch, and its files, as ones that aren't there."""
     async with batches() as gw:
         mine = await ended(gw, await create(gw, line("a")))
         them = await other_tenant(gw)
@@ -444,6 +446,45 @@ async def test_results_of_a_chunk_that_two_workers_run_count_once():
     assert sorted(f["custom_id"] for f in results) == sorted(f"id-{i}" for i in range(10))
     assert done["request_counts"] == {"total": 10, "completed": 10, "failed": 0}
     assert len(rows) == len(upstream.seen) == 20
+
+
+async def test_a_database_that_is_away_when_an_answer_comes_costs_no_second_call():
+    """What was paid for is kept until it can be stored."""
+    async with ScriptedUpstream() as upstream, batches(upstream) as gw:
+        database = gw.snapshot.services.database
+        transaction, failed = database.transaction, []
+
+        def broken(*args, **kwargs):
+            if upstream.seen and len(failed) < 3:
+                failed.append(True)
+                raise StoreUnavailable
+            return transaction(*args, **kwargs)
+
+        database.transaction = broken
+        done = await ended(gw, await create(gw, *(line(f"id-{i}") for i in range(4))))
+    assert len(failed) == 3
+    assert len(upstream.seen) == 4
+    assert done["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
+
+
+async def test_a_row_that_cannot_be_stored_spoils_no_other():
+    """Lines that end together are committed together; one bad statement is its line's own."""
+    async with ScriptedUpstream() as upstream, batches(upstream) as gw:
+        write, spoilt = gw.snapshot.services.rows.write, []
+
+        async def broken(statements, row):
+            if f"{7:08x}".encode() in row:
+                spoilt.append(row)
+                raise StatementError("no such value")
+            await write(statements, row)
+
+        gw.snapshot.services.rows.write = broken
+        done = await ended(gw, await create(gw, *(line(f"id-{i}") for i in range(10))), seconds=30)
+        [bad] = await lines_of(gw, done["error_file_id"])
+    assert len(spoilt) >= 5
+    assert done["request_counts"] == {"total": 10, "completed": 9, "failed": 1}
+    assert (bad["custom_id"], bad["error"]["code"]) == ("id-7", "internal_error")
+    assert len(upstream.seen) == 14
 
 
 async def test_what_became_of_lines_and_batches_is_counted():

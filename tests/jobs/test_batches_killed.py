@@ -18,13 +18,18 @@ from tests.stores.servers import emptied, valkey_server
 
 ENDPOINT = "/v1/chat/completions"
 LINES = 5000
-SECONDS = 0.5  # that each answer takes
+SECONDS = 2.5  # that each answer takes
+QUIET = 0.3  # without a new call: whoever is admitted has been sent too
 KILLS = 6
 
 
 def line(n: int) -> bytes:
     body = {"model": "test/model", "messages": [{"role": "user", "content": f"Line {n}"}]}
     return json.dumps({"custom_id": f"id-{n}", "method": "POST", "url": ENDPOINT, "body": body}).encode()
+
+
+def quiet(upstream: ScriptedUpstream) -> bool:
+    return bool(upstream.seen) and time.monotonic() - upstream.seen[-1].started > QUIET
 
 
 def waiting(upstream: ScriptedUpstream) -> int:
@@ -42,7 +47,7 @@ async def test_a_batch_of_5000_lines_survives_its_workers(tmp_path):
     are right, each call that the upstream saw is a line's or abandoned, and what was paid is what the rows say.
     """
     answer = Json(chat_completion("Hi"), delay=SECONDS)
-    settings = {"lanes": 40, "chunks": 4, "chunk_lines": 250}
+    settings = {"lanes": 50, "chunks": 4, "chunk_lines": 250}
     killed_with = []
     with valkey_server() as server:
         url = await emptied(server)
@@ -62,16 +67,25 @@ async def test_a_batch_of_5000_lines_survives_its_workers(tmp_path):
                         while (done := await client.batches.retrieve(batch.id)).status != "completed":
                             counts.append(done.request_counts.completed)
                             under_way = waiting(upstream)
-                            if len(killed_with) < KILLS and under_way >= 50 and time.monotonic() > due:
+                            if (
+                                len(killed_with) < KILLS
+                                and under_way >= 50
+                                and quiet(upstream)
+                                and time.monotonic() > due
+                            ):
                                 killed_with.append(under_way)
                                 at = random.randrange(2)
                                 await asyncio.to_thread(alive[at].kill)
                                 alive[at] = start()
                                 due = time.monotonic() + random.uniform(2, 6)
-                            await asyncio.sleep(0.1)
+                            await asyncio.sleep(0.05)
                         results = await everything(client, done.output_file_id)
                     said = "".join(worker.log.read_text()[-3000:] for worker in alive)
                 rows = await usage(gateway)
+                deadline = time.monotonic() + 40  # what was abandoned is known once its lease has ended
+                while len(rows) < len(upstream.seen) and time.monotonic() < deadline:
+                    await asyncio.sleep(1)
+                    rows = await usage(gateway)
         assert done.error_file_id is None, said
     print(f"killed with {killed_with} under way; {len(upstream.seen)} calls; {Counter(r['outcome'] for r in rows)}")
     assert len(killed_with) == KILLS
@@ -81,6 +95,7 @@ async def test_a_batch_of_5000_lines_survives_its_workers(tmp_path):
     outcomes = Counter(row["outcome"] for row in rows)
     assert outcomes["ok"] == LINES
     assert len(upstream.seen) == LINES + outcomes["abandoned"]
+    assert {row["tenant"] for row in rows if row["outcome"] == "abandoned"} == {"operator"}
     assert sum(row["cost_usd"] or 0 for row in rows) == pytest.approx(COST * LINES)
 
 

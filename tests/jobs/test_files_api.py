@@ -170,8 +170,9 @@ async def test_an_upload_whose_sender_leaves_leaves_nothing():
         await until(nothing)
 
 
+@pytest.mark.promise("P14.files")
 async def test_a_tenant_sees_its_own_files_alone():
-    """P14: every route answers another tenant's file as one that isn't there."""
+    """Every route answers another tenant's file as one that isn't there."""
     async with files() as gw:
         mine = (await upload(gw)).data["id"]
         them = await other_tenant(gw)

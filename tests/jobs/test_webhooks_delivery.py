@@ -356,6 +356,7 @@ async def test_switched_off_nobody_is_called():
             plugin.part.check("https://example.com/")
 
 
+@pytest.mark.promise("P12.webhooks")
 async def test_no_secret_and_no_payload_gets_into_logs(capfd):
     """A URL's path and query, a message's body, a reply and the secrets are in no log line, whatever goes wrong."""
     body = b"what the receiver says: canary-reply"
@@ -382,6 +383,7 @@ async def test_no_secret_and_no_payload_gets_into_logs(capfd):
     assert json.dumps(SECRET)[8:30] not in logged
 
 
+@pytest.mark.promise("P14.webhooks")
 async def test_what_another_tenant_registered_hears_nothing():
     """Events go to their own tenant's endpoints alone."""
     async with receiver() as them, hooked() as gw:

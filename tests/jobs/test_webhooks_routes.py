@@ -128,6 +128,7 @@ async def test_no_secret_is_in_the_database(gw):
         ("POST", "/test", {"event_type": "job.failed"}),
     ],
 )
+@pytest.mark.promise("P14.webhooks")
 async def test_others_endpoints_are_not_there(gw, method, path, body):
     """Another tenant gets the 404 of an id that never was; an administrator gets through."""
     async with receiver() as them:

@@ -12,10 +12,11 @@ from gateway.kit.testing import Gateway
 from gateway.kit.upstream import MODEL, Hang, Json, ScriptedUpstream, Slow, chat_completion
 from gateway.stores.redis import RedisStore
 from gateway.tasks import Tasks
+from gateway_plugins.rate_limit import Limit
 from tests.stores.prices import PRICES
 from tests.stores.servers import emptied
 
-ADA = Principal("ada", tenant="acme", limits={"requests": 2, "per": 3600})
+ADA = Principal("ada", tenant="acme", admin=True, limits={"requests": 2, "per": 3600})
 PAID = 70  # micro-USD
 PATIENT = 10.0
 
@@ -247,3 +248,35 @@ async def test_what_was_committed_by_a_worker_that_died_is_settled_by_another(se
         for _ in range(2):
             jobs.services.settle_late(settlement)
             assert await money(gw) == (PAID, 0)
+
+
+@pytest.mark.parametrize(
+    ("phase", "limit", "wrong"),
+    [
+        ("run", {"requests": 5}, "requests don't count in phase run"),
+        ("accept", {"tokens": 5}, "tokens don't count in phase accept"),
+        (["accept", "run"], {"requests": 5, "tokens": 5}, None),
+        (["live", "run"], {"requests": 5}, None),
+    ],
+)
+def test_a_limit_that_would_never_count_is_a_mistake(phase, limit, wrong):
+    """It would stand there and limit nothing."""
+    made = {"name": "x", "when": {"phase": phase}, **limit}
+    if wrong is None:
+        Limit.model_validate(made)
+    else:
+        with pytest.raises(ValueError, match=wrong):
+            Limit.model_validate(made)
+
+
+async def test_an_explanation_says_what_a_job_counts_for_when_it_is_taken(services):
+    """Its requests, not its tokens; of budgets, that they reserve later."""
+    all_units = {"name": "all", "by": [], "requests": 5, "tokens": 100_000, "concurrent": 3}
+    async with gateway(services, limits=[all_units]) as gw:
+        body = {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
+        headers = {"Prefer": "respond-async", "X-Xenios-Explain": "1"}
+        said = str((await gw.post("/v1/chat/completions", body, headers=headers)).data)
+        assert "reserves what it may cost when the job runs" in said
+        assert "all: 5 requests" in said
+        assert "all: 100,000 tokens" not in said
+        assert "3 at the same time" not in said

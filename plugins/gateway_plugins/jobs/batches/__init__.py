@@ -258,7 +258,7 @@ class Batches:
         else:
             if not complete:
                 await store.mark_chunk(database, batch_id, chunk.number, "queued")
-                raise Again(0.0)
+                raise Again(LOOK_SECONDS)
             if await store.end_chunk(database, batch_id, chunk.number):
                 await self._put(batch_id + _FINISHED)
             else:

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import GatewayError, LateRequest, Outcome, PrincipalGone, RateLimited, StoreUnavailable, UpstreamError
+from gateway import (
+    GatewayError,
+    LateRequest,
+    Outcome,
+    PrincipalGone,
+    RateLimited,
+    StatementError,
+    StoreUnavailable,
+    UpstreamError,
+)
 from gateway_plugins.jobs.batches import store
 from gateway_plugins.jobs.batches.checks import clean, line_of
 from gateway_plugins.jobs.batches.store import Chunk, Result
@@ -38,6 +47,7 @@ RETRY_SECONDS = 1.0
 COMMIT_SECONDS = 60.0  # a database that is away for longer: the line runs again
 LONGEST_WAIT = 60.0
 SLICE_SECONDS = 120.0  # then others get the place, and what is left of the chunk waits behind them
+CUT_OFF = frozenset({Outcome.CLIENT_DISCONNECT, Outcome.SHUTDOWN})  # by us: it runs again
 BREAKDOWNS = 5  # failures of our own, of one line
 
 
@@ -103,13 +113,11 @@ class Ledgers:
                     await asyncio.sleep(GROUP_SECONDS)
                 group, self._waiting = self._waiting[:GROUP], self._waiting[GROUP:]
                 failure = await self._write(group)
-                for _, _, done in group:
-                    if done.done():
-                        continue
-                    if failure is None:
-                        done.set_result(None)
-                    else:
-                        done.set_exception(failure)
+                if isinstance(failure, StatementError) and len(group) > 1:
+                    for one in group:  # one of them spoils it for all
+                        _tell([one], await self._write([one]))
+                else:
+                    _tell(group, failure)
         finally:
             self._writing = None
 
@@ -134,6 +142,16 @@ class Ledgers:
                 for result in new:
                     self._counts.add(1, "succeeded" if result.ok else "failed")
                 return None
+
+
+def _tell(group: Sequence[tuple[Any, bytes, asyncio.Future[None]]], failure: Exception | None) -> None:
+    for _, _, done in group:
+        if done.done():
+            continue
+        if failure is None:
+            done.set_result(None)
+        else:
+            done.set_exception(failure)
 
 
 class ChunkRun:
@@ -161,7 +179,7 @@ class ChunkRun:
                     group.create_task(self._lane(lines))
         finally:
             await self._ledgers.close()
-        return self._complete
+        return self._complete and len(await self._done()) == len(self._chunk.custom_ids)
 
     async def _done(self) -> set[int]:
         """Lines that have their result: of a worker that died maybe, before the ledger knew."""
@@ -216,7 +234,8 @@ class ChunkRun:
                 gone = _without_reply(line, error.error_code, error.message)
                 await self._ledgers.add(gone, b"")
                 return
-            except GatewayError as error:  # a part of ours is away: nothing was asked
+            except GatewayError as error:  # a part of ours is away
+                await self._until_stored()
                 wait, counted = error.retry_after or RETRY_SECONDS, False
             except Exception:
                 self._services.log.exception("batch_line_failed", batch=self._batch["id"], line=line.number)
@@ -235,6 +254,16 @@ class ChunkRun:
                 return
             await asyncio.sleep(seconds * (1 + random.random() / 4))  # noqa: S311 - not all at the same moment
 
+    async def _until_stored(self) -> None:
+        """No call is paid for whose result could not be kept."""
+        while True:
+            try:
+                await self._services.database.ping()
+            except StoreUnavailable:
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                return
+
     async def _try(self, line: Line, body: bytes, *, last: bool) -> tuple[float | None, bool]:
         """Once. When it is to be tried again, None: it has its result; and whether the upstream had its chance."""
         client = Collected()
@@ -243,8 +272,7 @@ class ChunkRun:
         async def commit(exchange: Exchange, row: bytes) -> None:
             wait, counted = judge(exchange, last=last)
             if wait is None:
-                result = _result(line, client, exchange) if _is_over(exchange) else None
-                await self._ledgers.add(result, row)
+                await self._ledgers.add(_result(line, client, exchange), row)
             else:
                 # who was refused by a limit of ours before anything was sent has used nothing
                 await self._ledgers.add(None, row if exchange.attempts else b"")
@@ -267,6 +295,8 @@ def judge(exchange: Exchange, *, last: bool) -> tuple[float | None, bool]:
     """After how many seconds once more; None: this is its result. And whether an upstream was asked."""
     error = exchange.error
     asked = bool(exchange.attempts)
+    if exchange.outcome in CUT_OFF:
+        return RETRY_SECONDS, False
     if exchange.outcome is Outcome.OK or error is None or error.should_retry is False:
         return None, asked
     if isinstance(error, UpstreamError):
@@ -278,11 +308,6 @@ def judge(exchange: Exchange, *, last: bool) -> tuple[float | None, bool]:
     if not passing:
         return None, asked
     return error.retry_after or (0.0 if asked else RETRY_SECONDS), asked
-
-
-def _is_over(exchange: Exchange) -> bool:
-    """Else it was cut off, and runs again."""
-    return exchange.outcome not in {Outcome.CLIENT_DISCONNECT, Outcome.SHUTDOWN}
 
 
 def line_id(batch_id: str, number: int) -> str:
