@@ -116,7 +116,8 @@ class Hooks:
         """The body is parsed and valid: edit `exchange.body`. All plugins are called; the only hook that may edit it.
 
         A field that only a plugin can do (`background`) is taken out here by the one that does it; what is left of
-        them afterwards is refused. No side effects: it runs in dry runs too. May refuse. A failure is answered with 503.
+        them afterwards is refused. No side effects: it runs in dry runs too. May refuse. A failure is answered with
+        503.
         """
 
     @hookspec

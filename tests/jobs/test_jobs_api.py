@@ -233,6 +233,7 @@ async def test_a_tenants_queue_has_an_end(url):
 # --- shown ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("P14.jobs")
 async def test_jobs_are_their_tenants(url):
     """Another tenant's job is 404 at every route; a key of the same tenant sees it; an administrator if it names whose."""
     async with gateway(url) as gw:

@@ -293,3 +293,20 @@ async def test_burst_ends_when_nothing_is_left(url):
             worker = AsyncWorker(connection, queue.queues, {"job": handler})
             await asyncio.wait_for(worker.run(asyncio.Event(), burst=True), 10)
         assert done == ["a", "b"]
+
+
+async def test_one_that_was_just_being_taken_when_its_worker_died_runs(url):
+    """A job between queue and worker, whose worker was killed at that moment a good minute ago, runs after all."""
+    async with open_queue(url) as queue:
+        waits = Waits(queue)
+        await queue.put("job", "a")
+        with client(url) as connection:
+            waiting = rq_queue("xenios:default", connection)
+            between = waiting.intermediate_queue
+            connection.lmove(waiting.key, between.key)
+            connection.set(between.get_first_seen_key("job-a"), time.time() - 90)
+            async with running(url, {"job": waits}, lease=5):
+                await until(lambda: waits.begun == ["a"])
+                waits.going.set()
+                await until(lambda: not connection.exists("rq:job:job-a"))
+            assert not connection.llen(between.key)
