@@ -95,9 +95,11 @@ class Files(BaseModel):
     model_config = _Settings
 
     enabled: bool = Field(True, description="Offer /v1/files. Batches need it. Default true.")
+    # ASCII alone: a compiled `\w` that may come 200 times takes 17 MB.
     storage: str = Field(
         "local",
-        pattern=r"^(local|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w./-]{1,200})?)$",
+        max_length=300,
+        pattern=r"^(local|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_./-]+)?)$",
         description="Where files lie: `local`, in data_dir/files, or `s3://bucket/prefix`, which several hosts share. "
         "Default local.",
     )
