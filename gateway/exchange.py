@@ -64,6 +64,7 @@ class Outcome(StrEnum):
     """How an exchange ended; one of these stands in its log line and its usage row."""
 
     OK = "ok"
+    ACCEPTED = "accepted"  # as a job: the run of it has an outcome, a log line and a row of its own
     REFUSED = "refused"
     UPSTREAM_ERROR = "upstream_error"
     UPSTREAM_TRUNCATED = "upstream_truncated"

@@ -148,7 +148,7 @@ class Run:
         try:
             try:
                 await self._answer()
-                exchange.outcome = Outcome.OK
+                exchange.outcome = Outcome.ACCEPTED if exchange.phase == "accept" else Outcome.OK
             except asyncio.CancelledError:
                 await self._interrupted()
             except GatewayError as error:

@@ -38,6 +38,7 @@ CLOSE_SECONDS = 2.0
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _LEVEL_OF = {
     Outcome.OK: "info",
+    Outcome.ACCEPTED: "info",
     Outcome.CLIENT_DISCONNECT: "info",
     Outcome.PLUGIN_ERROR: "error",
     Outcome.ERROR: "error",

@@ -26,6 +26,9 @@ class InlineQueue:
     def serve(self, name: str, queue: Any) -> None:
         self.queues.setdefault(name, queue)
 
+    def settings_of(self, queue: str) -> Any:
+        return self.queues.get(queue, self.queues["default"])
+
     async def put(self, kind: str, work: str, **_: Any) -> None:
         if self.held is not None:
             if (kind, work) not in self.held:

@@ -168,7 +168,9 @@ def test_our_bytes_are_what_opentelemetry_reads(name, one, two, attributes, fail
         assert len(read.SerializeToString()) == len(otlp.encoded(span))  # there is nothing that it does not know
 
 
-@pytest.mark.parametrize("text", ["", "x" * 100, "x" * 101, "é" * 62, "é" * 63, "é" * 100, "\U0001f600" * 100, "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "x" * 100, "x" * 101, "é" * 62, "é" * 63, "é" * 100, "\U0001f600" * 100, "\udcff"]
+)
 def test_a_text_of_any_length_is_what_opentelemetry_reads(text):
     """Around the lengths where its encoding needs another byte; what is no Unicode becomes a question mark."""
     read = SpanMessage.FromString(otlp.encoded(otlp.Span("s", otlp.SERVER, 1, 2, 0, 3, 4, {"a.key": text})))

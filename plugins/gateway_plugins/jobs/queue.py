@@ -129,6 +129,10 @@ class Queue:
             self._thread.shutdown(wait=True)
             self._redis.close()
 
+    def settings_of(self, queue: str) -> settings.Queue:
+        """`default`'s for one that is configured no more."""
+        return self.queues[self._name(queue)]
+
     # --- for the parts -----------------------------------------------------------------------------------------------
 
     async def put(
@@ -148,7 +152,7 @@ class Queue:
         are no more.
         """
         name = self._name(queue)
-        own = self.queues[name]
+        own = self.settings_of(queue)
         rq_name = queue_name(name, priority or own.priority)
         seconds = max(1, round(own.timeout if timeout is None else timeout))
         await self._ask(lambda connection: _put(connection, kind, work, rq_name, seconds, front=front, after=after))

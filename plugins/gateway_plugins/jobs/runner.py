@@ -326,7 +326,7 @@ class Runner:
         """Once more after a while; or it has failed, if that was the last time."""
         if counts and job.attempts >= job.max_attempts:
             return _failed(error, result)
-        backoff = self._queue.queues[job.queue].backoff * 2 ** min(job.attempts - 1, 20)
+        backoff = self._queue.settings_of(job.queue).backoff * 2 ** min(job.attempts - 1, 20)
         after = min(max(backoff, error.retry_after or 0.0), LONGEST_BACKOFF)
         return End(status="queued", code=error.error_code, message=error.message, after=after, counts=counts)
 

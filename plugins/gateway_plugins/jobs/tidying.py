@@ -73,7 +73,7 @@ class Tidier:
 async def put(shared: Shared, kind: str, job: Job, *, front: bool = False, after: float = 0.0) -> None:
     """Into the queue. One whose Redis is away is put there later, by `tidy`."""
     # the pipeline's own deadline comes first, and says more
-    timeout = shared.queue.queues.get(job.queue, shared.queue.queues["default"]).timeout + TIMEOUT_MARGIN
+    timeout = shared.queue.settings_of(job.queue).timeout + TIMEOUT_MARGIN
     with contextlib.suppress(StoreUnavailable):
         await shared.queue.put(
             kind, job.id, queue=job.queue, priority=job.priority, front=front, after=after, timeout=timeout

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
 _UNMATCHED = "unmatched"
 # Nobody's fault: whoever called left, or a rule said no.
-_NO_FAILURE = frozenset({Outcome.OK, Outcome.REFUSED, Outcome.CLIENT_DISCONNECT})
+_NO_FAILURE = frozenset({Outcome.OK, Outcome.ACCEPTED, Outcome.REFUSED, Outcome.CLIENT_DISCONNECT})
 _GIVEN_UP = frozenset({None, Cause.CLIENT_DISCONNECT, Cause.ABANDONED})
 _PARAMETERS = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed")
 _TOKENS = (

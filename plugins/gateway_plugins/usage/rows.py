@@ -96,9 +96,11 @@ def decode(payload: bytes) -> Request | Corrected:
 
 
 def request_row(exchange: Exchange) -> bytes:
-    """The row as it is known now; empty for a caller whom nobody knows, who must not be able to fill a table."""
+    """The row as it is known now. Empty for a caller whom nobody knows, who must not be able to fill a table; and for a
+    request that became a job, whose run has one.
+    """
     principal = exchange.principal
-    if principal is None:
+    if principal is None or exchange.outcome is Outcome.ACCEPTED:
         return b""
     started, tries, usage, cost = exchange.started, exchange.attempts, exchange.usage, exchange.cost
     decision, served, finished = exchange.decision, exchange.served, exchange.finished
