@@ -13,6 +13,7 @@ from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from gateway.kit.testing import Gateway
+from gateway_plugins.jobs.webhooks import store
 from tests.jobs.receivers import LOCAL, Hooked, raw_receiver, receiver
 
 SECRET, OLD_SECRET = (
@@ -241,6 +242,22 @@ async def test_a_message_that_redis_forgot_is_sent_all_the_same():
         await plugin.part.tidy()
         assert plugin.queue.ids == []
     assert len(them.seen) == 1
+
+
+async def test_a_message_that_waits_for_its_next_try_is_sent_at_once_when_somebody_says_so():
+    """`xenios webhooks resend` of one that would be tried tomorrow, as the queue knows: it goes now."""
+    async with receiver(500) as them, hooked(retries=["1d"]) as gw:
+        plugin = gw.plugin("Hooked")
+        [sent] = await plugin.send(target=them.url)
+        [wait] = await plugin.work()
+        plugin.queue.later.add(sent)
+        await store.resend(plugin.database, sent)
+        await plugin.database.execute("UPDATE jobs_webhook_deliveries SET next_at = next_at - 6000")
+        await plugin.part.tidy()
+        await plugin.work()
+        row = await plugin.row(sent)
+    assert wait >= 86400
+    assert (len(them.seen), row["status"]) == (2, "delivered")
 
 
 async def test_thousands_that_were_forgotten_are_all_found():

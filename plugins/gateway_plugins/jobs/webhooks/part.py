@@ -221,7 +221,8 @@ class Webhooks:
         await store.prune(database)
         before, after = store.now() - int(LATE_SECONDS * 1000), (0, "")
         while rows := await store.due(database, before, limit=PAGE, after=after):
-            for key in await self._queue.unknown(KIND, [row["id"] for row in rows]):
+            # also those that somebody wants to be sent again, sooner than their next try
+            for key in await self._queue.unknown(KIND, [row["id"] for row in rows], within=LATE_SECONDS):
                 await self._queue.put(KIND, key, queue=QUEUE)
             after = (rows[-1]["next_at"], rows[-1]["id"])
         self._waiting = (time.monotonic(), await store.count_waiting(database))
