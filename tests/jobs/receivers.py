@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-import math
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 

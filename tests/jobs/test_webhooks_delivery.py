@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import socket
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -352,6 +354,33 @@ async def test_a_receiver_that_hangs_keeps_no_other_waiting():
         await asyncio.gather(*under_way)
         assert await plugin.part._try(ids[20]) is None
         assert plugin.part._busy == {}
+
+
+async def test_a_tenants_name_servers_that_hang_keep_no_other_tenant_waiting():
+    """Messages to a hundred names that are never found are one tenant's: another's is sent meanwhile."""
+    release = threading.Event()
+
+    def lookup(host, *args, **kwargs):
+        if host.endswith(".test"):
+            release.wait(20)
+            raise socket.gaierror
+        return socket.getaddrinfo(host, *args, **kwargs)
+
+    async with receiver() as them, hooked() as gw:
+        plugin = gw.plugin("Hooked")
+        plugin.part.client._lookup = lookup
+        spawn = plugin.part.services.spawn
+        try:
+            stuck = [await plugin.send(target=f"http://n{i}.test/", tenant="bad") for i in range(100)]
+            stuck = [spawn(plugin.part._try(key), "test") for [key] in stuck]
+            [sent] = await plugin.send(target=them.url.replace("127.0.0.1", "localhost"), tenant="good")
+            async with asyncio.timeout(5):
+                assert await plugin.part._try(sent) is None
+        finally:
+            release.set()
+        waits = await asyncio.gather(*stuck)
+    assert len(them.seen) == 1
+    assert sum(wait <= 2 for wait in waits) == 50  # uncounted; the others were tried
 
 
 async def test_a_database_that_is_away_puts_the_work_back():

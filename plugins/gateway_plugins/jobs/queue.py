@@ -149,10 +149,10 @@ class Queue:
         after: float = 0.0,
         timeout: float | None = None,  # noqa: ASYNC109 - the work's, not this call's
     ) -> None:
-        """To be done by a worker, `after` so many seconds. Once, however often it is asked for; now counts more than later.
+        """To be done by a worker, `after` so many seconds. Once, however often it is asked for.
 
-        Without `priority` and `timeout` (seconds of one try) the queue's own hold. `default` takes what queues had that
-        are no more.
+        What is to be done later and is asked for now is done now. Without `priority` and `timeout` (seconds of one try)
+        the queue's own hold. `default` takes what queues had that are no more.
         """
         name = self._name(queue)
         own = self.settings_of(queue)
@@ -172,7 +172,7 @@ class Queue:
         return await self._ask(self._states)
 
     async def unknown(self, kind: str, works: Iterable[str], *, within: float = math.inf) -> set[str]:
-        """Those that RQ knows nothing of: they neither wait, are to be run later (`within` so many seconds), nor run."""
+        """Those that RQ knows nothing of: they neither wait, nor run, nor will (`within` so many seconds)."""
         wanted = list(works)
         return await self._ask(lambda connection: _unknown(connection, kind, wanted, within)) if wanted else set()
 
