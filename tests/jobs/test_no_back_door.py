@@ -85,7 +85,7 @@ WAYS = 2 * len(DIALECTS) + len(AS_JSON) + 2
 
 
 async def count(gw, table):
-    [row] = await gw.snapshot.services.database.fetch(f"SELECT count(*) AS n FROM {table}")  # noqa: S608 - ours
+    [row] = await gw.snapshot.services.database.fetch(f"SELECT count(*) AS n FROM {table}")
     return row["n"]
 
 
