@@ -10,7 +10,7 @@ from gateway_plugins.jobs.parts import Again
 from gateway_plugins.jobs.settings import Batches
 from tests.jobs.gateways import spawn
 from tests.jobs.test_batches_api import CHAT, batches, create, ended, inline, line, lines_of
-from tests.jobs.test_files_api import upload
+from tests.jobs.test_files_api import other_tenant, upload
 
 
 async def finishing(gw):
@@ -137,3 +137,20 @@ async def test_a_large_file_is_checked_while_others_have_their_turn():
     beside.cancel()
     assert (checked.errors, len(checked.chunks)) == ([], 40)
     assert turns >= 10
+
+
+async def test_a_tenant_has_a_bounded_number_of_open_batches():
+    """One more is refused with 429; another tenant's is taken, and the own once one has ended."""
+    async with batches(max_open=2) as gw:
+        inline(gw).held = []
+        first = await create(gw, line("a"))
+        await create(gw, line("b"))
+        body = {"input_file_id": first["input_file_id"], "endpoint": CHAT, "completion_window": "24h"}
+        refused = await gw.post("/v1/batches", body)
+        await create(gw, line("c"), headers=await other_tenant(gw))
+        await inline(gw).go()
+        await ended(gw, first)
+        taken = await gw.post("/v1/batches", body)
+    assert (refused.status, refused.data["error"]["code"]) == (429, "too_many_batches")
+    assert refused.headers["Retry-After"] == "60"
+    assert taken.status == 200

@@ -146,6 +146,9 @@ class Batches(BaseModel):
     )
     chunk_lines: int = Field(500, ge=1, le=5000, description="How many lines a worker takes at a time. Default 500.")
     max_lines: int = Field(50_000, ge=1, le=1_000_000, description="Most lines of one batch. Default 50000.")
+    max_open: int = Field(
+        200, ge=1, description="How many batches of one tenant may be open; more are refused with 429. Default 200."
+    )
     attempts: int = Field(
         5, ge=1, le=50, description="How often a line is tried whose upstream fails or is too busy. Default 5."
     )

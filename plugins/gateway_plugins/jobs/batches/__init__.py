@@ -13,7 +13,7 @@ import time
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from gateway import BadRequest, Conflict, Forbidden, GatewayError, LateRequest, NotFound, Reply, may_see
+from gateway import BadRequest, Conflict, Forbidden, GatewayError, LateRequest, NotFound, RateLimited, Reply, may_see
 from gateway.kit import limit_of, query_of
 from gateway_plugins.jobs.batches import results, store
 from gateway_plugins.jobs.batches.checks import ENDPOINTS, Checked
@@ -141,7 +141,11 @@ class Batches:
                 **dict.fromkeys(("total", "completed", "failed", "has_lines"), 0),
                 **dict.fromkeys(("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"), 0),
             },
+            most_open=self._settings.max_open,
         )
+        if row is None:
+            message = f"{self._settings.max_open} of your batches have not ended; there may not be more."
+            raise RateLimited(message, code="too_many_batches", retry_after=60)
         await self._put(row["id"] + _CHECKED)
         return Reply(200, data=shown(row))
 

@@ -59,11 +59,17 @@ async def find(database: Database, batch_id: str, tenant: str | None = None) -> 
     return await database.fetch_one("SELECT * FROM jobs_batches WHERE id = $1 AND tenant = $2", batch_id, tenant)
 
 
-async def insert(database: Database, values: dict[str, Any]) -> Row:
+async def insert(database: Database, values: dict[str, Any], *, most_open: int) -> Row | None:
+    """None: the tenant has as many open as it may have."""
     names = ", ".join(values)
     places = ", ".join(f"${i}" for i in range(1, len(values) + 1))
     sql = f"INSERT INTO jobs_batches ({names}) VALUES ({places}) RETURNING *"  # noqa: S608 - our own names
     async with database.transaction() as statements:
+        row = await statements.fetch_one(
+            "SELECT count(*) AS open FROM jobs_batches WHERE tenant = $1 AND ended_at IS NULL", values["tenant"]
+        )
+        if row is not None and row["open"] >= most_open:
+            return None
         row = await statements.fetch_one(sql, *values.values())
     if row is None:
         raise RuntimeError("An insert returned nothing.")
