@@ -225,8 +225,8 @@ class Ledger(Protocol):
         As of the last `rows`, and about: a settlement without a row counts too.
         """
 
-    async def flush(self) -> None:
-        """What is settled is in the store, if that can be reached."""
+    async def flush(self) -> bool:
+        """What is settled is in the store. False: that can't be reached, and has it later if this process lives on."""
 
     async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
         """(spent, reserved) in micro-USD for each budget's key. Raises StoreUnavailable."""
@@ -471,7 +471,8 @@ class MemoryLedger:
     def waiting_rows(self) -> int:
         return len(self._rows)
 
-    async def flush(self) -> None: ...
+    async def flush(self) -> bool:
+        return True
 
     async def budgets(self, keys: Sequence[str]) -> list[tuple[int, int]]:
         found = (self._budgets.get(key) for key in keys)
@@ -924,7 +925,7 @@ class RedisLedger:
             if self._pending:
                 log.error("ledger_settlements_lost", settlements=len(self._pending), pending=0)
 
-    async def flush(self) -> None:
+    async def flush(self) -> bool:
         """Send what is settled but not yet in Redis."""
         async with self._flushing:
             left = len(self._pending)  # what comes meanwhile has its own 20 ms
@@ -943,6 +944,7 @@ class RedisLedger:
                     break
         if left > 0:
             self._later(RETRY_SECONDS)
+        return left <= 0
 
     async def _send(self, units: Sequence[tuple[_Change, ...]]) -> None:
         """In one call. Raises StoreUnavailable; what can be sent again is then pending again."""

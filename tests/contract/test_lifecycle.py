@@ -115,7 +115,7 @@ async def test_a_job_is_taken_after_every_check_and_before_any_upstream(endpoint
         await _accepted(gw, endpoint, kind)
         [exchange] = await gw.finished()
         assert trace(exchange) == ACCEPTED
-        assert (exchange.phase, exchange.outcome) == ("accept", Outcome.OK)
+        assert (exchange.phase, exchange.outcome) == ("accept", Outcome.ACCEPTED)
 
 
 @LATE

@@ -82,6 +82,7 @@ def test_all_built_in_plugins_are_walked():
 
 
 @PROXIED
+@pytest.mark.promise("P5.plugin_routes")
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer sk-xenios-nonsense"}, {"x-api-key": "nonsense"}])
 async def test_every_route_but_the_public_ones_refuses_a_caller_without_a_key(headers):
     """Without a good key each route answers 401 in its own dialect, before anything of the request is looked at."""

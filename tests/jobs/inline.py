@@ -39,7 +39,7 @@ class InlineQueue:
     async def drop(self, kind: str, work: str) -> None:
         self.cancel((kind, work), "stop")
 
-    async def unknown(self, kind: str, works: Any) -> set[str]:
+    async def unknown(self, kind: str, works: Any, **_: Any) -> set[str]:
         known = {*self.running, *(self.held or ())}
         return {work for work in works if (kind, work) not in known}
 

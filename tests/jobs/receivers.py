@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class Kept:
 
     def __init__(self):
         self.ids = []
+        self.later = set()  # those that RQ is to run, some day
         self.away = False
 
     def serve(self, name, queue):
@@ -102,8 +104,8 @@ class Kept:
         if work not in self.ids:
             self.ids.append(work)
 
-    async def unknown(self, kind, works):
-        return set(works) - set(self.ids)
+    async def unknown(self, kind, works, *, within=math.inf):
+        return set(works) - set(self.ids) - (self.later if within == math.inf else set())
 
 
 class Hooked:

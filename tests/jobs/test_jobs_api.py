@@ -431,7 +431,9 @@ async def test_what_no_try_mends_fails_at_once(url):
 async def test_a_limit_of_ours_makes_it_wait(url):
     """A run that a limit refuses before anything was sent waits for as long as the limit says, and loses no attempt."""
     limit = {"use": "rate_limit", "config": {"limits": [{"name": "all", "tokens": 100, "per": "1m"}]}}
-    async with gateway(url, limit) as gw:
+    usage = {"prompt_tokens": 30, "completion_tokens": 60, "total_tokens": 90}
+    upstream = ScriptedUpstream(default=Json(chat_completion(usage=usage)))
+    async with gateway(url, limit, upstream=upstream) as gw:
         jobs_ = [await taken(gw, max_tokens=60) for _ in range(2)]
         assert await work(gw, jobs_[0]) is None
         assert await work(gw, jobs_[1])

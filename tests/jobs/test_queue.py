@@ -158,3 +158,19 @@ async def test_one_process_of_a_gateway_tells_the_gauges(url, tmp_path):
             families = {family.name: family for family in await one._services.metrics.read()}
             waiting = {series.labels: series.value for series in families["xenios_jobs_waiting"].series}
             assert waiting[("default", "normal")] == 1
+
+
+async def test_now_counts_more_than_later(url):
+    """What is to be run tomorrow and is asked for now waits now, once; what is asked for later stays as it was."""
+    async with open_queue(url) as queue:
+        await queue.put("delivery", "a", after=86400)
+        await queue.put("delivery", "b", after=3)
+        assert await queue.unknown("delivery", ["a", "b"]) == set()
+        assert await queue.unknown("delivery", ["a", "b", "c"], within=5) == {"a", "c"}
+        await queue.put("delivery", "a", after=60)
+        assert await queue.unknown("delivery", ["a"], within=3600) == {"a"}
+        await queue.put("delivery", "a")
+        await queue.put("delivery", "a")
+        (state,) = await queue.states()
+        assert (state.waiting, state.scheduled) == (1, 1)
+        assert await queue.unknown("delivery", ["a"], within=5) == set()

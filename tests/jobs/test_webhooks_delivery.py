@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import socket
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -13,6 +15,7 @@ from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from gateway.kit.testing import Gateway
+from gateway_plugins.jobs.webhooks import store
 from tests.jobs.receivers import LOCAL, Hooked, raw_receiver, receiver
 
 SECRET, OLD_SECRET = (
@@ -243,6 +246,22 @@ async def test_a_message_that_redis_forgot_is_sent_all_the_same():
     assert len(them.seen) == 1
 
 
+async def test_a_message_that_waits_for_its_next_try_is_sent_at_once_when_somebody_says_so():
+    """`xenios webhooks resend` of one that would be tried tomorrow, as the queue knows: it goes now."""
+    async with receiver(500) as them, hooked(retries=["1d"]) as gw:
+        plugin = gw.plugin("Hooked")
+        [sent] = await plugin.send(target=them.url)
+        [wait] = await plugin.work()
+        plugin.queue.later.add(sent)
+        await store.resend(plugin.database, sent)
+        await plugin.database.execute("UPDATE jobs_webhook_deliveries SET next_at = next_at - 6000")
+        await plugin.part.tidy()
+        await plugin.work()
+        row = await plugin.row(sent)
+    assert wait >= 86400
+    assert (len(them.seen), row["status"]) == (2, "delivered")
+
+
 async def test_thousands_that_were_forgotten_are_all_found():
     """One tidying looks at all that is due, not only at the first page."""
     async with hooked() as gw:
@@ -335,6 +354,33 @@ async def test_a_receiver_that_hangs_keeps_no_other_waiting():
         await asyncio.gather(*under_way)
         assert await plugin.part._try(ids[20]) is None
         assert plugin.part._busy == {}
+
+
+async def test_a_tenants_name_servers_that_hang_keep_no_other_tenant_waiting():
+    """Messages to a hundred names that are never found are one tenant's: another's is sent meanwhile."""
+    release = threading.Event()
+
+    def lookup(host, *args, **kwargs):
+        if host.endswith(".test"):
+            release.wait(20)
+            raise socket.gaierror
+        return socket.getaddrinfo(host, *args, **kwargs)
+
+    async with receiver() as them, hooked() as gw:
+        plugin = gw.plugin("Hooked")
+        plugin.part.client._lookup = lookup
+        spawn = plugin.part.services.spawn
+        try:
+            stuck = [await plugin.send(target=f"http://n{i}.test/", tenant="bad") for i in range(100)]
+            stuck = [spawn(plugin.part._try(key), "test") for [key] in stuck]
+            [sent] = await plugin.send(target=them.url.replace("127.0.0.1", "localhost"), tenant="good")
+            async with asyncio.timeout(5):
+                assert await plugin.part._try(sent) is None
+        finally:
+            release.set()
+        waits = await asyncio.gather(*stuck)
+    assert len(them.seen) == 1
+    assert sum(wait <= 2 for wait in waits) == 50  # uncounted; the others were tried
 
 
 async def test_a_database_that_is_away_puts_the_work_back():

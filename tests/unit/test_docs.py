@@ -221,6 +221,7 @@ def test_the_curl_lines_do_what_is_said_about_them(followed):
     """The task is answered by its model, `careful` by its second, and the plugin refuses the long prompt."""
     gateway, *_ = followed
     lines = [line for line in shell_lines(README) if line.startswith("curl ") and " -d " in line]
+    lines = [line for line in lines if line not in commands("An answer for later", "curl ")]
     task, careful, refused = (curl(line, gateway) for line in lines)
     assert (task[0], task[1]["x-xenios-model"]) == (200, "anthropic/claude-sonnet-4.6")
     assert (careful[0], careful[1]["x-xenios-model"], careful[1]["x-xenios-attempts"]) == (
@@ -228,6 +229,21 @@ def test_the_curl_lines_do_what_is_said_about_them(followed):
     )  # fmt: skip
     assert (refused[0], refused[2]["error"]["code"]) == (400, "invalid_request")
     assert int(refused[1]["x-prompt-tokens"]) > 5
+
+
+def test_an_answer_for_later_comes_as_said(tmp_path):
+    """The lines of that section, with the configuration of `make run`: 202, listed, and its answer by `/result`."""
+    with served(tmp_path, ROOT / "config" / "xenios.yaml") as gateway:
+        ask, listing = commands("An answer for later", "curl ")
+        status, headers, _ = curl(ask, gateway)
+        assert status == 202
+        own = {"Authorization": f"Bearer {gateway.key}"}
+        end = time.monotonic() + 30
+        while (result := post(gateway.url + headers["location"] + "/result", None, own))[0] == 409:
+            assert time.monotonic() < end
+        assert (result[0], bool(result[2]["choices"])) == (200, True)
+        [job] = curl(listing, gateway)[2]["data"]
+        assert headers["location"].endswith(job["id"])
 
 
 def test_a_request_is_explained_as_said(followed):
@@ -377,6 +393,7 @@ def test_the_endpoint_table_is_the_route_table():
     text = README.read_text().partition("## Endpoints")[2].partition("\n## ")[0]
     told = set(re.findall(r"`(/[^`]+)`", text)) - {"/v1", "/api/v1"}
     of_plugins = {"/v1/usage", "/v1/usage/{id}", "/admin/keys", "/admin/audit", "/admin/usage", "/admin/targets"}
+    of_plugins |= {"/v1/jobs", "/v1/responses/{id}", "/v1/files", "/v1/batches", "/v1/webhook_endpoints"}
     assert told - of_plugins == real
     assert of_plugins < told
     streams = {d.endpoint for d in DIALECTS.values() if d.grammar is not None}

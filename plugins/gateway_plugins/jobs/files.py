@@ -223,7 +223,8 @@ class Files:
         now = _now()
         await self._services.database.execute(
             "INSERT INTO jobs_files (id, tenant, principal, purpose, filename, state, bytes, created_at, expires_at) "
-            "VALUES ($1, $2, $3, 'batch_output', '', 'uploading', 0, $4, $5) ON CONFLICT (id) DO NOTHING",
+            "VALUES ($1, $2, $3, 'batch_output', '', 'uploading', 0, $4, $5) "
+            "ON CONFLICT (id) DO UPDATE SET state = 'uploading', expires_at = $5 WHERE jobs_files.state <> 'stored'",
             file_id,
             batch["tenant"],
             batch["principal"],
@@ -241,10 +242,10 @@ class Files:
         await self.storage.put(file_id, counted())
         return size
 
-    async def publish(self, statements: Statements, file_id: str, filename: str, size: int, keep: float | None) -> None:
-        """In the transaction that ends the batch."""
+    async def publish(self, statements: Statements, file_id: str, filename: str, size: int, keep: float | None) -> bool:
+        """In the transaction that ends the batch. False: it was tidied meanwhile."""
         now = _now()
-        await statements.execute(
+        changed = await statements.execute(
             "UPDATE jobs_files SET state = 'stored', bytes = $2, filename = $3, created_at = $4, expires_at = $5 "
             "WHERE id = $1 AND state = 'uploading'",
             file_id,
@@ -253,13 +254,16 @@ class Files:
             now,
             now + int((keep or self._settings.keep) * 1000),
         )
+        return bool(changed)
 
     # --- what is over ------------------------------------------------------------------------------------------------
 
     async def tidy(self) -> None:
         now = _now()
         rows = await self._services.database.fetch(
-            "SELECT id FROM jobs_files WHERE state = 'deleted' OR expires_at <= $1 ORDER BY expires_at LIMIT $2",
+            # what batches read is left out: as many of those would keep all others waiting
+            "SELECT id FROM jobs_files WHERE (state = 'deleted' OR expires_at <= $1) AND NOT EXISTS (SELECT 1 FROM "
+            "jobs_batches WHERE input_file_id = jobs_files.id AND ended_at IS NULL) ORDER BY expires_at LIMIT $2",
             now,
             TIDIED_AT_ONCE,
         )

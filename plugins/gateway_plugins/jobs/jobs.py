@@ -238,8 +238,8 @@ class Jobs:
         return job
 
     async def delete(self, job: Job) -> bool:
-        """False: it is running."""
-        self.runner.settle(job)
+        """False: it is running. Raises StoreUnavailable."""
+        await self.runner.settle(job)
         if not await self.store.delete(job.id):
             return False
         if job.status not in ENDED:

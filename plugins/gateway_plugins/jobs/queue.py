@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -67,7 +69,8 @@ _UNLOCK = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[
 # What is over, but not what somebody enqueued meanwhile.
 _FORGET = """
 local status = redis.call('HGET', KEYS[1], 'status')
-if status == 'queued' or status == 'started' or status == 'scheduled' then return 0 end
+if status == 'queued' or status == 'started' then return 0 end
+if status == 'scheduled' and (ARGV[2] == '' or redis.call('ZREM', KEYS[2], ARGV[1]) == 0) then return 0 end
 redis.call('DEL', KEYS[1])
 for i = 2, #KEYS do redis.call('ZREM', KEYS[i], ARGV[1]) end
 return 1
@@ -148,8 +151,8 @@ class Queue:
     ) -> None:
         """To be done by a worker, `after` so many seconds. Once, however often it is asked for.
 
-        Without `priority` and `timeout` (seconds of one try) the queue's own hold. `default` takes what queues had that
-        are no more.
+        What is to be done later and is asked for now is done now. Without `priority` and `timeout` (seconds of one try)
+        the queue's own hold. `default` takes what queues had that are no more.
         """
         name = self._name(queue)
         own = self.settings_of(queue)
@@ -168,10 +171,10 @@ class Queue:
     async def states(self) -> list[QueueState]:
         return await self._ask(self._states)
 
-    async def unknown(self, kind: str, works: Iterable[str]) -> set[str]:
-        """Those that RQ knows nothing of: they neither wait, are to be run later, nor run."""
+    async def unknown(self, kind: str, works: Iterable[str], *, within: float = math.inf) -> set[str]:
+        """Those that RQ knows nothing of: they neither wait, nor run, nor will (`within` so many seconds)."""
         wanted = list(works)
-        return await self._ask(lambda connection: _unknown(connection, kind, wanted)) if wanted else set()
+        return await self._ask(lambda connection: _unknown(connection, kind, wanted, within)) if wanted else set()
 
     async def lock(self, name: str, holder: str, seconds: float) -> int:
         """0: somebody else has it. Else `holder` has it for so long; 2: it had it not before."""
@@ -343,21 +346,21 @@ def _put(connection: redis.Redis, kind: str, work: str, name: str, timeout: int,
                 queue.enqueue_job(job, at_front=front, unique=True)
                 connection.publish(WAKE, "")
         except DuplicateJobError:
-            if not _forget(connection, job.id):
+            if not _forget(connection, job.id, scheduled=after <= 0):
                 return
         else:
             return
 
 
-def _forget(connection: redis.Redis, job: str) -> bool:
-    """Make place for another of this id; False: it waits, or runs."""
+def _forget(connection: redis.Redis, job: str, *, scheduled: bool) -> bool:
+    """Make place for another of this id; False: it waits, or runs. `scheduled`: though it is to be run later."""
     origin = connection.hget(AllowedJob.key_for(job), "origin")
     keys = [AllowedJob.key_for(job)]
     if isinstance(origin, bytes):
         queue = rq_queue(origin.decode(), connection)
         registries = (queue.failed_job_registry, queue.canceled_job_registry, queue.finished_job_registry)
-        keys += [registry.key for registry in registries]
-    return bool(connection.eval(_FORGET, len(keys), *keys, job))
+        keys += [queue.scheduled_job_registry.key, *(registry.key for registry in registries)]
+    return bool(connection.eval(_FORGET, len(keys), *keys, job, "1" if scheduled and len(keys) > 1 else ""))
 
 
 def _drop(connection: redis.Redis, job: str) -> None:
@@ -394,12 +397,21 @@ def _position(connection: redis.Redis, job: str, name: str) -> int | None:
     return None
 
 
-def _unknown(connection: redis.Redis, kind: str, works: Sequence[str]) -> set[str]:
+def _unknown(connection: redis.Redis, kind: str, works: Sequence[str], within: float) -> set[str]:
     with connection.pipeline(transaction=False) as pipeline:
         for work in works:
-            pipeline.hget(AllowedJob.key_for(job_id(kind, work)), "status")
-        found = pipeline.execute()
-    return {work for work, status in zip(works, found, strict=True) if (status or b"").decode() not in _KNOWN}
+            pipeline.hmget(AllowedJob.key_for(job_id(kind, work)), "status", "origin")
+        found = [[as_text(value or b"") for value in values] for values in pipeline.execute()]
+        unknown = {work for work, (status, _) in zip(works, found, strict=True) if status not in _KNOWN}
+        if within == math.inf:
+            return unknown
+        later = [(w, origin) for w, (status, origin) in zip(works, found, strict=True) if status == JobStatus.SCHEDULED]
+        for work, origin in later:
+            pipeline.zscore(rq_queue(origin, connection).scheduled_job_registry.key, job_id(kind, work))
+        latest = time.time() + within
+        return unknown | {
+            work for (work, _), at in zip(later, pipeline.execute(), strict=True) if at is not None and at > latest
+        }
 
 
 def _state(connection: redis.Redis, name: str) -> QueueState:

@@ -186,7 +186,7 @@ class Runner:
         if (early := self._early(job)) is not None:
             await self.close(job, early)
             return
-        self.settle(job)
+        await self.settle(job)
         try:
             job = await self._store.begin(job, f"{job.id}-{job.attempts + 1}")
         except Lost:
@@ -291,8 +291,9 @@ class Runner:
             if job.ended and job.stream:
                 await self._events.forget(job.id, job.attempts)
             await self._events.ring(job.id)
-            with contextlib.suppress(StoreUnavailable):
-                await self._store.settled(job.id, job.operation)
+            if job.settlement is None or await self._services.ledger.flush():  # else it is needed yet
+                with contextlib.suppress(StoreUnavailable):
+                    await self._store.settled(job.id, job.operation)
 
     # --- how it ended ----------------------------------------------------------------------------------------------
 
@@ -341,10 +342,12 @@ class Runner:
 
     # --- beside them -----------------------------------------------------------------------------------------------
 
-    def settle(self, job: Job) -> None:
-        """A run before this one ended, and its worker died before the ledger knew."""
+    async def settle(self, job: Job) -> None:
+        """A run before this one ended, and its worker died before the ledger knew. Raises StoreUnavailable."""
         if job.settlement is not None:
             self._services.settle_late(msgspec.json.decode(job.settlement))
+            if not await self._services.ledger.flush():
+                raise StoreUnavailable
 
     async def _keep_saying(self) -> None:
         """Which jobs are running here: nobody else takes those for lost."""

@@ -48,8 +48,7 @@ class Tidier:
         async for page in _pages(lambda after: store.forsaken(older=lease, after=after)):
             await self._put_again(page, front=True)
         async for page in _pages(lambda after: store.unsettled(older=UNSETTLED_SECONDS, after=after)):
-            for job in page:
-                await self._settle(job)
+            await self._settle(page)
         async for page in _pages(lambda after: store.stopping(older=STOPPING_SECONDS, after=after)):
             for job in page:
                 if job.status == "queued":
@@ -65,9 +64,14 @@ class Tidier:
         if unknown:
             self._shared.services.log.warning("jobs_enqueued_again", kind=self._kind, jobs=len(unknown))
 
-    async def _settle(self, job: Job) -> None:
-        self._shared.services.settle_late(msgspec.json.decode(job.settlement or "null"))
-        await self._store.settled(job.id, job.operation)
+    async def _settle(self, jobs: list[Job]) -> None:
+        services = self._shared.services
+        for job in jobs:
+            services.settle_late(msgspec.json.decode(job.settlement or "null"))
+        if not await services.ledger.flush():
+            raise StoreUnavailable
+        for job in jobs:
+            await self._store.settled(job.id, job.operation)
 
 
 async def put(shared: Shared, kind: str, job: Job, *, front: bool = False, after: float = 0.0) -> None:

@@ -47,6 +47,10 @@ _TIMES = (
 )  # fmt: skip
 
 
+class _EndedError(Exception):
+    """Another worker was faster."""
+
+
 class Batches:
     """The routes, what workers do, and the tidying."""
 
@@ -281,11 +285,22 @@ class Batches:
             ("error", results.bad_lines(database, batch_id, unrun)),
         ):
             file_id = f"file-{batch_id.removeprefix('batch_')[:23]}{'01'[name == 'error']}"
-            size = await self._files.write(file_id, batch, lines)
+            try:
+                size = await self._files.write(file_id, batch, self._while_open(batch_id, lines))
+            except _EndedError:
+                return
             written[name] = (file_id, size)
         await self._end(batch, batch["ending"], written)
         if unrun is not None:
             self._lines.add(batch["total"] - batch["completed"] - batch["failed"], "expired")
+
+    async def _while_open(self, batch_id: str, lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """All of them. Whose batch another worker has ended meanwhile finds none, and must not replace its file."""
+        async for line in lines:
+            yield line
+        batch = await store.find(self._services.database, batch_id)
+        if batch is None or batch["ended_at"] is not None:
+            raise _EndedError
 
     @staticmethod
     def _ending(batch: Row) -> str | None:
@@ -315,22 +330,18 @@ class Batches:
         now = store.now()
         batch_id = batch["id"]
         async with self._services.database.transaction() as statements:
-            values: list[Any] = [batch_id, status, now, errors]
-            ids = []
-            for name in ("output", "error"):
-                file_id, size = (written or {}).get(name, ("", 0))
-                if size:
-                    await self._files.publish(
-                        statements, file_id, f"{batch_id}_{name}.jsonl", size, batch["output_seconds"]
-                    )
-                ids.append(file_id if size else None)
+            files = {name: (file_id, size) for name, (file_id, size) in (written or {}).items() if size}
             changed = await statements.execute(
                 f"UPDATE jobs_batches SET status = $2, {status}_at = $3, ended_at = $3, errors = $4, "  # noqa: S608
                 "output_file_id = $5, error_file_id = $6 WHERE id = $1 AND ended_at IS NULL",
-                *values,
-                *ids,
+                *(batch_id, status, now, errors),
+                *(files[name][0] if name in files else None for name in ("output", "error")),
             )
             if changed:
+                for name, (file_id, size) in files.items():
+                    filename = f"{batch_id}_{name}.jsonl"
+                    if not await self._files.publish(statements, file_id, filename, size, batch["output_seconds"]):
+                        raise Again(LOOK_SECONDS)
                 await self._webhooks.send(statements, batch["tenant"], f"batch.{status}", {"id": batch_id}, target=None)
         if not changed:
             return

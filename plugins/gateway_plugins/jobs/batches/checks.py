@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +18,7 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/em
 MOST_ERRORS = 100
 MOST_INPUTS = 50_000  # of all embeddings of a batch, as OpenAI has it
 LONGEST_ID = 256
+BREATH_BYTES = 128 << 10  # after which others have their turn: a piece of the storage has thousands of lines
 CHUNK_BYTES = 4 << 20  # a chunk is read whole: more than one line only up to here
 _Mistake = tuple[str, str, str | None]  # code, message, param
 _BOM = b"\xef\xbb\xbf"
@@ -92,7 +94,11 @@ class Checked:
 
     async def read(self, pieces: AsyncIterator[bytes], longest: int) -> None:
         """All of it, unless there are more mistakes than anybody reads."""
+        looked_at = 0
         async for number, start, size, line in Lines(pieces, longest):
+            if (looked_at := looked_at + size) > BREATH_BYTES:
+                looked_at = 0
+                await asyncio.sleep(0)
             self._count += 1
             if self._count > self._settings.max_lines:
                 self._wrong("too_many_requests", f"A batch has {self._settings.max_lines} lines at most.", number)

@@ -179,7 +179,10 @@ class ChunkRun:
                     group.create_task(self._lane(lines))
         finally:
             await self._ledgers.close()
-        return self._complete and len(await self._done()) == len(self._chunk.custom_ids)
+        complete = self._complete and len(await self._done()) == len(self._chunk.custom_ids)
+        if complete and not await self._services.ledger.flush():
+            raise StoreUnavailable  # nobody looks at its settlements again
+        return complete
 
     async def _done(self) -> set[int]:
         """Lines that have their result: of a worker that died maybe, before the ledger knew."""

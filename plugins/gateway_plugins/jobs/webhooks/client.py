@@ -32,7 +32,9 @@ Failure = Literal["status", "not_allowed", "dns", "tls", "timeout", "connection"
 
 MOST_OF_REPLY = 4096
 REPLY_SECONDS = 1.0  # for the rest of a reply whose status is known
-RESOLVERS = 4  # a name server that hangs holds up no other work of the process
+# A name server that hangs holds up no other work of the process; nor, as there are more of them than one tenant has
+# messages under way, those of another tenant.
+RESOLVERS = 64
 
 
 class NotAllowedError(OSError):

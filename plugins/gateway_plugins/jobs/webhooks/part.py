@@ -38,7 +38,9 @@ STALE_SECONDS = 60.0
 MARGIN_SECONDS = 15.0  # for the database, around a receiver's time
 LONGEST_WAIT = 86400.0  # that a receiver may ask for
 BUSY_SECONDS = 1.0
-MOST_AT_ONCE = 20  # to one host from one process: a receiver that hangs is not to keep all others waiting
+# From one process, to one host and of one tenant: receivers that hang, or their name servers, are not to keep all
+# others waiting, whatever number of names they have.
+MOST_AT_ONCE, MOST_OF_TENANT = 20, 50
 PAGE = 500
 
 
@@ -56,7 +58,7 @@ class Webhooks:
         self._client: Client | None = None
         # by task: what another has not committed yet would be found missing
         self._sent: WeakKeyDictionary[asyncio.Task[Any], list[str]] = WeakKeyDictionary()
-        self._busy: Counter[str] = Counter()
+        self._busy: Counter[tuple[str, str]] = Counter()
         self._waiting: tuple[float, int] = (float("-inf"), 0)
         metrics = services.metrics
         self._outcomes = metrics.counter(
@@ -134,16 +136,16 @@ class Webhooks:
             await self._record(row, "", status=None, error="no_endpoint", dead=True)
             return None
         host = clean(URL(receiver.url).host or "")
-        if self._busy[host] >= MOST_AT_ONCE:
+        places = (("host", host), ("tenant", row["tenant"]))
+        if any(self._busy[p] >= most for p, most in zip(places, (MOST_AT_ONCE, MOST_OF_TENANT), strict=True)):
             return random.uniform(BUSY_SECONDS, 2 * BUSY_SECONDS)  # noqa: S311 - no secret
-        self._busy[host] += 1
+        self._busy.update(places)
         try:
             answer = await messages.post(self.client, receiver, row["id"], row["body"])
             self._seconds.observe(answer.seconds)
         finally:
-            self._busy[host] -= 1
-            if not self._busy[host]:
-                del self._busy[host]
+            self._busy.subtract(places)
+            self._busy = +self._busy
         return await self._judge(row, host, answer)
 
     async def _judge(self, row: Row, host: str, answer: Answer) -> float | None:
@@ -221,7 +223,8 @@ class Webhooks:
         await store.prune(database)
         before, after = store.now() - int(LATE_SECONDS * 1000), (0, "")
         while rows := await store.due(database, before, limit=PAGE, after=after):
-            for key in await self._queue.unknown(KIND, [row["id"] for row in rows]):
+            # also those that somebody wants to be sent again, sooner than their next try
+            for key in await self._queue.unknown(KIND, [row["id"] for row in rows], within=LATE_SECONDS):
                 await self._queue.put(KIND, key, queue=QUEUE)
             after = (rows[-1]["next_at"], rows[-1]["id"])
         self._waiting = (time.monotonic(), await store.count_waiting(database))
