@@ -7,6 +7,7 @@ from rq.command import send_stop_job_command
 from rq.job import Job
 
 from gateway import StoreUnavailable
+from gateway_plugins.jobs import worker as worker_module
 from gateway_plugins.jobs.parts import Again
 from gateway_plugins.jobs.queue import JSONSerializer, rq_queue
 from gateway_plugins.jobs.settings import Queue as QueueSettings
@@ -295,18 +296,24 @@ async def test_burst_ends_when_nothing_is_left(url):
         assert done == ["a", "b"]
 
 
-async def test_one_that_was_just_being_taken_when_its_worker_died_runs(url):
-    """A job between queue and worker, whose worker was killed at that moment a good minute ago, runs after all."""
+async def test_one_that_was_taken_but_not_begun_runs_within_seconds(url, monkeypatch):
+    """A job between queue and worker, of which its worker never learnt, since Redis was frozen or it died just then,
+    waits again after two looks; one that was begun is only taken out.
+    """
+    monkeypatch.setattr(worker_module, "BETWEEN_SECONDS", 0.3)
     async with open_queue(url) as queue:
         waits = Waits(queue)
         await queue.put("job", "a")
+        await queue.put("job", "taken")
         with client(url) as connection:
             waiting = rq_queue("xenios:default", connection)
             between = waiting.intermediate_queue
-            connection.lmove(waiting.key, between.key)
-            connection.set(between.get_first_seen_key("job-a"), time.time() - 90)
-            async with running(url, {"job": waits}, lease=5):
-                await until(lambda: waits.begun == ["a"])
+            for _ in "ab":
+                connection.lmove(waiting.key, between.key)
+            connection.hset("rq:job:job-taken", "status", "started")
+            async with running(url, {"job": waits}):
+                await until(lambda: waits.begun == ["a"], 5)
+                await until(lambda: not connection.llen(between.key))
+                assert not connection.llen(waiting.key)
                 waits.going.set()
                 await until(lambda: not connection.exists("rq:job:job-a"))
-            assert not connection.llen(between.key)

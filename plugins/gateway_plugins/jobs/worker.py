@@ -66,11 +66,20 @@ _ENDED: Final[Mapping[Why, Outcome]] = {
 IDLE_SECONDS = 0.5  # between two looks at empty queues, where nobody says that something was put there
 TELL_SECONDS = 1.0
 SCHEDULE_SECONDS = 1.0
+BETWEEN_SECONDS = 5.0  # between two looks at what was taken but not begun
 SETTLE_SECONDS = 0.5  # between two tries to record an end
 STORE_SECONDS = 5.0  # work that missed a store is done again then
 STUBBORN_SECONDS = 10.0  # for handlers that are cancelled at the end
 LISTEN_SECONDS = 1.0  # after which a subscription looks whether it is to end
 SETTLERS = 2
+
+# What was taken, and whose worker never learnt so, waits again. One that begins it after all is first or second: who
+# comes second finds it started.
+_PUT_BACK = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
+if redis.call('HGET', KEYS[3], 'status') == 'queued' then redis.call('LPUSH', KEYS[2], ARGV[1]) end
+return 1
+"""
 
 _RQ_3 = "execution" in inspect.signature(BaseWorker.cleanup_execution).parameters
 
@@ -151,6 +160,7 @@ class AsyncWorker(BaseWorker):
         self._suspended = False
         self._idle = asyncio.Event()
         self._beat_due = 0.0
+        self._between: set[tuple[str, bytes]] = set()  # as last seen: job, when it was enqueued
         self._troubled = -float("inf")  # when Redis last failed
         self._away = False
         self._scheduler: Any = RQScheduler(all_queues, connection, logging_level="WARNING", serializer=self.serializer)
@@ -221,6 +231,7 @@ class AsyncWorker(BaseWorker):
             (TELL_SECONDS, self._tell),
             (SCHEDULE_SECONDS, self._schedule),
             (self._lease / 4, self._maintain),
+            (BETWEEN_SECONDS, self._look_between),
         ]
         try:
             if not await self._begin(stop):
@@ -570,8 +581,28 @@ class AsyncWorker(BaseWorker):
         for queue in self.queues:
             clean_registries(queue)
             clean_worker_registry(queue)
-            queue.intermediate_queue.cleanup(self, queue)
         self._woken.set()
+
+    def _look_between(self) -> None:
+        """Jobs that a worker took, but did not begin: the answer was lost with Redis, or the worker died just then.
+
+        Not by RQ's way, which waits for a minute, and takes a job for the one of that name that it saw a day ago.
+        """
+        if not self._mine("between", 15):
+            self._between = set()
+            return
+        found = [(queue, job) for queue in self.queues for job in queue.intermediate_queue.get_job_ids()]
+        seen = set()
+        for queue, job in found:
+            key = AllowedJob.key_for(job)
+            this = (job, _untyped(self.connection).hget(key, "enqueued_at") or b"")
+            if this in self._between:
+                self.connection.eval(_PUT_BACK, 3, queue.intermediate_queue_key, queue.key, key, job)
+                log.warning("job_put_back", job=job, queue=queue.name)
+                self._woken.set()
+            else:
+                seen.add(this)
+        self._between = seen
 
     def _mine(self, name: str, seconds: int) -> bool:
         """A lock for a chore that one worker does, until it stops doing it."""
