@@ -46,11 +46,12 @@ class LateRequest:
         if exchange.principal is None:
             raise ValueError("Nobody asked: there is no principal.")
         derived = exchange.snapshot.derived
+        picked = exchange.request.pick((*derived.forwarded[exchange.endpoint], *derived.kept))
         return cls(
             endpoint=exchange.endpoint,
             body=exchange.raw_body,
-            content_type=exchange.request.header("content-type") or "application/json",
-            headers=exchange.request.pick((*derived.forwarded[exchange.endpoint], *derived.kept)),
+            content_type=_as_text(exchange.request.header("content-type") or "application/json"),
+            headers={name: _as_text(value) for name, value in picked.items()},
             request_id=exchange.request_id,
             reference=exchange.principal.reference,
             principal=exchange.principal,
@@ -66,6 +67,11 @@ class LateRequest:
         kept = msgspec.json.decode(data, type=_Kept)
         values: dict[str, Any] = msgspec.structs.asdict(kept)
         return cls(**{**values, "principal": _principal(kept.principal)})
+
+
+def _as_text(value: str) -> str:
+    """A header's value as JSON can hold it: its bytes need not be UTF-8."""
+    return value if value.isascii() else value.encode(errors="surrogateescape").decode(errors="replace")
 
 
 class _Kept(msgspec.Struct):

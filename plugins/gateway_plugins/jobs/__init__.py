@@ -76,9 +76,8 @@ class Plugin:
 
     @hookimpl
     async def prepare_request(self, exchange: Exchange) -> None:
-        if exchange.phase == "live":
-            for taker in self.takers:
-                await taker.prepare(exchange)
+        for taker in self.takers:
+            await taker.prepare(exchange)
 
     @hookimpl
     async def lookup_response(self, exchange: Exchange) -> Reply | None:

@@ -1,8 +1,8 @@
 """What happens to jobs, told while it happens: over Redis, to whoever watches in any process.
 
 The database knows how every job stands and, once one has ended, all that it answered. Here is what comes before: the
-events of a streamed answer as they arrive, kept for an hour, and a bell for each job that rings when there is more. A
-bell may be lost with Redis: who watches looks at the database from time to time.
+events of a streamed answer as they arrive, kept until it has ended, for an hour at most; and a bell for each job that
+rings when there is more. A bell may be lost with Redis: who watches looks at the database from time to time.
 
 An event's number is its place in its stream, from 1. A job that is run again begins anew: each further run's numbers
 begin a million higher, so that whoever had some of the run before can tell.
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SPAN = 1_000_000
 KEPT_SECONDS = 3600
+MOST_FORGOTTEN = 100  # runs; what is older goes by itself
 RECONNECT_SECONDS = 1.0
 LISTEN_SECONDS = 60.0
 _EVERYBODY = "{xenios}:jobs:bell"  # keeps the subscription alive that others join and leave
@@ -40,7 +41,7 @@ return redis.call('PUBLISH', KEYS[2], 'events')
 """
 _RING = "return redis.call('PUBLISH', KEYS[1], 'state')"
 _READ = f"return redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', {_PIECES})"
-_FORGET = "return redis.call('UNLINK', KEYS[1])"
+_FORGET = "return redis.call('UNLINK', unpack(KEYS))"
 
 
 class Splitter:
@@ -136,8 +137,11 @@ class Events:
             await self._script(_RING, [_channel(job_id)], [])
 
     async def forget(self, job_id: str, attempts: int) -> None:
-        with contextlib.suppress(StoreUnavailable):
-            await self._script(_FORGET, [_stream(job_id, attempts)], [])
+        """All that was told of its runs: once it has ended the database has it."""
+        runs = range(max(1, attempts - MOST_FORGOTTEN), attempts + 1)
+        if runs:
+            with contextlib.suppress(StoreUnavailable):
+                await self._script(_FORGET, [_stream(job_id, run) for run in runs], [])
 
     # --- hearing ---------------------------------------------------------------------------------------------------
 
@@ -189,9 +193,12 @@ class Events:
         if redis is None:
             raise ConnectionError
         async with redis.client.pubsub() as pubsub:
-            await pubsub.subscribe(_EVERYBODY, *self._bells)
+            known = {*self._bells}
+            await pubsub.subscribe(_EVERYBODY, *known)
             self._pubsub = pubsub
             try:
+                if meanwhile := self._bells.keys() - known:
+                    await pubsub.subscribe(*meanwhile)
                 while True:
                     message = await pubsub.get_message(timeout=LISTEN_SECONDS)
                     # also when its subscription is confirmed: something may have happened just before

@@ -20,6 +20,7 @@ from gateway import (
     Conflict,
     ContextKey,
     LateRequest,
+    NotFound,
     RateLimited,
     Reply,
     StatementError,
@@ -45,7 +46,8 @@ LONGEST_KEY = 255
 LONGEST_WAIT = 300.0
 LOOK_SECONDS = 2.0
 CANCEL_SECONDS = 2.0
-_PREFERENCE = re.compile(r'\s*([!#$%&\'*+.^_`|~0-9A-Za-z-]+)\s*(?:=\s*("[^"]*"|[^\s;,"]*))?[^,]*')
+# No blanks before the name: tried from each of thousands of them, they take a second.
+_PREFERENCE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)\s*(?:=\s*("[^"]*"|[^\s;,"]*))?[^,]*')
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Jobs:
 
     async def prepare(self, exchange: Exchange) -> None:
         """Whether the request becomes a job."""
+        if exchange.phase != "live":
+            return
         most = self._config.offload.above_input_tokens
         if "respond-async" in preferences(exchange) or (most is not None and input_estimate(exchange) > most):
             exchange.phase = "accept"
@@ -127,6 +131,8 @@ class Jobs:
         try:
             await self.store.add(job, late.to_json(), most_waiting=self._config.max_waiting)
         except store.TooManyWaiting:
+            if job.idempotency_key is not None and await self.store.by_key(job.tenant, job.idempotency_key):
+                return await self._same(job), False
             most = self._config.max_waiting
             message = f"{most} of your jobs are waiting; there may not be more."
             raise RateLimited(message, code="too_many_jobs", retry_after=10) from None
@@ -214,7 +220,7 @@ class Jobs:
         return known
 
     async def cancel(self, job: Job) -> Job:
-        """Taken out of the queue, or stopped where it runs. Raises StoreUnavailable."""
+        """Taken out of the queue, or stopped where it runs. Raises StoreUnavailable, NotFound."""
         while not job.ended:
             if job.status == "queued":
                 closed = await self.runner.close(job, End(status="cancelled"))
@@ -225,11 +231,15 @@ class Jobs:
                 await self.store.ask_cancel(job.id)
                 await self._drop(job)
                 return await self.until_ended(job, CANCEL_SECONDS) or job
-            job = await self.store.get(job.id) or job
+            found = await self.store.get(job.id)
+            if found is None:
+                raise NotFound("It was deleted just now.")
+            job = found
         return job
 
     async def delete(self, job: Job) -> bool:
-        """False: it is running."""
+        """False: it is running. Raises StoreUnavailable."""
+        await self.runner.settle(job)
         if not await self.store.delete(job.id):
             return False
         if job.status not in ENDED:
@@ -264,9 +274,15 @@ def _wait(asked: Mapping[str, str]) -> float | None:
 def idempotency_key(exchange: Exchange) -> str | None:
     """The header's. Raises BadRequest."""
     key = exchange.request.header("Idempotency-Key")
-    if key is not None and not 1 <= len(key) <= LONGEST_KEY:
-        raise BadRequest(f"Idempotency-Key has 1 to {LONGEST_KEY} characters.", param="Idempotency-Key")
+    if key is not None:
+        check_key(key, "Idempotency-Key")
     return key
+
+
+def check_key(key: str, param: str) -> None:
+    """Raises BadRequest. What the database can't tell apart, such as bytes that are no UTF-8, is no key."""
+    if not 1 <= len(key) <= LONGEST_KEY or not key.isprintable():
+        raise BadRequest(f"{param} has 1 to {LONGEST_KEY} printable characters.", param=param)
 
 
 def _fingerprint(kind: str, exchange: Exchange, options: Options) -> str:

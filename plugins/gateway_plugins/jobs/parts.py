@@ -56,7 +56,7 @@ class Taker(Part, Protocol):
     """A part that takes requests, to be answered later."""
 
     async def prepare(self, exchange: Exchange) -> None:
-        """In `prepare_request`, of every proxied request: one that is to be done later gets the phase `accept`."""
+        """In `prepare_request`, of every proxied request: a live one that is to be done later gets phase `accept`."""
 
     async def accept(self, exchange: Exchange) -> Reply | None:
         """In `lookup_response`, of a request in phase `accept`: taken, and how its client is told. The first counts."""

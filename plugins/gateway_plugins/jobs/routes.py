@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gateway import BadRequest, Conflict, Forbidden, NotFound, Reply
 from gateway.kit import limit_of, query_of
 from gateway_plugins.jobs import shown
-from gateway_plugins.jobs.jobs import LONGEST_KEY, Options, idempotency_key
+from gateway_plugins.jobs.jobs import Options, check_key, idempotency_key
 from gateway_plugins.jobs.store import now
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class NewJob(BaseModel):
     metadata: dict[Plain, Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=MOST_METADATA)
     delay: float | None = Field(None, ge=0, le=LATEST)  # seconds
     run_before: int | None = Field(None, gt=0, lt=1 << 40)  # seconds since 1970
-    idempotency_key: str | None = Field(None, min_length=1, max_length=LONGEST_KEY)
+    idempotency_key: str | None = None
 
 
 class Routes:
@@ -156,11 +156,13 @@ class Routes:
         run_after = None if wanted.delay is None else at + int(wanted.delay * 1000)
         run_before = None if wanted.run_before is None else wanted.run_before * 1000
         if run_before is not None and not (run_after or at) < run_before <= at + LATEST * 2000:
-            raise BadRequest(
-                f"`run_before` is seconds since 1970, later than now ({int(time.time())}) and `delay`.",
-                param="run_before",
+            message = (
+                f"`run_before` is seconds since 1970, after now ({int(time.time())}) and `delay`, by 60 days at most."
             )
+            raise BadRequest(message, param="run_before")
         given = idempotency_key(exchange)
+        if wanted.idempotency_key is not None:
+            check_key(wanted.idempotency_key, "idempotency_key")
         if given is not None and wanted.idempotency_key not in {None, given}:
             raise BadRequest("`idempotency_key` and the header differ.", param="idempotency_key")
         return Options(

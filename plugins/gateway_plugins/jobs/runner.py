@@ -51,6 +51,7 @@ KEPT_HEADERS = (
     "x-xenios-simulated", "x-xenios-tries", "x-xenios-removed", "x-generation-id",
 )  # fmt: skip
 LONGEST_BACKOFF = 3600.0
+LONGEST_WAIT = 30.0  # for a place that a limit of ours has not, unless it says when there is one
 FLUSH_SECONDS = 0.03
 RETRY_SECONDS = 1.0
 COMMIT_SECONDS = 60.0
@@ -185,7 +186,7 @@ class Runner:
         if (early := self._early(job)) is not None:
             await self.close(job, early)
             return
-        await self._settle(job)
+        await self.settle(job)
         try:
             job = await self._store.begin(job, f"{job.id}-{job.attempts + 1}")
         except Lost:
@@ -287,6 +288,8 @@ class Runner:
     async def _after(self, sink: Sink, ended: list[Ended]) -> None:
         await sink.close()
         for job, _ in ended:
+            if job.ended and job.stream:
+                await self._events.forget(job.id, job.attempts)
             await self._events.ring(job.id)
             if job.settlement is None or await self._services.ledger.flush():  # else it is needed yet
                 with contextlib.suppress(StoreUnavailable):
@@ -327,7 +330,10 @@ class Runner:
         """Once more after a while; or it has failed, if that was the last time."""
         if counts and job.attempts >= job.max_attempts:
             return _failed(error, result)
-        backoff = self._queue.settings_of(job.queue).backoff * 2 ** min(job.attempts - 1, 20)
+        queue = self._queue.settings_of(job.queue)
+        tries = max(1, queue.attempts - (job.max_attempts - job.attempts))  # those that counted
+        longest = LONGEST_BACKOFF if counts else LONGEST_WAIT
+        backoff = min(queue.backoff * 2 ** min((tries if counts else job.attempts) - 1, 20), longest)
         after = min(max(backoff, error.retry_after or 0.0), LONGEST_BACKOFF)
         return End(status="queued", code=error.error_code, message=error.message, after=after, counts=counts)
 
@@ -336,7 +342,7 @@ class Runner:
 
     # --- beside them -----------------------------------------------------------------------------------------------
 
-    async def _settle(self, job: Job) -> None:
+    async def settle(self, job: Job) -> None:
         """A run before this one ended, and its worker died before the ledger knew. Raises StoreUnavailable."""
         if job.settlement is not None:
             self._services.settle_late(msgspec.json.decode(job.settlement))

@@ -255,7 +255,7 @@ class Store:
         at = now()
         row = await statements.fetch_one(
             "UPDATE jobs_jobs SET status = $2, finished_at = $3, expires_at = $4, error_code = $5, "  # noqa: S608
-            "error_message = $6, operation = NULL, result_status = $9, result_headers = $10, result = $11 "
+            "error_message = $6, result_status = $9, result_headers = $10, result = $11 "
             f"WHERE id = $1 AND status = $7 AND attempts = $8 RETURNING {_COLUMNS}",
             job.id, end.status, at, at + int(ttl * 1000), end.code, end.message, job.status, job.attempts,
             *_stored(end.result),

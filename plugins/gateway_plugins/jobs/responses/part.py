@@ -57,11 +57,11 @@ class Responses(Jobs):
     # --- taken -----------------------------------------------------------------------------------------------------
 
     async def prepare(self, exchange: Exchange) -> None:
-        """A conversation that goes on is filled in, also for a request that is answered now."""
+        """A conversation that goes on is filled in, whichever way the request is answered."""
         if exchange.endpoint != ENDPOINT or not self._config.responses.enabled:
             return
         body = exchange.body
-        background = body.get("background") is True
+        background = body.get("background") is True and exchange.phase == "live"
         await self._continue(exchange, strict=background)
         if not background:
             return
