@@ -1,4 +1,4 @@
-"""A hard budget over four real processes, with a real Valkey and a real PostgreSQL: the promise P4."""
+"""A hard budget over several real processes, with a real Valkey and a real PostgreSQL: the promise P4."""
 
 import asyncio
 import contextlib
@@ -15,15 +15,16 @@ from gateway.stores.redis import RedisStore
 from gateway.tasks import Tasks
 from tests.integration.process import serving_beside
 from tests.integration.test_workers import workers, xenios_pid
+from tests.jobs.processes import workers as job_workers
 
 RESERVED = 100  # micro-USD for one request of 100 tokens
 
 
 @contextlib.asynccontextmanager
-async def four_workers(folder, upstream, valkey, postgres, usd):
+async def four_workers(folder, upstream, valkey, postgres, usd, *more, processes=4):
     """A gateway with one hard budget for all; (what is running, a client, (spent, reserved))."""
     text = {
-        "server": {"port": 0, "workers": 4, "data_dir": str(folder / "data"), "drain_timeout": 1},
+        "server": {"port": 0, "workers": processes, "data_dir": str(folder / "data"), "drain_timeout": 1},
         "services": {"redis": valkey.url, "database": {"url": await postgres.new(), "migrate_on_start": True}},
         "upstreams": {"openrouter": {"base_url": upstream.url, "api_key": "sk-or-v1-test"}},
         "catalogue": {
@@ -34,6 +35,7 @@ async def four_workers(folder, upstream, valkey, postgres, usd):
             {"use": "api_keys"},
             {"use": "budgets", "config": {"budgets": [{"name": "all", "by": [], "usd": usd, "per": "total"}]}},
             {"use": "usage"},
+            *more,
         ],
     }
     file = folder / "money.yaml"
@@ -56,12 +58,14 @@ async def four_workers(folder, upstream, valkey, postgres, usd):
     await store.close()
 
 
-async def ask(running, client):
+async def ask(running, client, **headers):
     """The status; None if the connection was lost."""
     body = {"model": MODEL, "max_tokens": RESERVED, "messages": [{"role": "user", "content": "Hi"}]}
     try:
         async with client.post(
-            running.url + "/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {running.key}"}
+            running.url + "/v1/chat/completions",
+            json=body,
+            headers={"Authorization": f"Bearer {running.key}", **headers},
         ) as reply:
             await reply.read()
             return reply.status
@@ -151,3 +155,77 @@ async def test_killed_workers_leave_no_money_behind(tmp_path, server, postgres):
         assert 1 <= outcomes["abandoned"] <= lost
         assert cost == outcomes["ok"] * RESERVED // 2 + outcomes["abandoned"] * RESERVED
         assert count >= statuses.count(200)
+
+
+async def patiently(running, client, **headers):
+    """As a client does that is told to come again: on a busy machine the database may be a second late."""
+    while (status := await ask(running, client, **headers)) == 503:
+        pass
+    return status
+
+
+async def jobs(running, client, status):
+    """How many there are in this state."""
+    asked = running.url + f"/v1/jobs?limit=100&status={status}"
+    async with client.get(asked, headers={"Authorization": f"Bearer {running.key}"}) as reply:
+        assert reply.status == 200
+        return len((await reply.json())["data"])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.promise("P4.jobs")
+async def test_jobs_and_live_requests_share_one_budget(tmp_path, server, postgres):
+    """Two processes and their workers, one of which is killed with jobs under way: never more is out than the budget, and
+    at rest nothing is reserved, and what was spent is the sum of the rows.
+    """
+    late = {"use": "jobs", "config": {"charge_abandoned": "tenant", "worker": {"lease": "5s"}}}
+    upstream = ScriptedUpstream(default=Slow(Json(chat_completion(cost=RESERVED / 2 / 1e6)), 1))
+    budget, taken, live = 60 * RESERVED, 24, 8
+    async with (
+        upstream,
+        four_workers(tmp_path, upstream, server, postgres, str(budget / 1e6), late, processes=2) as (
+            running, client, sums,
+        ),
+    ):  # fmt: skip
+        with job_workers(tmp_path / "money.yaml") as start:
+
+            async def ended(wanted):
+                while True:
+                    spent, reserved = await sums()
+                    assert spent + reserved <= budget
+                    if await jobs(running, client, "succeeded") + await jobs(running, client, "failed") >= wanted:
+                        return
+                    await asyncio.sleep(0.2)
+
+            first = start()
+            accepted = await asyncio.gather(*(patiently(running, client, Prefer="respond-async") for _ in range(taken)))
+            assert set(accepted) == {202}
+            await upstream.wait_seen(taken // 2, 40)
+            asking = asyncio.gather(*(patiently(running, client) for _ in range(live)))
+            await asyncio.to_thread(first.kill)
+            start()
+            start()
+            async with asyncio.timeout(90):
+                await ended(taken)
+            assert (await jobs(running, client, "succeeded"), await asking) == (taken, [200] * live)
+            # more than what is left pays for, from everywhere
+            both = [{"Prefer": "respond-async"}, {}] * 10
+            for _ in range(7):
+                statuses = await asyncio.gather(*(patiently(running, client, **headers) for headers in both))
+                assert set(statuses) <= {200, 202, 429}
+            async with asyncio.timeout(90):
+                while True:
+                    spent, reserved = await sums()
+                    assert spent + reserved <= budget
+                    over = budget - spent < RESERVED or not (
+                        await jobs(running, client, "queued") or await jobs(running, client, "running")
+                    )
+                    if over and not reserved and (await rows(running, client))[1] == spent:
+                        break
+                    await asyncio.sleep(0.2)
+        _, cost, outcomes = await rows(running, client)
+        assert await sums() == (cost, 0)
+        assert outcomes["abandoned"] >= taken // 2
+        assert cost == outcomes["ok"] * RESERVED // 2 + outcomes["abandoned"] * RESERVED <= budget
+        assert len(upstream.seen) == outcomes["ok"] + outcomes["abandoned"]
