@@ -8,7 +8,7 @@ import pytest
 from gateway import Principal, hookimpl
 from gateway.kit.keys import hash_key, new_key
 from gateway.kit.testing import PEPPER, Gateway
-from tests.contract.test_routes import EVERYTHING, AdminRoutes, assert_error_of, url
+from tests.contract.test_routes import EVERYTHING, STORES, AdminRoutes, assert_error_of, url
 
 ADMIN = pytest.mark.promise("P5.admin")
 ISSUER, SECRET = "https://login.example.com", "s" * 32
@@ -50,7 +50,7 @@ class Third:
 def everything():
     plugins = [{**entry, "config": CONFIGS.get(entry["use"], entry["config"])} for entry in EVERYTHING]
     database = {"url": "sqlite", "migrate_on_start": True}
-    return Gateway.test(plugins=[Third, *plugins, AdminRoutes], settings={"services": {"database": database}})
+    return Gateway.test(plugins=[Third, *plugins, AdminRoutes], settings={"services": {**STORES["services"], "database": database}})
 
 
 def token(**claims):

@@ -231,7 +231,7 @@ def test_which_configuration(tmp_path: Path) -> None:
     """--config, else $XENIOS_CONFIG, else config/xenios.yaml of the working directory, else the built-in one."""
     first, second = (write(tmp_path, simulated("  []\n"), name) for name in ("first.yaml", "second.yaml"))
     built_in = xenios("check", cwd=tmp_path).stdout
-    assert built_in.endswith("xenios.yaml: fine, 8 plugins.\n")
+    assert built_in.endswith("xenios.yaml: fine, 9 plugins.\n")
     (tmp_path / "config").mkdir()
     write(tmp_path / "config", simulated("  - use: fallback\n"), "xenios.yaml")
     assert xenios("check", cwd=tmp_path).stdout == "config/xenios.yaml: fine, 1 plugin.\n"
