@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
-from gateway.errors import GatewayError, PluginError
+from gateway.errors import GatewayError, PluginError, StartError
 from gateway.exchange import Finding, Principal
 from gateway.metrics import Cell
 from gateway.timing import timed, timed_sync
@@ -234,7 +234,7 @@ async def restore_principal(impls: Impls, reference: str, kept: Principal | None
             if principal is not None:
                 _check(principal, Principal)
                 return principal
-        except GatewayError:
+        except (GatewayError, StartError):  # the second says what to do about it
             raise
         except FAILURES as error:
             if is_cancelled(error):

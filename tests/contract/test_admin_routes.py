@@ -50,7 +50,9 @@ class Third:
 def everything():
     plugins = [{**entry, "config": CONFIGS.get(entry["use"], entry["config"])} for entry in EVERYTHING]
     database = {"url": "sqlite", "migrate_on_start": True}
-    return Gateway.test(plugins=[Third, *plugins, AdminRoutes], settings={"services": {**STORES["services"], "database": database}})
+    return Gateway.test(
+        plugins=[Third, *plugins, AdminRoutes], settings={"services": {**STORES["services"], "database": database}}
+    )
 
 
 def token(**claims):

@@ -35,6 +35,7 @@ def gateway_file(folder, redis):
             {"use": "budgets"},
             {"use": "rate_limit", "config": {"limits": [limit], "on_store_error": "deny"}},
             {"use": "usage"},
+            {"use": "jobs"},
             {"use": "fallback"},
         ],
     }

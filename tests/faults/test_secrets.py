@@ -285,7 +285,7 @@ async def test_no_secret_anywhere(tmp_path: Path, form: str) -> None:
             upstream,
             server={"pepper": PEPPER, "bootstrap_key": False, "drain_timeout": 0.5, "body_timeout": 1},
             upstream={"first_event_timeout": 0.2, "stall_timeout": 0.2},
-            services={"database": {"url": url, "migrate_on_start": True}},
+            services={"redis": "embedded", "database": {"url": url, "migrate_on_start": True}},
             log={"level": "debug", "format": form},
             plugins=plugins,
         )

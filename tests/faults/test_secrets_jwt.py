@@ -132,7 +132,7 @@ async def test_no_token_anywhere(tmp_path: Path, database: str) -> None:
                 upstream,
                 server={"drain_timeout": 0.5, "body_timeout": 1},
                 upstream={"first_event_timeout": 0.2, "stall_timeout": 0.2},
-                services={"database": {"url": url, "migrate_on_start": True}},
+                services={"redis": "embedded", "database": {"url": url, "migrate_on_start": True}},
                 log={"level": "debug", "format": "json"},
                 plugins=leaking(api_keys={"database": True}, jwt_auth={"issuers": issuers}),
             )

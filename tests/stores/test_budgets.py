@@ -16,6 +16,7 @@ from gateway.kit.upstream import (
     Hang,
     Json,
     ScriptedUpstream,
+    Slow,
     Stream,
     chat_completion,
     chat_events,
@@ -90,6 +91,21 @@ async def test_a_thousand_at_once_cannot_spend_more(services):
         assert sorted({r.status for r in replies}) == [200, 429]
         assert len(upstream.seen) == sum(r.status == 200 for r in replies) == 10
         await settled(gw, (1000, 0))
+
+
+async def test_what_is_only_reserved_may_be_asked_for_again(services):
+    """While a request under way holds all of it: 429 with `retry-after`, for clients and jobs that wait."""
+    upstream = ScriptedUpstream(Slow(costs(0.00002), 1.0), default=costs(0.00002))
+    async with limited(services, cents("0.0001"), upstream=upstream) as gw:
+        running = asyncio.create_task(gw.chat(model=MODEL, max_tokens=100))
+        async with asyncio.timeout(5):
+            while not upstream.seen:
+                await asyncio.sleep(0.005)
+        refused = await gw.chat(model=MODEL, max_tokens=100)
+        assert (refused.status, refused.data["error"]["code"]) == (429, "insufficient_quota")
+        assert (refused.headers["retry-after"], refused.headers.get("x-should-retry")) == ("1", None)
+        assert "reserved by requests under way" in refused.data["error"]["message"]
+        assert (await running).status == 200
 
 
 async def test_what_was_not_spent_comes_back(services):

@@ -466,8 +466,9 @@ def _refuse(rule: Rule, state: State) -> GatewayError:
     left = state.remaining
     spent = rule.limit - left - state.reserved
     period = {"total": "", "day": " today"}.get(budget.per, f" this {budget.per}")
-    if rule.limit - spent >= rule.amount:
-        detail = f"{_usd(state.reserved)} USD are reserved by requests under way"
+    waits = rule.limit - spent >= rule.amount
+    if waits:
+        detail = f"{_usd(state.reserved)} USD are reserved by requests under way; try again when they are over"
     elif left > 0:
         detail = f"this request may cost up to {_usd(rule.amount)} USD; set a lower output limit"
     else:
@@ -476,5 +477,7 @@ def _refuse(rule: Rule, state: State) -> GatewayError:
         f"Budget reached ({budget.name}): {_usd(spent)} of {_usd(rule.limit)} USD are spent{period}, and {detail}.",
         type="insufficient_quota",
         code="insufficient_quota",
-        should_retry=False,
+        # what is only reserved may be there again in a moment, for a job that waits too; what is spent is gone
+        should_retry=None if waits else False,
+        retry_after=1.0 if waits else None,
     )
