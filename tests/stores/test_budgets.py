@@ -97,7 +97,7 @@ async def test_what_is_only_reserved_may_be_asked_for_again(services):
     """While a request under way holds all of it: 429 with `retry-after`, for clients and jobs that wait."""
     upstream = ScriptedUpstream(Slow(costs(0.00002), 1.0), default=costs(0.00002))
     async with limited(services, cents("0.0001"), upstream=upstream) as gw:
-        running = asyncio.create_task(gw.chat(model=MODEL, max_tokens=100))
+        running = Tasks().spawn(gw.chat(model=MODEL, max_tokens=100), "running")
         async with asyncio.timeout(5):
             while not upstream.seen:
                 await asyncio.sleep(0.005)
