@@ -46,7 +46,7 @@ async def test_an_accepted_request_asks_no_upstream_and_runs_later_as_it_came():
     async with Gateway.test(plugins=[Jobs]) as gw:
         jobs = await taken(gw)
         [accepted] = await gw.finished()
-        assert (accepted.phase, accepted.attempts, accepted.outcome) == ("accept", [], Outcome.OK)
+        assert (accepted.phase, accepted.attempts, accepted.outcome) == ("accept", [], Outcome.ACCEPTED)
         assert gw.upstream.seen == []
         answer, commits = Keeper(), Commits()
         exchange = await jobs.services.run(jobs.late(), answer, operation_id="job_1/1", commit=commits)

@@ -87,6 +87,7 @@ def test_a_command_works_beside_a_gateway_with_its_stores_and_its_key(tmp_path):
     assert said(tmp_path, "ends") == [("first", pid)]
 
 
+@pytest.mark.full
 def test_what_it_counts_is_in_the_gateways_metrics_and_stays_when_it_is_killed(tmp_path):
     """Two of them at once, one killed and another in its place: the sum goes up by each, never down."""
     path = config(tmp_path)
@@ -104,6 +105,7 @@ def test_what_it_counts_is_in_the_gateways_metrics_and_stays_when_it_is_killed(t
         assert counted(running) == 3
 
 
+@pytest.mark.full
 def test_a_gateway_that_starts_anew_counts_from_zero_also_what_goes_on_beside_it(tmp_path):
     """Prometheus takes a counter that begins above zero for so many new events."""
     path = config(tmp_path, redis="unix:///nowhere")

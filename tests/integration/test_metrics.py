@@ -469,6 +469,7 @@ def test_four_workers_tell_one_truth(tmp_path):
         assert len({dict(of)["worker"] for name, of in seen if name == "xenios_worker_open_fds"}) == 4
 
 
+@pytest.mark.full
 def test_a_killed_workers_counts_stay(tmp_path):
     """kill -9: what was told is still told, by those that are left and by the one that takes its place."""
     with serving(tmp_path, "--config", config(tmp_path, 2)) as running:

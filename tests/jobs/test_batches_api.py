@@ -327,7 +327,7 @@ async def test_an_exhausted_budget_ends_lines_instead_of_keeping_them():
     """Waiting would not help: the error file says `insufficient_quota`."""
     budget = {
         "use": "budgets",
-        "config": {"budgets": [{"name": "all", "usd": 0.00015, "per": "total"}], "unknown_price": "allow"},
+        "config": {"budgets": [{"name": "all", "usd": 0.000001, "per": "total"}], "unknown_price": "allow"},
     }
     async with ScriptedUpstream() as upstream:
         plugins = [KEYS, "usage", budget, (Inline, {"batches": SETTINGS})]
@@ -467,6 +467,7 @@ async def test_a_database_that_is_away_when_an_answer_comes_costs_no_second_call
     assert done["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
 
 
+@pytest.mark.full
 async def test_a_row_that_cannot_be_stored_spoils_no_other():
     """Lines that end together are committed together; one bad statement is its line's own."""
     async with ScriptedUpstream() as upstream, batches(upstream) as gw:

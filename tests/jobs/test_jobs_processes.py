@@ -59,6 +59,7 @@ def worker_of(pid):
     return [int(c) for c in children if b"gateway.companions" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
+@pytest.mark.full
 async def test_a_job_whose_worker_was_killed_runs_again(config, tmp_path):
     """kill -9 in the middle: what had its result stays as it is; what was under way runs again, once, and the call that
     was cut off stands in the rows as abandoned.
@@ -107,6 +108,7 @@ async def test_a_running_job_is_stopped_within_a_second(config, tmp_path):
         assert [row["outcome"] for row in rows if row["id"] == f"{job_id}-1"] == ["client_disconnect"]
 
 
+@pytest.mark.full
 async def test_the_command_line_sees_to_jobs(config, tmp_path):
     """`xenios jobs`: listed, shown, retried and removed beside a running gateway, whose worker takes it up."""
     refused = Json({"error": {"message": "No such thing", "code": 400}}, status=400)
