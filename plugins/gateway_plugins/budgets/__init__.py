@@ -466,7 +466,7 @@ def _refuse(rule: Rule, state: State) -> GatewayError:
     left = state.remaining
     spent = rule.limit - left - state.reserved
     period = {"total": "", "day": " today"}.get(budget.per, f" this {budget.per}")
-    waits = rule.limit - spent >= rule.amount
+    waits = state.reserved > 0 and rule.limit - spent >= max(rule.amount, 1)
     if waits:
         detail = f"{_usd(state.reserved)} USD are reserved by requests under way; try again when they are over"
     elif left > 0:
