@@ -31,6 +31,23 @@ def environment(env: Mapping[str, str | None] | None = None) -> dict[str, str]:
     return {k: v for k, v in {**own, **(env or {})}.items() if v is not None}
 
 
+@contextlib.contextmanager
+def command(folder: Path, *args: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that goes on until TERM ends it, as it does at the end of the block: with exit code 0."""
+    process = subprocess.Popen(
+        [*XENIOS, *map(str, args)], cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+        process.send_signal(signal.SIGTERM)
+        _, text = process.communicate(timeout=20)
+        assert process.returncode == 0, text
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
 def xenios(
     *args: str | Path,
     cwd: Path,

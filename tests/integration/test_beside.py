@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.process import XENIOS, environment, serving, xenios
+from tests.integration.process import XENIOS, command, environment, serving, xenios
 from tests.integration.test_workers import MODEL, alive, children, eventually
 
 PLUGIN = Path(__file__).with_name("beside.py")
@@ -51,27 +51,6 @@ def works(folder, count=1):
     return said(folder, "works")[count - 1][1]
 
 
-@contextlib.contextmanager
-def beside(folder, path, *arguments):
-    """`xenios beside`, which is ended by TERM, and says so by exit code 0."""
-    process = subprocess.Popen(
-        [*XENIOS, "--config", str(path), "beside", *arguments],
-        cwd=folder,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-        process.send_signal(signal.SIGTERM)
-        _, text = process.communicate(timeout=20)
-        assert process.returncode == 0, text
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
 def counted(running, name="xenios_beside_total"):
     text = running.request("GET", "/metrics", key=None).body.decode()
     found = re.search(rf"^{name} ([0-9.]+)$", text, re.MULTILINE)
@@ -81,7 +60,7 @@ def counted(running, name="xenios_beside_total"):
 def test_a_command_works_beside_a_gateway_with_its_stores_and_its_key(tmp_path):
     """Without the lock of the data directory, with the pepper and the embedded Valkey of the gateway that has it."""
     path = config(tmp_path)
-    with serving(tmp_path, "--config", path), beside(tmp_path, path):
+    with serving(tmp_path, "--config", path), command(tmp_path, "--config", path, "beside"):
         pid = works(tmp_path)
         assert (tmp_path / "diary").read_text() == f"works first {pid} False redis\n"
     assert said(tmp_path, "ends") == [("first", pid)]
@@ -92,14 +71,14 @@ def test_what_it_counts_is_in_the_gateways_metrics_and_stays_when_it_is_killed(t
     """Two of them at once, one killed and another in its place: the sum goes up by each, never down."""
     path = config(tmp_path)
     with serving(tmp_path, "--config", path) as running:
-        with beside(tmp_path, path):
+        with command(tmp_path, "--config", path, "beside"):
             works(tmp_path)
-            with contextlib.suppress(AssertionError), beside(tmp_path, path):
+            with contextlib.suppress(AssertionError), command(tmp_path, "--config", path, "beside"):
                 second = works(tmp_path, 2)
                 eventually(lambda: counted(running) == 2)
                 os.kill(second, signal.SIGKILL)
             assert counted(running) == 2
-            with beside(tmp_path, path):
+            with command(tmp_path, "--config", path, "beside"):
                 works(tmp_path, 3)
                 eventually(lambda: counted(running) == 3)
         assert counted(running) == 3
@@ -111,12 +90,12 @@ def test_a_gateway_that_starts_anew_counts_from_zero_also_what_goes_on_beside_it
     path = config(tmp_path, redis="unix:///nowhere")
     with serving(tmp_path, "--config", path):
         pass
-    with beside(tmp_path, path):
+    with command(tmp_path, "--config", path, "beside"):
         works(tmp_path)
         eventually((tmp_path / "data" / "metrics" / "1001").exists)
         with serving(tmp_path, "--config", path) as running:
             assert counted(running) == 0
-            with beside(tmp_path, path):
+            with command(tmp_path, "--config", path, "beside"):
                 works(tmp_path, 2)
                 eventually(lambda: counted(running) == 1)
 
@@ -142,7 +121,7 @@ def test_a_host_without_a_gateway_needs_the_pepper_alone(tmp_path):
     """A pepper and a Redis that are configured are enough: no data directory of a gateway."""
     path = config(tmp_path, redis="unix:///nowhere")
     path.write_text(path.read_text().replace("{data_dir", "{pepper: sixteen-or-more-characters, data_dir"))
-    with beside(tmp_path, path):
+    with command(tmp_path, "--config", path, "beside"):
         works(tmp_path)
     assert not (tmp_path / "data" / "pepper").exists()
 
@@ -152,7 +131,7 @@ def test_sighup_gives_it_the_new_configuration(tmp_path):
     path = config(tmp_path, redis="unix:///nowhere")
     with serving(tmp_path, "--config", path):
         pass
-    with beside(tmp_path, path) as process:
+    with command(tmp_path, "--config", path, "beside") as process:
         pid = works(tmp_path)
         config(tmp_path, redis="unix:///nowhere", word="second")
         process.send_signal(signal.SIGHUP)
@@ -166,7 +145,7 @@ def test_several_processes_of_a_command_are_kept_running(tmp_path):
     path = config(tmp_path, redis="unix:///nowhere")
     with serving(tmp_path, "--config", path):
         pass
-    with beside(tmp_path, path, "--processes", "2") as parent:
+    with command(tmp_path, "--config", path, "beside", "--processes", "2") as parent:
         first, second = works(tmp_path), works(tmp_path, 2)
         assert first != second
         assert set(children(parent.pid)) == {first, second}

@@ -1,17 +1,15 @@
 """`xenios worker` and `xenios queues`, as processes beside a gateway."""
 
-import contextlib
 import json
 import os
 import re
 import signal
-import subprocess
 
 import pytest
 
 from gateway_plugins.jobs.queue import QueueState
 from gateway_plugins.jobs.worker_commands import _table
-from tests.integration.process import XENIOS, environment, serving, xenios
+from tests.integration.process import command, serving, xenios
 from tests.integration.test_workers import children, eventually
 
 CONFIG = """
@@ -32,27 +30,6 @@ def config(folder, *, embedded="false"):
     path = folder / "x.yaml"
     path.write_text(CONFIG.format(embedded=embedded))
     return path
-
-
-@contextlib.contextmanager
-def working(folder, *arguments):
-    """`xenios worker`, which is ended by TERM, and says so by exit code 0."""
-    process = subprocess.Popen(
-        [*XENIOS, "--config", str(folder / "x.yaml"), "worker", *arguments],
-        cwd=folder,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-        process.send_signal(signal.SIGTERM)
-        _, text = process.communicate(timeout=20)
-        assert process.returncode == 0, text
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def queues(folder):
@@ -124,7 +101,10 @@ def test_the_table_of_queues():
 def test_of_several_processes_one_that_is_killed_is_replaced(tmp_path):
     """`--processes 2` keeps two that run jobs: one that is killed is started again, and all end with their parent."""
     path = config(tmp_path)
-    with serving(tmp_path, "--config", path) as running, working(tmp_path, "--processes", "2") as parent:
+    with (
+        serving(tmp_path, "--config", path) as running,
+        command(tmp_path, "--config", path, "worker", "--processes", "2") as parent,
+    ):
         eventually(lambda: queues(tmp_path)["default"]["workers"] == 2, 60)
         first = sorted(children(parent.pid))
         os.kill(first[0], signal.SIGKILL)
