@@ -62,7 +62,8 @@ async def test_jobs_of_a_killed_worker_run_again(url):
             assert sorted(other.of("began")) == sorted([*works, "new"])
             with client(url) as connection:
                 assert len(started(connection)) == 201
-                assert len(connection.smembers("rq:workers")) == 1
+                # its name goes when a maintenance finds that it has expired, before or after its jobs
+                await until(lambda: len(connection.smembers("rq:workers")) == 1, 30)
 
 
 @pytest.mark.full
