@@ -10,7 +10,7 @@ import pytest
 from gateway import StatementError
 from gateway.settings import load_text
 from gateway.stores import open_database
-from gateway_plugins.jobs import Plugin
+from gateway_plugins.jobs import Plugin, api
 from gateway_plugins.jobs import store as jobs
 from gateway_plugins.jobs.store import End, Job, Lost, Result, Store, TooManyWaiting
 from tests.stores.postgres import postgres_server
@@ -41,7 +41,7 @@ async def store(request, tmp_path):
 def job(tenant="app", **fields):
     known = {
         "id": jobs.new_id(), "kind": "job", "tenant": tenant, "principal": "key:app", "endpoint": "chat/completions",
-        "queue": "default", "priority": "normal", "status": "queued", "stream": 0, "created_at": jobs.now(),
+        "queue": "default", "priority": "normal", "status": "queued", "stream": 0, "created_at": api.now(),
         "attempts": 0, "max_attempts": 3,
     }  # fmt: skip
     return Job(**{**known, **fields})
@@ -122,7 +122,7 @@ async def test_a_retry_waits_and_adds_up(store):
         "upstream_error",
         None,
     )
-    assert 59_000 < again.run_after - jobs.now() <= 60_000
+    assert 59_000 < again.run_after - api.now() <= 60_000
     second = await store.begin(again, "2")
     uncounted = await end(store, second, End(status="queued", counts=False))
     assert (uncounted.attempts, uncounted.max_attempts, uncounted.cost_micro_usd) == (2, 4, 5)
@@ -209,8 +209,8 @@ async def test_a_running_job_is_not_deleted(store):
 
 async def test_what_needs_looking_after_is_found(store):
     """Due and not running; running, and nobody says so; ended, and not settled; cancelled, and still running."""
-    due = await added(store, created_at=jobs.now() - 60_000)
-    await added(store, run_after=jobs.now() + 60_000)
+    due = await added(store, created_at=api.now() - 60_000)
+    await added(store, run_after=api.now() + 60_000)
     running = await begun(store)
     owed = await end(store, await begun(store), End(status="succeeded", settlement="[1]"))
     assert await store.waiting(older=30) == [due]

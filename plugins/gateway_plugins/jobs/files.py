@@ -7,13 +7,13 @@ goes after a while.
 from __future__ import annotations
 
 import secrets
-import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gateway import BadRequest, NotFound, Reply, TooLarge
 from gateway.kit import limit_of, query_of
+from gateway_plugins.jobs import api
 from gateway_plugins.jobs.storage import MissingError, Storage
 from gateway_plugins.jobs.upload import OVERHEAD, Form
 
@@ -91,7 +91,7 @@ class Files:
         after = _check(form.fields, whole=True)
         if form.size == 0:
             raise BadRequest("The file is empty.", param="file", code="empty_file")
-        now = _now()
+        now = api.now()
         async with self._services.database.transaction() as statements:
             row = await statements.fetch_one(
                 "UPDATE jobs_files SET state = 'stored', bytes = $2, filename = $3, expires_at = $4, created_at = $5 "
@@ -108,7 +108,7 @@ class Files:
 
     async def _reserve(self, file_id: str, exchange: Exchange) -> None:
         """Room for the upload within the tenant's, before anything is read. Raises TooLarge."""
-        settings, tenant = self._settings, tenant_of(exchange)
+        settings, tenant = self._settings, api.tenant_of(exchange)
         length = exchange.request.header("content-length") or ""
         packed = exchange.request.header("content-encoding") is not None
         known = length.isascii() and length.isdigit() and len(length) < 16 and not packed
@@ -117,7 +117,7 @@ class Files:
             raise TooLarge(
                 f"The file is larger than {settings.max_bytes:,} bytes.", param="file", code="file_too_large"
             )
-        now = _now()
+        now = api.now()
         principal = exchange.principal.reference if exchange.principal else ""
         await self._services.database.execute(
             "INSERT INTO jobs_files (id, tenant, principal, purpose, filename, state, bytes, created_at, expires_at) "
@@ -147,7 +147,7 @@ class Files:
         order = given.get("order", "desc")
         if order not in {"asc", "desc"}:
             raise BadRequest("`order` must be asc or desc.", param="order")
-        values: list[Any] = [_now(), whose(exchange, given)]
+        values: list[Any] = [api.now(), whose(exchange, given)]
         where = f"{_LIVE} AND tenant = $2"
         if "purpose" in given:
             values.append(given["purpose"])
@@ -161,7 +161,7 @@ class Files:
             f"SELECT * FROM jobs_files WHERE {where} ORDER BY created_at {order}, id {order} LIMIT {most + 1}",  # noqa: S608
             *values,
         )
-        return Reply(200, data=page([shown(row) for row in rows], most))
+        return Reply(200, data=api.listed([shown(row) for row in rows[:most]], more=len(rows) > most))
 
     async def _show(self, exchange: Exchange) -> Reply:
         return Reply(200, data=shown(await self._asked(exchange)))
@@ -203,7 +203,7 @@ class Files:
         """Raises NotFound, for another tenant's too."""
         row = await self._services.database.fetch_one(
             f"SELECT * FROM jobs_files WHERE {_LIVE} AND id = $2 AND tenant = $3",  # noqa: S608 - our own words
-            _now(),
+            api.now(),
             file_id,
             tenant,
         )
@@ -220,7 +220,7 @@ class Files:
 
     async def write(self, file_id: str, batch: Row, pieces: AsyncIterator[bytes]) -> int:
         """A batch's result, not shown before `publish`; how many bytes. The same id again replaces it."""
-        now = _now()
+        now = api.now()
         await self._services.database.execute(
             "INSERT INTO jobs_files (id, tenant, principal, purpose, filename, state, bytes, created_at, expires_at) "
             "VALUES ($1, $2, $3, 'batch_output', '', 'uploading', 0, $4, $5) "
@@ -244,7 +244,7 @@ class Files:
 
     async def publish(self, statements: Statements, file_id: str, filename: str, size: int, keep: float | None) -> bool:
         """In the transaction that ends the batch. False: it was tidied meanwhile."""
-        now = _now()
+        now = api.now()
         changed = await statements.execute(
             "UPDATE jobs_files SET state = 'stored', bytes = $2, filename = $3, created_at = $4, expires_at = $5 "
             "WHERE id = $1 AND state = 'uploading'",
@@ -259,7 +259,7 @@ class Files:
     # --- what is over ------------------------------------------------------------------------------------------------
 
     async def tidy(self) -> None:
-        now = _now()
+        now = api.now()
         rows = await self._services.database.fetch(
             # what batches read is left out: as many of those would keep all others waiting
             "SELECT id FROM jobs_files WHERE (state = 'deleted' OR expires_at <= $1) AND NOT EXISTS (SELECT 1 FROM "
@@ -321,34 +321,14 @@ def shown(row: Row) -> dict[str, Any]:
     }
 
 
-def page(rows: list[dict[str, Any]], most: int) -> dict[str, Any]:
-    """OpenAI's list. `rows`: one more than fit, if there are more."""
-    fitting = rows[:most]
-    return {
-        "object": "list",
-        "data": fitting,
-        "first_id": fitting[0]["id"] if fitting else None,
-        "last_id": fitting[-1]["id"] if fitting else None,
-        "has_more": len(rows) > most,
-    }
-
-
 def new_id() -> str:
     return f"file-{secrets.token_hex(12)}"
 
 
-def tenant_of(exchange: Exchange) -> str:
-    return exchange.principal.tenant if exchange.principal else ""
-
-
 def admins(exchange: Exchange) -> tuple[str, ...]:
-    return ("tenant",) if exchange.principal and exchange.principal.admin else ()
+    return ("tenant",) if api.is_admin(exchange) else ()
 
 
 def whose(exchange: Exchange, given: Mapping[str, str]) -> str:
     """The tenant whose things are asked for: administrators may name another."""
-    return given.get("tenant", tenant_of(exchange))
-
-
-def _now() -> int:
-    return int(time.time() * 1000)
+    return given.get("tenant", api.tenant_of(exchange))

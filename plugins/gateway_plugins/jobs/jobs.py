@@ -28,7 +28,7 @@ from gateway import (
     TooLarge,
 )
 from gateway.kit import input_estimate
-from gateway_plugins.jobs import shown, store
+from gateway_plugins.jobs import api, shown, store
 from gateway_plugins.jobs.follow import Follower
 from gateway_plugins.jobs.queue import DEFAULT
 from gateway_plugins.jobs.runner import Runner
@@ -151,7 +151,7 @@ class Jobs:
         task = decision.task if decision else None
         name = options.queue or self.queue_for(task, exchange.endpoint)
         queue = self.queues[name]
-        at = store.now()
+        at = api.now()
         late = replace(LateRequest.of(exchange), deadline=queue.timeout)
         job = Job(
             id=store.new_id(self.id_prefix, self.id_bytes),

@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gateway import BadRequest, Conflict, Forbidden, NotFound, Reply
 from gateway.kit import limit_of, query_of
-from gateway_plugins.jobs import shown
+from gateway_plugins.jobs import api, shown
 from gateway_plugins.jobs.jobs import Options, check_key, idempotency_key
-from gateway_plugins.jobs.store import now
 
 if TYPE_CHECKING:
     from gateway import Exchange, Router
@@ -89,16 +88,7 @@ class Routes:
         except KeyError:
             raise BadRequest("`after` names no job of yours.", param="after") from None
         data = [shown.job(job) for job in jobs]
-        return Reply(
-            200,
-            data={
-                "object": "list",
-                "data": data,
-                "first_id": data[0]["id"] if data else None,
-                "last_id": data[-1]["id"] if data else None,
-                "has_more": more,
-            },
-        )
+        return Reply(200, data=api.listed(data, more=more))
 
     async def show(self, exchange: Exchange) -> Reply:
         job = await self._job(exchange)
@@ -152,7 +142,7 @@ class Routes:
             raise BadRequest(f"There is no queue {wanted.queue!r}; there are {', '.join(queues)}.", param="queue")
         if wanted.webhook is not None:
             self._shared.webhooks.check(wanted.webhook)
-        at = now()
+        at = api.now()
         run_after = None if wanted.delay is None else at + int(wanted.delay * 1000)
         run_before = None if wanted.run_before is None else wanted.run_before * 1000
         if run_before is not None and not (run_after or at) < run_before <= at + LATEST * 2000:
@@ -194,12 +184,10 @@ def _parsed(body: dict[str, Any]) -> NewJob:
 
 def whose(exchange: Exchange, given: dict[str, str]) -> str | None:
     """Whose jobs are meant; None: all tenants'. Raises Forbidden."""
-    principal = exchange.principal
-    own = principal.tenant if principal else ""
-    asked = given.get("tenant")
+    own, asked = api.tenant_of(exchange), given.get("tenant")
     if asked is None or asked == own:
         return own
-    if principal is None or not principal.admin:
+    if not api.is_admin(exchange):
         raise Forbidden("Only an administrator may name another tenant.", param="tenant")
     return None if asked == "*" else asked
 

@@ -24,6 +24,7 @@ from gateway import (
     Tasks,
     UpstreamError,
 )
+from gateway_plugins.jobs import api
 from gateway_plugins.jobs.events import Splitter
 from gateway_plugins.jobs.parts import Again
 from gateway_plugins.jobs.store import End, Lost, Result
@@ -212,7 +213,7 @@ class Runner:
 
     def _early(self, job: Job) -> End | None:
         """Why it ends without being run. Raises Again if it is not due yet."""
-        now = int(time.time() * 1000)
+        now = api.now()
         if job.run_after is not None and job.run_after > now:
             raise Again((job.run_after - now) / 1000)
         if job.cancel_asked is not None:

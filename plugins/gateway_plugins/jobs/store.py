@@ -7,10 +7,11 @@ so that a worker which was given up for dead can't overwrite what another one ma
 from __future__ import annotations
 
 import secrets
-import time
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
+
+from gateway_plugins.jobs import api
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,10 +114,6 @@ def new_id(prefix: str = "job_", size: int = 12) -> str:
     return prefix + secrets.token_hex(size)
 
 
-def now() -> int:
-    return int(time.time() * 1000)
-
-
 class Holder(Protocol):
     """Has a database, perhaps not yet."""
 
@@ -208,7 +205,7 @@ class Store:
                 "UPDATE jobs_jobs SET status = 'running', attempts = attempts + 1, operation = $2, "  # noqa: S608
                 "started_at = $3, seen_at = $3, settlement = NULL "
                 f"WHERE id = $1 AND status IN ('queued', 'running') AND attempts = $4 RETURNING {_COLUMNS}",
-                job.id, operation, now(), job.attempts,
+                job.id, operation, api.now(), job.attempts,
             )  # fmt: skip
         if row is None:
             raise Lost
@@ -216,7 +213,7 @@ class Store:
 
     async def end(self, statements: Statements, job: Job, end: End, *, ttl: float) -> Job:
         """Within a transaction: what became of the run. `ttl` seconds from now it may be forgotten. Raises Lost."""
-        done, at = end.status != "queued", now()
+        done, at = end.status != "queued", api.now()
         row = await statements.fetch_one(
             "UPDATE jobs_jobs SET status = $3, finished_at = $4, expires_at = $5, run_after = $6, "  # noqa: S608
             "max_attempts = $7, result_status = $8, result_headers = $9, result = $10, error_code = $11, "
@@ -242,7 +239,7 @@ class Store:
 
     async def seen(self, running: Mapping[str, str]) -> None:
         """These (id: operation) are being run now."""
-        at = now()
+        at = api.now()
         await self._database.execute_many(
             "UPDATE jobs_jobs SET seen_at = $3 WHERE id = $1 AND operation = $2 AND status = 'running'",
             [(job_id, operation, at) for job_id, operation in running.items()],
@@ -252,7 +249,7 @@ class Store:
 
     async def close(self, statements: Statements, job: Job, end: End, *, ttl: float) -> Job | None:
         """Within a transaction: one that nobody runs ends. None: it is not as `job` says any more."""
-        at = now()
+        at = api.now()
         row = await statements.fetch_one(
             "UPDATE jobs_jobs SET status = $2, finished_at = $3, expires_at = $4, error_code = $5, "  # noqa: S608
             "error_message = $6, result_status = $9, result_headers = $10, result = $11 "
@@ -267,12 +264,12 @@ class Store:
         await self._database.execute(
             "UPDATE jobs_jobs SET cancel_asked = coalesce(cancel_asked, $2) "
             "WHERE id = $1 AND status IN ('queued', 'running')",
-            job_id, now(),
+            job_id, api.now(),
         )  # fmt: skip
 
     async def retry(self, job_id: str, *, attempts: int, run_within: float) -> bool:
         """One that failed or was cancelled waits again, with so many attempts more."""
-        at = now()
+        at = api.now()
         changed = await self._database.execute(
             "UPDATE jobs_jobs SET status = 'queued', max_attempts = attempts + $2, run_after = $3, run_before = $4, "
             "finished_at = NULL, expires_at = NULL, cancel_asked = NULL, error_code = NULL, error_message = NULL, "
@@ -293,7 +290,7 @@ class Store:
         return await self._database.execute(
             "DELETE FROM jobs_jobs WHERE id IN (SELECT id FROM jobs_jobs "
             "WHERE kind = $1 AND expires_at < $2 AND settlement IS NULL LIMIT $3)",
-            self._kind, now(), AT_ONCE,
+            self._kind, api.now(), AT_ONCE,
         )  # fmt: skip
 
     async def waiting(self, *, older: float, after: str = "") -> list[Job]:
@@ -315,7 +312,7 @@ class Store:
     async def _some(self, where: str, older: float, after: str) -> list[Job]:
         rows = await self._database.fetch(
             f"{_SELECT} WHERE kind = $1 AND id > $2 AND {where} ORDER BY id LIMIT {AT_ONCE}",
-            self._kind, after, now() - int(older * 1000),
+            self._kind, after, api.now() - int(older * 1000),
         )  # fmt: skip
         return [_job(row) for row in rows]
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gateway import BadRequest, Conflict, Forbidden, GatewayError, LateRequest, NotFound, RateLimited, Reply, may_see
 from gateway.kit import limit_of, query_of
+from gateway_plugins.jobs import api
 from gateway_plugins.jobs.batches import results, store
 from gateway_plugins.jobs.batches.checks import ENDPOINTS, Checked
 from gateway_plugins.jobs.batches.runner import ChunkRun
-from gateway_plugins.jobs.files import admins, expiry, page, tenant_of, whose
+from gateway_plugins.jobs.files import admins, expiry, whose
 from gateway_plugins.jobs.parts import Again
 from gateway_plugins.jobs.settings import Queue
 from gateway_plugins.jobs.storage import MissingError
@@ -108,7 +109,7 @@ class Batches:
             raise Forbidden(f"This key may not use {endpoint}.", param="endpoint")
         metadata = _metadata(wanted.get("metadata"))
         seconds = _output_seconds(wanted.get("output_expires_after"))
-        tenant = tenant_of(exchange)
+        tenant = api.tenant_of(exchange)
         found = await self._files.find(file_id, tenant, param="input_file_id")
         if found["purpose"] != "batch":
             raise BadRequest("The file's purpose must be batch.", param="input_file_id")
@@ -122,7 +123,7 @@ class Batches:
             principal=principal,
             traceparent=exchange.traceparent,
         )
-        now = store.now()
+        now = api.now()
         row = await store.insert(
             self._services.database,
             {
@@ -157,7 +158,7 @@ class Batches:
         if "after" in given:
             after = await self._find(given["after"], tenant)
         rows = await store.listed(self._services.database, tenant, most, after)
-        return Reply(200, data=page([shown(row) for row in rows], most))
+        return Reply(200, data=api.listed([shown(row) for row in rows[:most]], more=len(rows) > most))
 
     async def _show(self, exchange: Exchange) -> Reply:
         return Reply(200, data=shown(await self._asked(exchange)))
@@ -168,7 +169,7 @@ class Batches:
             "UPDATE jobs_batches SET status = 'cancelling', cancelling_at = $2 "
             "WHERE id = $1 AND status IN ('validating', 'in_progress') AND ending IS NULL",
             row["id"],
-            store.now(),
+            api.now(),
         )
         row = await self._find(row["id"], row["tenant"])
         if changed:
@@ -310,12 +311,12 @@ class Batches:
     def _ending(batch: Row) -> str | None:
         if batch["status"] == "cancelling":
             return "cancelled"
-        return "expired" if batch["expires_at"] <= store.now() else None
+        return "expired" if batch["expires_at"] <= api.now() else None
 
     async def _wait_for_lines(self, batch: Row) -> None:
         """Those under way may end yet, or tell what they have used. Raises Again."""
         since = batch["cancelling_at"] or batch["expires_at"]
-        if store.now() - since > CUT_SECONDS * 1000:
+        if api.now() - since > CUT_SECONDS * 1000:
             return
         running = await self._services.database.fetch_one(
             "SELECT 1 AS running FROM jobs_chunks WHERE batch = $1 AND state = 'running' LIMIT 1", batch["id"]
@@ -331,7 +332,7 @@ class Batches:
         errors: str | None = None,
     ) -> None:
         """With its files and its webhook's message in one transaction."""
-        now = store.now()
+        now = api.now()
         batch_id = batch["id"]
         async with self._services.database.transaction() as statements:
             files = {name: (file_id, size) for name, (file_id, size) in (written or {}).items() if size}
@@ -383,7 +384,7 @@ class Batches:
             "SELECT id, status, ending, expires_at FROM jobs_batches WHERE ended_at IS NULL ORDER BY created_at"
         )
         self._count(open_batches)
-        now = store.now()
+        now = api.now()
         works = []
         for row in open_batches:
             if row["ending"] is not None or row["status"] == "cancelling" or row["expires_at"] <= now:

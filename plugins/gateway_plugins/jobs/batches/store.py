@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from gateway_plugins.jobs import api
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,10 +47,6 @@ class Result(msgspec.Struct, frozen=True):
     error_message: str | None = None
     settlement: str | None = None
     tokens: tuple[int, int, int, int] = (0, 0, 0, 0)  # input, of them cached, output, of them reasoning
-
-
-def now() -> int:
-    return int(time.time() * 1000)
 
 
 async def find(database: Database, batch_id: str, tenant: str | None = None) -> Row | None:
@@ -96,7 +93,7 @@ async def begin(database: Database, batch_id: str, chunks: Sequence[Chunk], mode
             "UPDATE jobs_batches SET status = 'in_progress', in_progress_at = $2, total = $3, model = $4, "
             "has_lines = 1 WHERE id = $1 AND status = 'validating'",
             batch_id,
-            now(),
+            api.now(),
             sum(len(chunk.custom_ids) for chunk in chunks),
             model,
         )
@@ -163,7 +160,7 @@ async def end_chunk(database: Database, batch_id: str, number: int) -> bool:
                 "UPDATE jobs_batches SET status = 'finalizing', finalizing_at = $2, ending = 'completed' "
                 "WHERE id = $1 AND status = 'in_progress'",
                 batch_id,
-                now(),
+                api.now(),
             )
         )
 
@@ -176,7 +173,7 @@ async def close(database: Database, batch_id: str, ending: str) -> bool:
         await statements.execute("UPDATE jobs_batches SET ending = $2 WHERE id = $1", batch_id, ending)
         if ending == "expired":
             await statements.execute(
-                "UPDATE jobs_batches SET status = 'finalizing', finalizing_at = $2 WHERE id = $1", batch_id, now()
+                "UPDATE jobs_batches SET status = 'finalizing', finalizing_at = $2 WHERE id = $1", batch_id, api.now()
             )
     return True
 

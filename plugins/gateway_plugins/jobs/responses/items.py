@@ -6,6 +6,7 @@ from hashlib import blake2s
 from typing import TYPE_CHECKING, Any
 
 from gateway import BadRequest
+from gateway_plugins.jobs import api
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -63,14 +64,7 @@ def page(items: Sequence[JsonObject], *, limit: int, order: str, after: str | No
         if place is None:
             raise BadRequest("`after` names no item of this response.", param="after")
         ordered = ordered[place + 1 :]
-    shown = ordered[:limit]
-    return {
-        "object": "list",
-        "data": shown,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
-        "has_more": len(ordered) > len(shown),
-    }
+    return api.listed(ordered[:limit], more=len(ordered) > limit)
 
 
 def continued(before: Any, output: Iterable[JsonObject], given: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 from gateway import NotFound
+from gateway_plugins.jobs import api
 from gateway_plugins.jobs.webhooks import signing, store
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Directory:
     def secrets(self, owner: str, row: Row | None) -> list[str]:
         """The one in force, then the one before while it still is."""
         version = row["version"] if row else 1
-        old = row is not None and version > 1 and (row["old_until"] or 0) > store.now()
+        old = row is not None and version > 1 and (row["old_until"] or 0) > api.now()
         return [signing.secret(self._pepper, owner, v) for v in ([version, version - 1] if old else [version])]
 
 

@@ -14,6 +14,7 @@ from yarl import URL
 
 from gateway import BadRequest, NotFound, StoreUnavailable
 from gateway.kit import clean
+from gateway_plugins.jobs import api
 from gateway_plugins.jobs.parts import Again
 from gateway_plugins.jobs.settings import Queue as QueueSettings
 from gateway_plugins.jobs.webhooks import messages, store
@@ -221,7 +222,7 @@ class Webhooks:
             return
         database = self.services.database
         await store.prune(database)
-        before, after = store.now() - int(LATE_SECONDS * 1000), (0, "")
+        before, after = api.now() - int(LATE_SECONDS * 1000), (0, "")
         while rows := await store.due(database, before, limit=PAGE, after=after):
             # also those that somebody wants to be sent again, sooner than their next try
             for key in await self._queue.unknown(KIND, [row["id"] for row in rows], within=LATE_SECONDS):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gateway import BadRequest, Forbidden, Reply
 from gateway.kit import limit_of, query_of
+from gateway_plugins.jobs import api
 from gateway_plugins.jobs.settings import EVENTS
 from gateway_plugins.jobs.webhooks import messages, signing, store
 
@@ -101,19 +102,21 @@ class Routes:
     async def create(self, exchange: Exchange) -> Reply:
         wanted = parsed(_New, exchange.body)
         self._webhooks.check(wanted.url, "url")
-        row = await store.create_endpoint(self._database, _own(exchange), wanted.name, wanted.url, wanted.event_types)
+        row = await store.create_endpoint(
+            self._database, api.tenant_of(exchange), wanted.name, wanted.url, wanted.event_types
+        )
         return Reply(200, data=self._with_secret(row), headers=_NO_STORE)
 
     async def list(self, exchange: Exchange) -> Reply:
         query = query_of(exchange, ("limit", "after", "tenant"))
-        tenant: str | None = _own(exchange)
+        tenant: str | None = api.tenant_of(exchange)
         if "tenant" in query:
-            if not _is_admin(exchange):
+            if not api.is_admin(exchange):
                 raise Forbidden("Only administrators see other tenants' webhook endpoints.", param="tenant")
             tenant = query["tenant"]
         limit = limit_of(query, default=20, most=100)
         rows, more = await store.endpoints(self._database, tenant, limit=limit, after=query.get("after"))
-        return Reply(200, data=listed([self._shown(row) for row in rows], more=more))
+        return Reply(200, data=api.listed([self._shown(row) for row in rows], more=more))
 
     async def show(self, exchange: Exchange) -> Reply:
         return Reply(200, data=self._shown(await store.endpoint(self._database, _id(exchange), _whose(exchange))))
@@ -157,10 +160,10 @@ class Routes:
 
     async def secret(self, exchange: Exchange) -> Reply:
         directory = self._webhooks.directory
-        return self._tenants(*await directory.tenants(self._database, _own(exchange)))
+        return self._tenants(*await directory.tenants(self._database, api.tenant_of(exchange)))
 
     async def rotate_own(self, exchange: Exchange) -> Reply:
-        owner = f"tenant:{_own(exchange)}"
+        owner = f"tenant:{api.tenant_of(exchange)}"
         return self._tenants(owner, await store.rotate_own(self._database, owner, self._keep(exchange)))
 
     def _keep(self, exchange: Exchange) -> float:
@@ -170,7 +173,7 @@ class Routes:
 
     def _tenants(self, owner: str, row: Row | None) -> Reply:
         secret = self._webhooks.directory.secrets(owner, row)[0]
-        old = row["old_until"] if row and row["old_until"] and row["old_until"] > store.now() else None
+        old = row["old_until"] if row and row["old_until"] and row["old_until"] > api.now() else None
         data = {
             "object": "webhook_secret",
             "signing_secret": secret,
@@ -202,11 +205,6 @@ def shown(row: Row, secret: str) -> dict[str, Any]:
     }
 
 
-def listed(data: list[dict[str, Any]], *, more: bool) -> dict[str, Any]:
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return {"object": "list", "data": data, "has_more": more, **ends}
-
-
 def parsed(model: type[M], body: Mapping[str, Any]) -> M:
     """Raises BadRequest that names the field."""
     try:
@@ -225,14 +223,6 @@ def _id(exchange: Exchange) -> str:
     return exchange.request.path_params["id"]
 
 
-def _own(exchange: Exchange) -> str:
-    return exchange.principal.tenant if exchange.principal else ""
-
-
 def _whose(exchange: Exchange) -> str | None:
     """None: administrators see all."""
-    return None if _is_admin(exchange) else _own(exchange)
-
-
-def _is_admin(exchange: Exchange) -> bool:
-    return exchange.principal is not None and exchange.principal.admin
+    return None if api.is_admin(exchange) else api.tenant_of(exchange)

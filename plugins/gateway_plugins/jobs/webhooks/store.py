@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from typing import TYPE_CHECKING, Any
 
 from gateway import BadRequest, NotFound
+from gateway_plugins.jobs import api
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,16 +22,12 @@ _DELIVERY = (
 )
 
 
-def now() -> int:
-    return int(time.time() * 1000)
-
-
 # --- endpoints -------------------------------------------------------------------------------------------------------
 
 
 async def create_endpoint(database: Database, tenant: str, name: str, url: str, event_types: Sequence[str]) -> Row:
     """Raises BadRequest, StoreUnavailable."""
-    made = now()
+    made = api.now()
     row = {
         "id": "we_" + secrets.token_hex(8), "tenant": tenant, "name": name, "url": url,
         "event_types": json.dumps(list(event_types)), "version": 1, "created_at": made, "updated_at": made,
@@ -89,7 +85,7 @@ async def change_endpoint(database: Database, endpoint_id: str, tenant: str | No
         row |= {name: value for name, value in changes.items() if name in {"name", "url"}}
         if "event_types" in changes:
             row["event_types"] = json.dumps(list(changes["event_types"]))
-        row |= {"updated_at": now(), "disabled_at": None}
+        row |= {"updated_at": api.now(), "disabled_at": None}
         await statements.execute(
             "UPDATE jobs_webhook_endpoints SET name = $1, url = $2, event_types = $3, updated_at = $4, "
             "disabled_at = NULL WHERE id = $5",
@@ -107,7 +103,7 @@ async def delete_endpoint(database: Database, endpoint_id: str, tenant: str | No
 async def rotate(database: Database, endpoint_id: str, tenant: str | None, keep: float) -> Row:
     """The next secret; messages are signed by the one before too for `keep` seconds. Raises as `endpoint`."""
     await endpoint(database, endpoint_id, tenant)
-    changed = now()
+    changed = api.now()
     await database.execute(
         "UPDATE jobs_webhook_endpoints SET version = version + 1, old_until = $1, updated_at = $2 WHERE id = $3",
         changed + int(keep * 1000), changed, endpoint_id,
@@ -125,7 +121,7 @@ async def own(statements: Database | Statements, owner: str) -> Row | None:
 
 async def rotate_own(database: Database, owner: str, keep: float) -> Row | None:
     """As `rotate`, for a tenant's secret, which is there without a row."""
-    changed = now()
+    changed = api.now()
     await database.execute(
         "INSERT INTO jobs_webhook_endpoints (id, version, created_at, updated_at, old_until) "
         "VALUES ($1, 2, $2, $2, $3) ON CONFLICT (id) DO UPDATE "
@@ -137,7 +133,7 @@ async def rotate_own(database: Database, owner: str, keep: float) -> Row | None:
 
 async def set_disabled(database: Database, endpoint_id: str, *, disabled: bool) -> None:
     """Registered or of the configuration."""
-    changed = now()
+    changed = api.now()
     await database.execute(
         "INSERT INTO jobs_webhook_endpoints (id, version, created_at, updated_at, disabled_at) "
         "VALUES ($1, 1, $2, $2, $3) ON CONFLICT (id) DO UPDATE SET disabled_at = $3",
@@ -162,7 +158,7 @@ async def add(
     statements: Statements, tenant: str, event_type: str, body: str, receivers: Sequence[tuple[str | None, str | None]]
 ) -> list[str]:
     """A message for each (endpoint, URL), of which one is None. Returns their ids."""
-    made = now()
+    made = api.now()
     ids = ["msg_" + secrets.token_hex(12) for _ in receivers]
     await statements.execute_many(
         "INSERT INTO jobs_webhook_deliveries (id, tenant, event_type, body, status, endpoint, url, created_at, "
@@ -200,7 +196,7 @@ async def record(
     database: Database, row: Row, *, status: str, wait: float, keep: float, last_status: int | None, error: str | None
 ) -> None:
     """What became of a try; nothing, if somebody else was there meanwhile."""
-    at = now()
+    at = api.now()
     ended = status != "waiting"
     await database.execute(
         "UPDATE jobs_webhook_deliveries SET status = $1, attempts = attempts + 1, next_at = $2, finished_at = $3, "
@@ -216,7 +212,7 @@ async def resend(database: Database, delivery_id: str) -> Row:
     await database.execute(
         "UPDATE jobs_webhook_deliveries SET status = 'waiting', attempts = 0, next_at = $1, finished_at = NULL, "
         "expires_at = NULL WHERE id = $2",
-        now(), delivery_id,
+        api.now(), delivery_id,
     )  # fmt: skip
     return await delivery(database, delivery_id)
 
@@ -240,5 +236,5 @@ async def prune(database: Database) -> int:
     return await database.execute(
         "DELETE FROM jobs_webhook_deliveries WHERE id IN "
         "(SELECT id FROM jobs_webhook_deliveries WHERE expires_at < $1 LIMIT 5000)",
-        now(),
+        api.now(),
     )
