@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel
-
 from gateway.incoming import asked_models
 from gateway.kit.subjects import brings, input_estimate
 from gateway.kit.text import clean
-from gateway.settings import When
+from gateway.settings import When, found_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
     from gateway.exchange import Exchange, Principal
     from gateway.settings import TimeWindow, TokenRange
@@ -78,17 +75,8 @@ def faults(when: When | None, hooks: Sequence[str]) -> list[str]:
 
 def headers_in(settings: Any) -> Iterator[str]:
     """Names of the request headers that a `when:` within these settings reads."""
-    if isinstance(settings, When):
-        yield from settings.headers or ()
-    elif isinstance(settings, BaseModel):
-        for name in type(settings).model_fields:
-            yield from headers_in(getattr(settings, name))
-    elif isinstance(settings, Mapping):
-        for value in settings.values():
-            yield from headers_in(value)
-    elif isinstance(settings, list | tuple):
-        for value in settings:
-            yield from headers_in(value)
+    for when in found_in(settings, When):
+        yield from when.headers or ()
 
 
 def compile_when(when: When | None) -> Callable[[Exchange], bool] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
@@ -32,6 +32,8 @@ from gateway.units import Duration, Size, format_duration, format_size
 from gateway.yaml_source import Source, read_file, read_text
 
 __all__ = ["ConfigError", "Problem", "Settings", "Source", "examine", "json_schema", "load", "load_text", "masked"]
+
+T = TypeVar("T")
 
 OPENROUTER_URL: Final = "https://openrouter.ai/api/v1"
 
@@ -561,17 +563,22 @@ class Loaded:
 
 def secrets_of(value: Any) -> Iterator[str]:
     """The texts of all `SecretStr` below a model, list or mapping."""
-    if isinstance(value, SecretStr):
-        yield value.get_secret_value()
+    return (secret.get_secret_value() for secret in found_in(value, SecretStr))
+
+
+def found_in(value: Any, kind: type[T]) -> Iterator[T]:
+    """All of this type below a model, list or mapping; below one that is found nothing is looked for."""
+    if isinstance(value, kind):
+        yield value
     elif isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            yield from secrets_of(getattr(value, name))
+            yield from found_in(getattr(value, name), kind)
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from secrets_of(item)
+            yield from found_in(item, kind)
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
-            yield from secrets_of(item)
+            yield from found_in(item, kind)
 
 
 @dataclass(frozen=True)
