@@ -112,7 +112,7 @@ async def test_nobody_else_on_the_machine_reads_files(tmp_path):
     assert (tmp_path / "files").stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system")
+@pytest.mark.skipif(os.getuid() != 0, reason="a disk is filled by mounting a small one, which only root may")
 async def test_a_full_disk_is_told_as_one(tmp_path):
     """507 `storage_full`, which SDKs don't try again; what was there stays, and nothing is left of the upload."""
     folder = tmp_path / "files"
@@ -121,7 +121,7 @@ async def test_a_full_disk_is_told_as_one(tmp_path):
         ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], check=False, capture_output=True
     )
     if mounted.returncode:
-        pytest.skip("no mounts here")
+        pytest.skip("a disk is filled by mounting a small one, which this machine refuses")
     try:
         storage = on_disk(tmp_path)
         await storage.put("file-1", repeated(b"a", 1))
