@@ -2,7 +2,7 @@
 
 from gateway._version import __version__
 from gateway.access import may_see
-from gateway.client import Client, ClientGone
+from gateway.client import Client, ClientGone, Collected
 from gateway.errors import (
     BadRequest,
     Cause,
@@ -65,6 +65,7 @@ __all__ = [
     "Cell",
     "Client",
     "ClientGone",
+    "Collected",
     "Concern",
     "Condition",
     "Conflict",

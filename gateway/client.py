@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from multidict import CIMultiDict
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-
-    from multidict import CIMultiDict
 
 
 class ClientGone(Exception):
@@ -31,6 +31,34 @@ class Client(Protocol):
 
     def abort(self) -> None:
         """Close the connection uncleanly."""
+
+
+class Collected:
+    """One that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.status = 500
+        self.headers: CIMultiDict[str] = CIMultiDict()
+        self._parts: list[bytes] = []
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self._parts)
+
+    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
+        del progress
+        self.status, self.headers, self._parts = status, headers, [body]
+
+    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
+        self.status, self.headers = status, headers
+
+    async def write(self, data: bytes) -> None:
+        self._parts.append(data)
+
+    async def end(self) -> None: ...
+
+    def abort(self) -> None:
+        self.status = 502
 
 
 class Inbound(Protocol):

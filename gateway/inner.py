@@ -11,6 +11,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway import late as late_work
 from gateway.access import restore_principal
+from gateway.client import Collected
 from gateway.dialects import DIALECTS
 from gateway.errors import BadRequest
 from gateway.exchange import Exchange, Reply, RequestView, new_id
@@ -54,13 +55,13 @@ class InnerCalls:
         exchange.principal = principal
         exchange.parent = parent
         exchange.phase = phase
-        client = _Collected()
+        client = Collected()
         parent.snapshot.users.enter()  # the parent's own task may outlive its request
         try:
             await self._run(exchange, client, _Given(msgspec.json.encode(body), "application/json")).run()
         finally:
             parent.snapshot.users.leave()
-        return client.reply()
+        return Reply(client.status, client.body, client.headers)
 
     async def run(
         self,
@@ -161,30 +162,3 @@ class _Given:
 
     async def pieces(self, limit: int) -> AsyncIterator[bytes]:
         yield await self.read(limit)
-
-
-class _Collected:
-    """A `Client` that keeps what it is sent."""
-
-    def __init__(self) -> None:
-        self._status = 500
-        self._headers: CIMultiDict[str] = CIMultiDict()
-        self._parts: list[bytes] = []
-
-    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
-        del progress
-        self._status, self._headers, self._parts = status, headers, [body]
-
-    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
-        self._status, self._headers = status, headers
-
-    async def write(self, data: bytes) -> None:
-        self._parts.append(data)
-
-    async def end(self) -> None: ...
-
-    def abort(self) -> None:
-        self._status = 502
-
-    def reply(self) -> Reply:
-        return Reply(self._status, b"".join(self._parts), self._headers)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gateway import (
+    Collected,
     GatewayError,
     LateRequest,
     Outcome,
@@ -32,9 +33,7 @@ from gateway_plugins.jobs.runner import PASSING
 from gateway_plugins.jobs.storage import MissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from multidict import CIMultiDict
+    from collections.abc import Iterator, Sequence
 
     from gateway import Counter, Exchange, Services
     from gateway.kit import Row
@@ -49,29 +48,6 @@ LONGEST_WAIT = 60.0
 SLICE_SECONDS = 120.0  # then others get the place, and what is left of the chunk waits behind them
 CUT_OFF = frozenset({Outcome.CLIENT_DISCONNECT, Outcome.SHUTDOWN})  # by us: it runs again
 BREAKDOWNS = 5  # failures of our own, of one line
-
-
-class Collected:
-    """The client that a line's request has: it keeps the reply."""
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.parts: list[bytes] = []
-
-    async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
-        del headers, progress
-        self.status, self.parts = status, [body]
-
-    async def start(self, status: int, headers: CIMultiDict[str]) -> None:
-        del headers
-        self.status, self.parts = status, []
-
-    async def write(self, data: bytes) -> None:
-        self.parts.append(data)
-
-    async def end(self) -> None: ...
-
-    def abort(self) -> None: ...
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -326,7 +302,7 @@ def _result(line: Line, client: Collected, exchange: Exchange) -> Result:
         line.custom_id,
         ok=200 <= client.status < 300 and exchange.outcome is Outcome.OK,
         status=client.status,
-        body=one_line(b"".join(client.parts)),
+        body=one_line(client.body),
         settlement=json.dumps(kept) if kept else None,
         tokens=(
             usage.input_tokens or 0,
