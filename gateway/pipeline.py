@@ -884,6 +884,14 @@ class _Recorded:
         del limit, heard
         return await self.chunk()
 
+    def push(self, receive: Callable[[bytes], None], ended: Callable[[UpstreamError | None], None]) -> bool:
+        del receive, ended
+        return False  # it is one chunk
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
     def close(self) -> None:
         self._body = b""
 
