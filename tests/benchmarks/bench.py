@@ -202,9 +202,12 @@ def main():
             print(f"  {line}")
     if args.json:
         args.json.write_text(json.dumps({"sections": found, "samples": samples}, indent=1))
-    if args.record:
+    bad = any(note.startswith(("FAILED", "WRONG")) for note in notes)
+    if args.record and bad:
+        print("\nNothing is recorded: a target failed, or what it did was wrong.")
+    elif args.record:
         record(document, found, args.note)
-    return 1 if any(note.startswith(("FAILED", "WRONG")) for note in notes) else 0
+    return int(bad)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Rig:
 
     def __init__(self, folder, spare_s, say):
         both, authority = certificate_for("localhost", folder)
-        self.folder, self.spare_s, self.say = folder, spare_s, say
+        self.spare_s, self.say = spare_s, say
         self.core = cores()[1]
         self.place = Place(folder, free_port(), free_port(), authority)
         ports = ("--port", self.place.mock_port, "--tls-port", self.place.tls_port)
@@ -111,15 +111,15 @@ def attempt(target, what, run, *args):
         return None
 
 
-def start(rig, target, times, warm):
+def start(rig, folder, target, times, warm):
     """Starts it as often as its start is to be timed; the last one stays, and is warmed up."""
     if not target.command:
         return
-    (rig.folder / f"{target.slug}.out").unlink(missing_ok=True)
+    (folder / f"{target.slug}.out").unlink(missing_ok=True)
     for i in range(times):
         if i:
             target.stop()
-        target.start(rig.folder)
+        target.start(folder)
     pause(1.0)
     root = target.process.pid
     target.idle |= {"idle_mb": rss_mb(root), "idle_pss_mb": pss_mb(root)}
@@ -129,11 +129,13 @@ def start(rig, target, times, warm):
 
 def run(rig, section, measures, slugs):
     """Measures a section: slug → Target, with its samples."""
-    targets = {slug: make(slug, rig.place) for slug in slugs}
+    folder = rig.place.folder / section.name  # its own: rows of the section before are in the database
+    folder.mkdir(exist_ok=True)
+    targets = {slug: make(slug, dataclasses.replace(rig.place, folder=folder)) for slug in slugs}
     try:
         warm = dataclasses.replace(measures[0], seconds=0.5) if measures and not measures[0].streams else None
         for target in targets.values():
-            attempt(target, "start", start, rig, target, section.starts, warm)
+            attempt(target, "start", start, rig, folder, target, section.starts, warm)
             rig.say(f"{section.name}: started {target.slug} {target.failed}")
         for measure in measures:
             for i in range(measure.rounds):
