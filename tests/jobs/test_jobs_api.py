@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import re
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from gateway.kit.upstream import (
     Until,
     chat_completion,
     chat_events,
+    encode_step,
 )
 from tests.jobs.gateways import (
     ASYNC,
@@ -286,6 +288,24 @@ async def test_a_job_is_deleted_unless_it_runs(url):
 
 
 # --- followed ---------------------------------------------------------------------------------------------------------
+
+
+async def test_an_upstreams_own_ids_do_not_lead_astray(url):
+    """An upstream numbers its events in its own way, in an `id` of each: whoever goes on behind the last id that it heard
+    misses nothing and gets nothing twice; the result has the bytes as they came.
+    """
+    plain = [encode_step(step) for step in chat_events("Hello there")]
+    said = [b"%bid: %d\n\n" % (event[:-1], 9_000_000 + n) for n, event in enumerate(plain)]
+    async with gateway(url, upstream=ScriptedUpstream(Stream(*said))) as gw:
+        job_id = await taken(gw, stream=True)
+        await work(gw, job_id)
+        path = f"/v1/jobs/{job_id}"
+        whole = (await gw.get(f"{path}/stream", headers=of("app"))).body
+        heard = [int(n) for n in re.findall(rb"(?m)^id: (.*)$", whole)]
+        assert heard == [*range(1, whole.count(b"\n\n") + 1)]
+        rest = await gw.get(f"{path}/stream", headers={"Last-Event-ID": "2", **of("app")})
+        assert rest.body == whole[whole.index(b"id: 3\n") :]
+        assert (await gw.get(f"{path}/result", headers=of("app"))).body.count(b"id: 900000") == len(heard)
 
 
 async def test_a_stream_is_followed_live(url):
