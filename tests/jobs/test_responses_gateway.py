@@ -25,13 +25,12 @@ QUEUES = {"default": {"attempts": 1}}
 
 
 @contextlib.asynccontextmanager
-async def serving(url, *answers, plugins=(), database=None, **config):
+async def serving(url, *answers, plugins=(), database=None, server=None, **config):
     """A gateway, without a worker."""
     plugins = [("api_keys", KEYS), *plugins, "usage", ("jobs", {"queues": QUEUES, **config})]
     services = {"redis": url, **({"database": {"url": database, "migrate_on_start": True}} if database else {})}
-    async with Gateway.test(
-        plugins=plugins, upstream=ScriptedUpstream(*answers), settings={"services": services}
-    ) as gw:
+    settings = {"services": services, "server": server or {}}
+    async with Gateway.test(plugins=plugins, upstream=ScriptedUpstream(*answers), settings=settings) as gw:
         gw.part = gw.plugin("jobs").takers[0]
         yield gw
 
@@ -267,6 +266,20 @@ async def test_a_conversation_is_filled_in(url):
         assert said == [["user", "assistant", "user"], ["user", "assistant", "user", "assistant", "user"]]
         listed = (await gw.get(f"/v1/responses/{second['id']}/input_items?order=asc")).data
         assert [item["role"] for item in listed["data"]] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("background", [True, False])
+async def test_a_conversation_has_a_longest_length(url, background):
+    """What was said before counts as part of the request: 413 says how long it became, and what to do."""
+    limits = {"max_body": 4000} if background else {"server": {"max_body": 4000}}
+    async with working(url, **limits) as gw:
+        first = await ended(gw, (await created(gw, input="x" * 2500))["id"])
+        asked = {**ASKED, "background": background, "input": "y" * 2500, "previous_response_id": first["id"]}
+        reply = await gw.post("/v1/responses", asked)
+        error = reply.data["error"]
+        assert (reply.status, error["code"], error["param"]) == (413, "request_too_large", "previous_response_id")
+        assert "4000" in error["message"]
+        assert (await gw.post("/v1/responses", {**asked, "input": "Short"})).status == 200
 
 
 @pytest.mark.parametrize(

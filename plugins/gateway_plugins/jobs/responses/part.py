@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import BadRequest, Conflict, ContextKey, LateRequest, NotFound, Reply
+from gateway import BadRequest, Conflict, ContextKey, LateRequest, NotFound, Reply, TooLarge
 from gateway.kit import limit_of
 from gateway_plugins.jobs.jobs import Jobs, Options, idempotency_key
 from gateway_plugins.jobs.responses import items, objects
@@ -113,6 +113,14 @@ class Responses(Jobs):
         whole = items.continued(await self._input(job), before["output"], exchange.body.get("input"))
         exchange.body["input"] = whole
         del exchange.body["previous_response_id"]
+        most = exchange.snapshot.settings.server.max_body
+        most = min(most, self._config.max_body) if strict else most
+        if (size := len(msgspec.json.encode(exchange.body))) > most:
+            raise TooLarge(
+                f"With all that was said before, this request has {size} bytes; it may have {most}. Begin anew, without "
+                "`previous_response_id`, and say in `input` what matters of the conversation.",
+                param="previous_response_id",
+            )
 
     async def _input(self, job: Job) -> Any:
         late = LateRequest.from_json(await self.store.request(job.id))
