@@ -282,6 +282,15 @@ async def test_a_conversation_has_a_longest_length(url, background):
         assert (await gw.post("/v1/responses", {**asked, "input": "Short"})).status == 200
 
 
+async def test_a_job_of_a_response_takes_no_background(url):
+    """Whoever makes a job of a background response is told that a job is one already; nothing is stored."""
+    async with serving(url) as gw:
+        reply = await gw.post("/v1/jobs", {"endpoint": "responses", "body": ASKED})
+        assert (reply.status, reply.data["error"]["param"]) == (400, "background")
+        assert "leave `background` out" in reply.data["error"]["message"]
+        assert (await gw.get("/v1/jobs")).data["data"] == []
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "param"),
     [

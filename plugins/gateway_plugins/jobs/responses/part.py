@@ -62,6 +62,9 @@ class Responses(Jobs):
             return
         body = exchange.body
         background = body.get("background") is True and exchange.phase == "live"
+        if body.get("background") is True and not background:
+            message = "This request is answered later as it is: leave `background` out, or send it to /v1/responses."
+            raise BadRequest(message, param="background")
         await self._continue(exchange, strict=background)
         if not background:
             return
