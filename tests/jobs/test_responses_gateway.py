@@ -268,6 +268,23 @@ async def test_a_conversation_is_filled_in(url):
         assert [item["role"] for item in listed["data"]] == ["user", "assistant", "user"]
 
 
+@pytest.mark.parametrize("prefix", ["/v1", "/api/v1"])
+async def test_what_of_openais_api_is_not_there_says_so(url, prefix):
+    """OpenAI's calls that no upstream offers are 404 or 400, in its error's shape, with what to do instead."""
+    async with serving(url) as gw:
+        for name, instead in (("input_tokens", "count_tokens"), ("compact", "truncation")):
+            reply = await gw.post(f"{prefix}/responses/{name}", {"model": "test/model", "input": "Hi"})
+            error = reply.data["error"]
+            assert (reply.status, error["type"], error["code"]) == (404, "invalid_request_error", "unknown_url")
+            assert instead in error["message"]
+        for background in (True, False):
+            asked = {**ASKED, "background": background, "conversation": "conv_1"}
+            reply = await gw.post(f"{prefix}/responses", asked)
+            assert (reply.status, reply.data["error"]["param"]) == (400, "conversation")
+            assert "previous_response_id" in reply.data["error"]["message"]
+        assert gw.upstream.seen == []
+
+
 @pytest.mark.parametrize("background", [True, False])
 async def test_a_conversation_has_a_longest_length(url, background):
     """What was said before counts as part of the request: 413 says how long it became, and what to do."""
