@@ -124,3 +124,14 @@ lines = Table(
     *_texts("error_code", "error_message"),
     *_texts("settlement"),  # for the ledger, if the worker died before it had it
 )
+
+# What tries of lines cost that came to nothing, for the ledger, if the worker died before it had it.
+owed = Table(
+    "jobs_owed",
+    metadata,
+    Column("operation", Text, primary_key=True),
+    Column("batch", Text, nullable=False),
+    *_numbers("line", nullable=False),
+    *_texts("settlement", nullable=False),
+    Index("ix_jobs_owed_batch_line", "batch", "line"),
+)
