@@ -24,6 +24,7 @@ jobs = Table(
     Column("request", LargeBinary, nullable=False),  # a LateRequest, JSON
     *_texts("metadata", "webhook", "idempotency_key", "fingerprint"),
     *_numbers("created_at", "attempts", "max_attempts", nullable=False),
+    Column("losses", BigInteger, nullable=False, server_default="0"),  # runs whose worker was lost
     *_numbers("run_after", "run_before", "started_at", "finished_at", "expires_at"),
     *_numbers("seen_at"),  # when the process that runs it last said that it does
     *_texts("operation", "request_id"),  # operation: the run under way, or the last one; its usage row
