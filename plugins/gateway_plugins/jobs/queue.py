@@ -427,7 +427,7 @@ def _state(connection: redis.Redis, name: str) -> QueueState:
             pipeline.lrange(queue.key, 0, 0)
             for registry in registries:
                 pipeline.zcard(getattr(queue, registry).key)
-        found = pipeline.execute() if anything else [0, [], 0, 0, 0] * len(queues)
+        found: list[Any] = pipeline.execute() if anything else [0, [], 0, 0, 0] * len(queues)
         waiting, first, running, scheduled, failed = (found[i::5] for i in range(5))
         alive = sorted(workers)
         heads = [job for jobs in first for job in jobs]

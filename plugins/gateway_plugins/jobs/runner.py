@@ -226,9 +226,7 @@ class Runner:
         if job.run_before is not None and job.run_before < now:
             return End(status="failed", code="run_before_passed", message="It could not be run in time.")
         if job.status == "running" and job.losses + 1 >= MOST_LOSSES:
-            message = (
-                f"{MOST_LOSSES} worker processes died while they ran it. Look into their logs before a retry."
-            )
+            message = f"{MOST_LOSSES} worker processes died while they ran it. Look into their logs before a retry."
             return End(status="failed", code=WORKER_LOST, message=message)
         return None
 
