@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gateway.catalogue import Catalogue
 from gateway.problems import Concern, in_line_order
 from gateway.simulator import Simulator
-from gateway.transport.aiohttp_client import AiohttpTransport
+from gateway.transport import open_transport
 from gateway.upstream import UpstreamClient, fetch_models
 
 if TYPE_CHECKING:
@@ -68,15 +68,22 @@ async def _catalogue(settings: Settings, cache_dir: Path | None) -> AsyncIterato
 
 def _client(name: str, upstream: Upstream, url: str, settings: Settings) -> UpstreamClient:
     policy = settings.upstream
-    transport = AiohttpTransport(
+    transport = open_transport(
+        upstream.transport,
         url,
         connect_timeout=policy.connect_timeout,
         max_connections=0,
         max_reply=policy.max_reply,
         ca_file=upstream.ca_file,
+        proxy=upstream.proxy.get_secret_value() if upstream.proxy and url == upstream.base_url else None,
     )
     key = upstream.api_key.get_secret_value() if upstream.api_key else "simulated"
-    headers = {**upstream.headers, "Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
+    headers = {
+        **upstream.headers,
+        "Authorization": f"Bearer {key}",
+        "Accept-Encoding": "identity",
+        "User-Agent": "xenios",
+    }
     if upstream.api_key is None and upstream.without_key == "allow":
         del headers["Authorization"]
     return UpstreamClient(name, upstream, transport, headers=headers, secret=key)

@@ -111,7 +111,17 @@ _PRIVATE: Final = {
     "cookie", "set-cookie", "forwarded", "via", "x-real-ip", "true-client-ip", "cf-connecting-ip",
 }  # fmt: skip
 _URL: Final = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\\\[\]]+)(?::[0-9]{1,5})?(?:/[^\s?#\\]*)?")
+_PROXY: Final = re.compile(
+    r"http://(?:[^\s/?#@:\\]*(?::[^\s/?#@:\\]*)?@)?(?:\[[0-9A-Fa-f:.]+\]|[^\s/?#@:\\\[\]]+):[0-9]{1,5}/?"
+)
 _USE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|.*[^/]\.py:[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _proxy(value: SecretStr) -> SecretStr:
+    if not _PROXY.fullmatch(value.get_secret_value()):
+        raise refusal("is no address of an HTTP proxy", "http://host:3128 or http://user:password@host:3128")
+    return _with_a_port(value)
+
 
 Flag = Annotated[bool, Strict(), BeforeValidator(_flag)]
 Count = Annotated[int, Field(ge=1)]
@@ -273,6 +283,12 @@ class Upstream(_Section):
     ca_file: Annotated[Path, AfterValidator(_beside_config)] | None = None
     """PEM file of the authorities trusted for this upstream, relative to this file. Default: the system's; with it,
     only those in the file."""
+    transport: Literal["httptools", "aiohttp"] = "httptools"
+    """What carries requests to it: httptools (our own lean client), or aiohttp's client, at several times the processor
+    time. Default httptools."""
+    proxy: Annotated[SecretStr, AfterValidator(_proxy)] | None = None
+    """HTTP proxy to reach it through, as `http://user:password@host:port`; transport httptools only. Default none; the
+    environment's `HTTPS_PROXY` is not asked."""
 
     @field_validator("base_url")
     @classmethod
@@ -293,6 +309,13 @@ class Upstream(_Section):
         if not key and info.data.get("without_key") == "fail":
             raise refusal("there is no key for this upstream", _NO_KEY)
         return value if key else None
+
+    @field_validator("proxy")
+    @classmethod
+    def _check_proxy(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value is not None and info.data.get("transport") == "aiohttp":
+            raise refusal("only transport httptools goes through a proxy")
+        return value
 
     @field_validator("provider")
     @classmethod

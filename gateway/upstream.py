@@ -33,7 +33,7 @@ class UpstreamResponse(Protocol):
     async def chunk(self) -> bytes:
         """The next bytes of the body, whatever has arrived together; b"" at its complete end.
 
-        Raises UpstreamError(TRUNCATED) if the connection ends before the body does.
+        Raises UpstreamError: TRUNCATED if the connection ends before the body does, BAD_REPLY if it is broken.
         """
 
     async def read(self, limit: int, heard: Callable[[bytes], None] | None = None) -> bytes:
@@ -41,6 +41,19 @@ class UpstreamResponse(Protocol):
 
         Raises as `chunk`, and UpstreamError(BAD_REPLY) if it is longer than `limit` bytes.
         """
+
+    def push(self, receive: Callable[[bytes], None], ended: Callable[[UpstreamError | None], None]) -> bool:
+        """From now on the body goes to `receive`, within the loop's callback that read it; no `chunk` any more.
+
+        What arrived together is one piece; what had arrived before is handed over before `push` returns. Then `ended`
+        is called once, with None at the body's complete end, else with what `chunk` would raise; neither is called
+        after `close`. False, with no effect, if this transport can't: go on with `chunk`.
+        """
+
+    def pause(self) -> None:
+        """Read no more of a body that is pushed, until `resume`."""
+
+    def resume(self) -> None: ...
 
     @property
     def complete(self) -> bool:

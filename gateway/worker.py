@@ -41,7 +41,7 @@ from gateway.snapshot import build, is_loopback
 from gateway.stores import open_database, open_redis
 from gateway.tasks import Tasks
 from gateway.timing import SLOW_SECONDS
-from gateway.transport.aiohttp_client import AiohttpTransport
+from gateway.transport import open_transport
 from gateway.upstream import UpstreamClient, fetch_models
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from gateway.stores.database import Database
     from gateway.stores.redis import RedisStore
     from gateway.supervisor import Identity
+    from gateway.upstream import Transport
 
 log = structlog.get_logger("gateway.worker")
 
@@ -95,7 +96,7 @@ class Worker:
         self._tasks = Tasks()
         self._finisher = Finisher(self._tasks)
         self._simulator: Simulator | None = None
-        self._transports: dict[Any, AiohttpTransport] = {}
+        self._transports: dict[Any, Transport] = {}
         self._snapshot: Snapshot | None = None
         self._open: list[Snapshot] = []  # those whose plugins are open
         self._prepared: tuple[Snapshot, Callable[[], None]] | None = None
@@ -366,21 +367,25 @@ class Worker:
         for name, upstream in settings.upstreams.items():
             self._transport(settings, name, upstream)
 
-    def _transport(self, settings: Settings, name: str, upstream: UpstreamSettings) -> AiohttpTransport:
+    def _transport(self, settings: Settings, name: str, upstream: UpstreamSettings) -> Transport:
         """The one that is there already, with its connections, if it would be the same. Raises StartError."""
         policy = settings.upstream
         base = self._simulator.url if _simulates(upstream) and self._simulator else upstream.base_url
         try:
             authorities = hashlib.sha256(upstream.ca_file.read_bytes()).digest() if upstream.ca_file else None
-            key = (name, base, policy.connect_timeout, policy.max_connections, policy.max_reply, authorities)
+            proxy = upstream.proxy.get_secret_value() if upstream.proxy and not _simulates(upstream) else None
+            limits = policy.connect_timeout, policy.max_connections, policy.max_reply
+            key = (name, base, upstream.transport, proxy, *limits, authorities)
             transport = self._transports.get(key)
             if transport is None:
-                transport = self._transports[key] = AiohttpTransport(
+                transport = self._transports[key] = open_transport(
+                    upstream.transport,
                     base,
                     connect_timeout=policy.connect_timeout,
                     max_connections=policy.max_connections,
                     max_reply=policy.max_reply,
                     ca_file=upstream.ca_file,
+                    proxy=proxy,
                 )
         except OSError as error:
             raise StartError(f"upstreams.{name}.ca_file: {upstream.ca_file} can't be used: {error}.") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import io
 import ssl
-import zlib
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -21,6 +20,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from gateway.errors import Cause, UpstreamError
+from gateway.transport.inflate import inflater
 from gateway.upstream import read_chunks, too_large
 
 if TYPE_CHECKING:
@@ -39,16 +39,14 @@ _NO_TIMER = TimerNoop()
 class AiohttpResponse:
     """One reply of aiohttp's client behind `UpstreamResponse`."""
 
-    __slots__ = ("_content", "_inflate", "_inflating", "_limit", "_response", "headers", "status")
+    __slots__ = ("_content", "_inflate", "_response", "headers", "status")
 
     def __init__(self, response: aiohttp.ClientResponse, inflate_limit: int) -> None:
         self._response = response
         self._content = response.content
         self.status = response.status
         self.headers: CIMultiDictProxy[str] = response.headers
-        self._limit = inflate_limit
-        self._inflate = _inflater(response.headers.get("Content-Encoding"))
-        self._inflating = False
+        self._inflate = inflater(response.headers.get("Content-Encoding"), inflate_limit)
 
     async def chunk(self) -> bytes:
         try:
@@ -60,11 +58,10 @@ class AiohttpResponse:
         if self._inflate is None:
             return data
         if not data:
-            if self._inflating and not self._inflate.eof:
-                raise UpstreamError(Cause.TRUNCATED, "The upstream's compressed reply was cut off.")
+            if (cut := self._inflate.cut_off()) is not None:
+                raise cut
             return data
-        self._inflating = True
-        return await self._inflated(data)
+        return self._inflate.feed(data) or await self.chunk()
 
     async def read(self, limit: int, heard: Callable[[bytes], None] | None = None) -> bytes:
         content = self._content
@@ -75,23 +72,18 @@ class AiohttpResponse:
             raise too_large(limit)
         return await read_chunks(self, limit, heard)
 
-    async def _inflated(self, data: bytes) -> bytes:
-        """A reply compressed though we didn't ask for it; a bomb ends at the limit."""
-        assert_inflate = self._inflate
-        if assert_inflate is None:
-            return data
-        try:
-            out = assert_inflate.decompress(data, self._limit)
-        except zlib.error as error:
-            raise UpstreamError(Cause.BAD_REPLY, "The upstream's compressed reply is broken.") from error
-        self._limit -= len(out)
-        if assert_inflate.unconsumed_tail or self._limit <= 0:
-            raise UpstreamError(Cause.BAD_REPLY, "The upstream's compressed reply is too large.")
-        return out or await self.chunk()
-
     @property
     def complete(self) -> bool:
         return self._content.at_eof()
+
+    def push(self, receive: Callable[[bytes], None], ended: Callable[[UpstreamError | None], None]) -> bool:
+        del receive, ended
+        return False
+
+    def pause(self) -> None:
+        """Its flow control is its own."""
+
+    resume = pause
 
     def close(self) -> None:
         # aiohttp gives a complete reply's connection back by itself; whatever is not complete is dropped.
@@ -99,18 +91,6 @@ class AiohttpResponse:
             self._response.release()
         else:
             self._response.close()
-
-
-def _inflater(encoding: str | None) -> zlib._Decompress | None:
-    match (encoding or "identity").strip().lower():
-        case "identity":
-            return None
-        case "gzip" | "deflate":
-            return zlib.decompressobj(wbits=47)
-        case _:
-            raise UpstreamError(
-                Cause.BAD_REPLY, "The upstream compressed its reply in a way that it was not asked for."
-            )
 
 
 class _Post(aiohttp.ClientRequest):

@@ -1,0 +1,304 @@
+"""One socket to an upstream: writes a request, parses its reply, says whether it may be used again.
+
+llhttp parses, in its strict mode: bare line feeds, folded or repeated lengths, lengths beside chunks and whatever else
+two parsers might read in two ways is no reply. What it leaves to us is checked here: sizes, versions, codings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+from multidict import CIMultiDict, istr
+
+from gateway.errors import Cause, UpstreamError
+from gateway.transport.reply import Reply
+
+if TYPE_CHECKING:
+    import ssl
+
+    from gateway.transport.pool import Pool
+
+LARGE = 1 << 20  # larger bodies are written piece by piece, at the upstream's pace
+PIECE = 1 << 16
+JOINED = 1 << 14  # smaller bodies are cheaper copied behind their head than written beside it
+LONGEST_LINE = 16384  # a header line of an upstream may be long (rate-limit policies, tracing)
+LONGEST_HEAD = 1 << 16  # all of them together; and what a chunked body may hold besides its data
+MOST_FIELDS = 128
+WAITING = 1 << 17  # so many bytes of a reply wait for their reader; then the socket is not read
+# A kept connection that ends within so many seconds of the request, before any byte: it was being closed meanwhile.
+CROSSING = 1.0
+_H = ord("H")  # llhttp knows protocols that begin otherwise
+_LENGTH, _CODING, _ENCODING = istr("Content-Length"), istr("Transfer-Encoding"), istr("Content-Encoding")
+_KEEP_ALIVE = istr("Keep-Alive")
+_TIMEOUT = re.compile(r"timeout=(\d{1,5})\b", re.IGNORECASE)
+_names: dict[bytes, istr] = {}  # upstreams send the same few again and again
+
+
+class Connection(asyncio.Protocol):
+    """Serves one request at a time."""
+
+    __slots__ = (
+        "_barren", "_chunked", "_done", "_fields", "_head", "_heard", "_interim", "_keep", "_loop", "_parser",
+        "_paused", "_pool", "_reply", "_room", "_sent", "_transport", "_writable", "expires", "idle", "patience",
+        "sending", "uses",
+    )  # fmt: skip
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser: HttpResponseParser | None = HttpResponseParser(self)
+        self._reply: Reply | None = None
+        self._room: asyncio.Future[None] | None = None  # the body's writer waits for it
+        self._writable = True
+        self._paused = False
+        self.sending = False  # a large body, still
+        self.uses = 0
+        # The pool's: whether it waits there, until when, and how long its upstream keeps it.
+        self.idle = False
+        self.expires = 0.0
+        self.patience: int | None = None
+        self._anew()
+
+    def _anew(self) -> None:
+        self._fields: list[tuple[istr, str]] = []
+        self._head = 0  # bytes of header lines
+        self._barren = 0  # bytes since the body's last
+        self._heard = self._interim = self._done = self._chunked = self._keep = False
+        self._sent = 0.0
+
+    @property
+    def usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def tls(self) -> ssl.SSLObject | None:
+        made: ssl.SSLObject | None = None
+        if self._transport is not None:
+            made = self._transport.get_extra_info("ssl_object")
+        return made
+
+    # --- the request ---------------------------------------------------------------------------------------------
+
+    def ask(self, head: bytes, body: bytes | None) -> Reply:
+        """Write a request. If `sending` is set afterwards, the body is `send_body`'s."""
+        reply = Reply(self, self._pool.max_reply)
+        transport = self._transport
+        if transport is None:
+            reply.stale = self.uses > 0
+            reply.fail(_unreachable())
+            return reply
+        self._anew()
+        self._reply = reply
+        self._sent = self._loop.time()
+        self.uses += 1
+        if not body:
+            transport.write(head)
+        elif len(body) <= JOINED:
+            transport.write(head + body)
+        elif len(body) <= LARGE:
+            transport.writelines((head, body))
+        else:
+            transport.write(head)
+            self.sending = True
+        return reply
+
+    async def send_body(self, reply: Reply, body: bytes) -> None:
+        """The rest of a request whose body is large; ends early if the reply does not wait for it."""
+        view = memoryview(body)
+        for start in range(0, len(view), PIECE):
+            if not self._writable:
+                self._room = self._loop.create_future()
+                try:
+                    await self._room
+                finally:
+                    self._room = None
+            if self._reply is not reply or reply.status or self._transport is None:
+                return  # it can't be used again: half a request stands in it
+            self._transport.write(view[start : start + PIECE])
+        self.sending = False
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    # --- the socket ----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # a socket's
+
+    def data_received(self, data: bytes) -> None:
+        reply, parser = self._reply, self._parser
+        if reply is None or parser is None:
+            self.drop()  # nobody asked
+            return
+        before = reply.size
+        try:
+            parser.feed_data(data if self._heard else self._first(data))
+        except (HttpParserError, HttpParserUpgrade) as error:
+            self._keep = False
+            if not self._done:
+                self._refuse(reply, error)
+                return
+        if self._done:
+            self._finish(reply)
+        elif reply.size == before:
+            self._barren += len(data)
+            if self._barren > LONGEST_HEAD:
+                self._refuse(reply)
+                return
+            if not reply.status:
+                return
+        else:
+            self._barren = 0
+            if reply.size > WAITING and not reply.pushed:
+                self.pause()
+        if self.sending:
+            self._wake_writer()
+        reply.arrived()
+
+    def _first(self, data: bytes) -> bytes:
+        self._heard = True
+        if data[0] != _H:
+            raise HttpParserError
+        return data
+
+    def eof_received(self) -> None:
+        self._end(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(exc)
+        self._transport = self._parser = None
+        self._wake_writer()
+        self._pool.lost(self)
+
+    def pause(self) -> None:
+        """Read no more: whoever takes the reply is slower than the upstream."""
+        if not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def drop(self) -> None:
+        """Close it at once, whatever is under way."""
+        if self._reply is not None:
+            self._reply.connection = None
+            self._reply = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """The same, and whoever waits for a reply is told."""
+        self._end(ConnectionAbortedError())
+        self.drop()
+
+    def _finish(self, reply: Reply) -> None:
+        self._reply = None
+        reply.finish()
+        self.resume()
+        if self._keep and not self.sending:
+            self._pool.release(self)
+        else:
+            self.drop()
+
+    def _refuse(self, reply: Reply, error: Exception | None = None) -> None:
+        told = error.__context__ if error is not None else None
+        if not isinstance(told, UpstreamError):
+            told = _not_http()
+        reply.fail(told)
+        self.drop()
+        self._wake_writer()
+        reply.arrived()
+
+    def _end(self, error: Exception | None) -> None:
+        """Nothing more will come."""
+        reply = self._reply
+        if reply is None:
+            return
+        self._reply = None
+        if not reply.status:
+            reply.stale = self.uses > 1 and not self._heard and self._loop.time() - self._sent < CROSSING
+            reply.fail(_unreachable())
+        elif self._until_the_end(reply) and error is None:
+            reply.finish()
+        else:
+            reply.fail(UpstreamError(Cause.TRUNCATED, "The connection to the upstream was lost during its reply."))
+        reply.arrived()
+
+    def _until_the_end(self, reply: Reply) -> bool:
+        return not self._chunked and _LENGTH not in reply.headers
+
+    # --- the parser ----------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._done:
+            raise _not_http()  # what came behind the reply is nobody's
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        size = len(name) + len(value)
+        self._head += size
+        if size > LONGEST_LINE or self._head > LONGEST_HEAD or len(self._fields) >= MOST_FIELDS:
+            raise UpstreamError(Cause.BAD_REPLY, "The header of the upstream's reply is too large.")
+        known = _names.get(name)
+        if known is None:
+            known = istr(name.decode("latin-1"))
+            if len(_names) < 512:
+                _names[name] = known
+        self._fields.append((known, value.strip(b" \t").decode("utf-8", "surrogateescape")))
+
+    def on_headers_complete(self) -> None:
+        reply, parser = self._reply, self._parser
+        if reply is None or parser is None:
+            raise _not_http()
+        status = parser.get_status_code()
+        fields, self._fields = self._fields, []  # from now on: trailers, which nobody reads
+        if status < 200 and status != 101:
+            self._interim = True
+            return
+        headers = CIMultiDict(fields)
+        coding = headers.getall(_CODING, None)
+        version = parser.get_http_version()
+        if coding is not None:
+            self._chunked = True
+            if version != "1.1" or [c.lower() for c in coding] != ["chunked"]:
+                raise _not_http()
+        if status == 101 or version not in ("1.1", "1.0"):
+            raise _not_http()
+        self._keep = parser.should_keep_alive()
+        if (kept := headers.get(_KEEP_ALIVE)) is not None and (found := _TIMEOUT.search(kept)):
+            self.patience = int(found[1])
+        reply.begin(status, headers, headers.get(_ENCODING))
+
+    def on_body(self, data: bytes) -> None:
+        reply = self._reply
+        if reply is not None:
+            reply.parts.append(data)
+            reply.size += len(data)
+
+    def on_message_complete(self) -> None:
+        if self._interim:
+            self._interim = False
+        else:
+            self._done = True
+
+
+def _not_http() -> UpstreamError:
+    return UpstreamError(Cause.BAD_REPLY, "The upstream's reply is not valid HTTP.")
+
+
+def _unreachable() -> UpstreamError:
+    return UpstreamError(Cause.CONNECTION, "The upstream can't be reached.")
