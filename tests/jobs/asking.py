@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
+from typing import Any
 
 import aiohttp
 
@@ -22,12 +23,13 @@ class Asker:
         self._session = session
         self.told: Counter[int] = Counter()
 
-    async def take(self, name: str) -> str:
-        """The id of the job."""
+    async def take(self, name: str, **more: Any) -> str:
+        """The id of the job. `more`: of the request."""
         while True:
             with contextlib.suppress(aiohttp.ClientError):
                 headers = {**self._headers, "Prefer": "respond-async", "Idempotency-Key": name}
-                async with self._session.post(f"{self._url}/v1/chat/completions", json=CHAT, headers=headers) as reply:
+                url = f"{self._url}/v1/chat/completions"
+                async with self._session.post(url, json={**CHAT, **more}, headers=headers) as reply:
                     self.told[reply.status] += 1
                     if reply.status in {200, 202}:
                         return reply.headers["x-xenios-job"]
