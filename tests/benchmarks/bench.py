@@ -74,7 +74,7 @@ def remarks(rows, targets):
         if target.failed:
             yield f"FAILED {target.label}: {target.failed}"
         for what, number in target.kept.items():
-            if number != target.answered:
+            if number != target.answered and not target.failed:
                 yield f"WRONG {target.label}: {number} {what} for {target.answered} requests"
         samples = [sample for taken in target.samples.values() for sample in taken if sample]
         detail = next((sample["detail"] for sample in samples if sample["detail"]), "")
