@@ -62,8 +62,8 @@ class Dialer:
             raise UpstreamError(Cause.CONNECTION, f"The {self._who} can't be reached.") from error
 
     def remember(self, connection: Connection) -> None:
-        """`connection` has just been of use: so will be its TLS session."""
-        if self._tls is not None and connection.uses == 1 and (made := connection.tls) is not None:
+        """`connection` has been of use: so will be its TLS session."""
+        if self._tls is not None and (made := connection.tls) is not None:
             self._tls.remember(made)
 
     async def _dial(self, make: Callable[[], Connection]) -> Connection:
