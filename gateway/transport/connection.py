@@ -42,7 +42,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_barren", "_body", "_chunked", "_done", "_fields", "_head", "_heard", "_interim", "_keep", "_loop", "_parser",
         "_paused", "_pool", "_reply", "_sent", "_transport", "_writable", "expires", "idle", "patience",
-        "sending", "uses",
+        "sending", "tls", "uses",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
@@ -56,6 +56,7 @@ class Connection(asyncio.Protocol):
         self.sending = False  # a large body, still: what of it is left
         self._body = memoryview(b"")
         self.uses = 0
+        self.tls: ssl.SSLObject | None = None
         # The pool's: whether it waits there, until when, and how long its upstream keeps it.
         self.idle = False
         self.expires = 0.0
@@ -72,13 +73,6 @@ class Connection(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
-
-    @property
-    def tls(self) -> ssl.SSLObject | None:
-        made: ssl.SSLObject | None = None
-        if self._transport is not None:
-            made = self._transport.get_extra_info("ssl_object")
-        return made
 
     # --- the request ---------------------------------------------------------------------------------------------
 
@@ -126,6 +120,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a socket's
+        self.tls = transport.get_extra_info("ssl_object")
 
     def data_received(self, data: bytes) -> None:
         reply, parser = self._reply, self._parser
@@ -165,7 +160,8 @@ class Connection(asyncio.Protocol):
         self._end(ConnectionAbortedError() if self._cut() else None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(exc)
+        # uvloop tells of an end below TLS by this alone
+        self._end(exc or (ConnectionAbortedError() if self.tls is not None else None))
         self._transport = self._parser = None
         self._body = memoryview(b"")
         self._pool.lost(self)
