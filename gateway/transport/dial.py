@@ -103,7 +103,7 @@ class Dialer:
 
 
 def _place(url: URL) -> tuple[str, int]:
-    if not url.raw_host or not url.port:
+    if not url.raw_host or url.port is None:
         raise ValueError(f"no host in {url.with_user(None)}")
     return url.raw_host, url.port
 
