@@ -251,7 +251,7 @@ async def run_explain(exchange: Exchange, impls: Impls) -> list[tuple[str, Findi
         if not impl.applies(exchange):
             continue
         exchange.running = impl.where
-        exchange.rules = []
+        exchange.held = []
         try:
             said = await impl.call(exchange) or ()
             found += [(impl.plugin, f if isinstance(f, Finding) else Finding(_text(f))) for f in said]
@@ -260,8 +260,10 @@ async def run_explain(exchange: Exchange, impls: Impls) -> list[tuple[str, Findi
         except Exception as error:  # noqa: BLE001 - reported as a finding
             impl.failed(error, exchange)
             found.append((impl.plugin, Finding(f"explain failed: {type(error).__name__}")))
-        found += [(impl.plugin, Finding(rule.name or rule.key, rule=rule)) for rule in exchange.rules]
-    exchange.running = exchange.rules = None
+        found += [
+            (impl.plugin, Finding(rule.name or rule.key, rule=rule)) for held in exchange.held for rule in held.rules()
+        ]
+    exchange.running = exchange.held = None
     return found
 
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 import msgspec
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from gateway.limits import Held, RuleSet
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from gateway.dialects import Dialect
     from gateway.errors import Cause, GatewayError
-    from gateway.kit.ledger import Admission, Rule
     from gateway.late import LateRequest
+    from gateway.limits import Admission, Rule
     from gateway.routes import Route
     from gateway.snapshot import Snapshot
 
@@ -475,6 +477,7 @@ class Exchange:
         "finished",
         "first_content",
         "form",
+        "held",
         "id",
         "late",
         "outcome",
@@ -488,7 +491,6 @@ class Exchange:
         "request",
         "request_id",
         "route",
-        "rules",
         "running",
         "scope_memo",
         "settlement",
@@ -559,7 +561,7 @@ class Exchange:
         # Answered by an explanation of what would become of it.
         self.explained = False
         # What the request counts for, named by plugins in `check_request`; what came of it, once all were asked.
-        self.rules: list[Rule] | None = None
+        self.held: list[Held] | None = None
         self.admission: Admission | None = None
         # What is to be stored of this request, asked for at its end with what the ledger settles (both or neither),
         # and at admission for the case that its worker dies. One plugin may set it in `request_received`.
@@ -591,9 +593,16 @@ class Exchange:
 
     def hold(self, *rules: Rule) -> None:
         """In `check_request`: limits that this request counts for. All plugins' are admitted together, or none is."""
-        if self.rules is None:
-            self.rules = []
-        self.rules.extend(rules)
+        self.hold_set(RuleSet(rules))
+
+    def hold_set(self, rules: RuleSet, amount: int = 0, least: int | None = None) -> None:
+        """The same with rules that were made once for many requests: faster.
+
+        `amount`, and of budgets `least`: what this request takes of those that are `varies`.
+        """
+        if self.held is None:
+            self.held = []
+        self.held.append(Held(rules, amount, least))
 
     def upload(self) -> AsyncIterator[bytes]:
         """The body piece by piece, in a handler whose route says `body="stream"`; once.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from gateway.catalogue import Model
     from gateway.exchange import Finding, JsonObject, Principal, Target
-    from gateway.kit.ledger import Rule, State
+    from gateway.limits import Rule, State
     from gateway.routes import Router
     from gateway.snapshot import Snapshot
 

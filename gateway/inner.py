@@ -122,7 +122,7 @@ class InnerCalls:
 async def _settle(exchange: Exchange, commit: Commit | None) -> None:
     """The result and the row by `commit`, then the sums. A row that was not committed goes with the sums."""
     store, actual, row = exchange.snapshot.services.ledger, ledger.used(exchange), ledger.recorded(exchange)
-    admitted = exchange.admission is None or bool(exchange.admission.states)
+    admitted = exchange.admission is None or exchange.admission.levels is not None
     exchange.settlement = late_work.settlement_of(exchange, actual)
     try:
         if commit is not None:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gateway.exchange import Principal, Scopes
-from gateway.kit.ledger import Rule
+from gateway.limits import Rule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from gateway.errors import GatewayError
     from gateway.exchange import Exchange
-    from gateway.kit.ledger import Ledger, State
+    from gateway.kit.ledger import Ledger
+    from gateway.limits import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def settlement_of(exchange: Exchange, actual: Sequence[tuple[Rule, int | None]])
     """What `settle` needs, as JSON. Not what rates took: that may not be put right twice, and is over in a minute."""
     admission = exchange.admission
     held = [[rule.key, rule.kind, rule.amount, used] for rule, used in actual if rule.kind != "rate"]
-    return [exchange.id, admission is None or bool(admission.states), held]
+    return [exchange.id, admission is None or admission.levels is not None, held]
 
 
 def settle(ledger: Ledger, settlement: Sequence[Any] | None) -> None:

@@ -196,8 +196,11 @@ class Run:
             await dispatch.run_all(exchange, hooks.check_request, ignorable=True)
         if exchange.late is not None:
             exchange.hold(ledger.UNDER_WAY)
-        if exchange.rules:
-            exchange.admission = await ledger.admit(exchange.snapshot.services.ledger, exchange, exchange.rules)
+        if exchange.held:
+            books, held = exchange.snapshot.services.ledger, exchange.held
+            exchange.admission = ledger.admit_at_once(books, exchange, held)
+            if exchange.admission is None:
+                exchange.admission = await ledger.admit(books, exchange, held)
         if hooks.lookup_response:
             hit: Reply | None = await dispatch.run_first(exchange, hooks.lookup_response, ignorable=True, returns=Reply)
             if hit is not None:

@@ -2,7 +2,7 @@
 
 from gateway.kit.breaker import Breaker, BreakerPolicy, Breakers, BreakerState, Change
 from gateway.kit.keys import hash_key, is_hash, is_well_formed, new_key
-from gateway.kit.ledger import ENDLESS, Admission, Rule, State
+from gateway.kit.ledger import ENDLESS
 from gateway.kit.ledger import Row as PendingRow
 from gateway.kit.queries import limit_of, moment, query_of
 from gateway.kit.schema import Schema
@@ -28,6 +28,7 @@ from gateway.kit.subjects import (
     subjects,
 )
 from gateway.kit.text import clean, cleaned
+from gateway.limits import Admission, Held, Level, Rule, RuleSet, State
 from gateway.logs import scrub
 from gateway.stores.database import Database, Row, Statements
 
@@ -43,6 +44,8 @@ __all__ = [
     "By",
     "Change",
     "Database",
+    "Held",
+    "Level",
     "Media",
     "NamedLimit",
     "OwnLimits",
@@ -51,6 +54,7 @@ __all__ = [
     "Period",
     "Row",
     "Rule",
+    "RuleSet",
     "Schema",
     "State",
     "Statements",

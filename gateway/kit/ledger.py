@@ -24,18 +24,19 @@ import contextlib
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 import structlog
 
 from gateway.errors import StatementError, StoreUnavailable
+from gateway.kit.passes import passes
+from gateway.limits import Admission, Held, Level, Plan, Rule, State, Verdict, weighed
 from gateway.logs import worth_a_line
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from gateway.errors import GatewayError
     from gateway.exchange import Exchange
@@ -52,118 +53,6 @@ ROWS_LIMIT = 100_000  # rows that nobody has taken yet
 MOVER_SECONDS = 10.0  # a worker that takes rows and isn't heard of for so long has died
 RETRY_SECONDS = 0.5
 SWEEP_EVERY = 10_000
-
-
-class State(msgspec.Struct, frozen=True, gc=False):
-    """One rule after the request was judged. Seconds; `retry_after` is None if waiting does not help."""
-
-    allowed: bool
-    remaining: int
-    reset: float = 0.0
-    retry_after: float | None = None
-    granted: int = 0  # budget: what was reserved for the request
-    reserved: int = 0  # budget: what others hold
-
-
-class Rule(msgspec.Struct, eq=False):
-    """One limit that one request falls under."""
-
-    key: str  # what is counted together: plugin, rule and subject, such as `rate_limit:per-key:alice:requests`
-    kind: Literal["rate", "slots", "budget"]
-    limit: int  # rate: units per `per`; slots: how many at once; budget: micro-USD
-    refuse: Callable[[Rule, State], GatewayError]  # what the client is told
-    per: float = 60.0  # rate: seconds
-    burst: int = 0  # rate: the bucket; 0: as large as `limit`
-    amount: int = 1  # what the request takes, by estimate where it isn't known yet; budget: its upper bound
-    least: int | None = None  # budget: takes what is left if that is at least so much; None: all of `amount`
-    until: float | None = None  # budget: when the count may be forgotten, in seconds since 1970
-    actual: Callable[[Exchange], int | None] | None = None  # what it took, when it is over; None: as estimated
-    admitted: Callable[[Exchange, Rule, State], None] | None = None  # called once all rules had room
-    # Called with its state when the request is refused: does the client hear of this rule, or of another?
-    refused: Callable[[Rule, State, bool], None] | None = None
-    again: Callable[[Exchange], int] | None = None  # budget: what a further attempt may cost on top, 0 for nothing
-    on_store_error: Literal["allow", "deny"] = "deny"
-    about: Any = None  # what else its plugin has to know of it; nobody else looks. No subclasses: they cost speed
-    name: str = ""  # for people who ask what limits there are: the limit in words
-    # What follows from these.
-    size: int = 0  # rate: units that the bucket holds
-    unit: float = 0.0  # rate: microseconds until one unit has come back
-    room: float = 0.0  # rate: the whole bucket, in microseconds
-
-    def __post_init__(self) -> None:
-        if self.kind == "rate":
-            self.size = self.burst or self.limit
-            self.unit = self.per * 1e6 / self.limit
-            # half a microsecond: what floats lose must not refuse the bucket's last unit
-            self.room = self.size * self.unit + 0.5
-
-    def copy(self) -> Rule:
-        """For a request whose amount is its own: a fifth of what making one costs."""
-        made: Rule = self.__copy__()  # type: ignore[attr-defined]  # msgspec's
-        return made
-
-
-Level: TypeAlias = "float | tuple[float, float]"  # µs of a bucket, places taken, or (spent, reserved)
-
-
-class Verdict(Sequence[State]):
-    """What the rules of one request say: for each a state, worked out when somebody asks for it."""
-
-    __slots__ = ("_levels", "_rules", "allowed", "granted")
-
-    def __init__(self, rules: Sequence[Rule], levels: Sequence[Level], *, allowed: bool, granted: int = 0) -> None:
-        """`levels`: what each rule held before. `allowed`: all had room, and it was taken."""
-        self._rules = rules
-        self._levels = levels
-        self.allowed = allowed
-        self.granted = granted  # reserved for the request in each of its budgets
-
-    def __len__(self) -> int:
-        return len(self._rules)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        rule, level = self._rules[index], self._levels[index]
-        if isinstance(level, tuple):
-            return self._of_budget(rule, self.granted if rule.amount else 0, *level)
-        if rule.kind == "slots":
-            left = int(rule.limit - level)
-            return State(True, left - self.allowed) if left > 0 else State(False, 0, 0.0, 1.0)
-        return self._of_rate(rule, level)
-
-    def _of_rate(self, rule: Rule, level: float) -> State:
-        unit, amount, room = rule.unit, rule.amount, rule.room - level
-        if self.allowed:
-            return State(True, int(room / unit) - amount, (level + amount * unit) / 1e6)
-        short = amount * unit - room
-        if short <= 0:
-            return State(True, int(room / unit), level / 1e6)
-        wait = (short + 0.5) / 1e6 if amount <= rule.size else None
-        return State(False, max(0, int(room / unit)), level / 1e6, wait)
-
-    def _of_budget(self, rule: Rule, granted: int, spent: float, reserved: float) -> State:
-        left = int(rule.limit - spent - reserved)
-        if self.allowed:
-            return State(True, left - granted, 0.0, None, granted, int(reserved))
-        least = rule.amount if rule.least is None else rule.least
-        return State(least <= left, max(0, left), 0.0, None, 0, int(reserved))
-
-
-def _weighed(rules: Sequence[Rule], levels: Sequence[Level]) -> Verdict:
-    """As if it was taken, if all have room."""
-    states: Sequence[State] = Verdict(rules, levels, allowed=False)
-    allowed = all(state.allowed for state in states)
-    grants = [min(r.amount, s.remaining) for r, s in zip(rules, states, strict=True) if r.kind == "budget" and r.amount]
-    return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
-
-
-class Admission(msgspec.Struct, eq=False):
-    """The rules of one admitted request and what they said; `states` is empty if the store was away."""
-
-    op: str
-    rules: Sequence[Rule]
-    states: Sequence[State]
 
 
 class Row(NamedTuple):
@@ -185,6 +74,9 @@ class Ledger(Protocol):
         call for the same operation takes more. A budget's rule of amount 0 takes nothing, and has the operation known.
         """
 
+    def take(self, op: str, plan: Plan, held: Sequence[Held], row: bytes = b"") -> Admission | None:
+        """As `judge`, in one pass, if it is known here that all have room. None: nothing was taken, ask `judge`."""
+
     async def peek(self, rules: Sequence[Rule]) -> Verdict:
         """What `judge` would say now of one more operation; nothing is taken. Raises StoreUnavailable."""
 
@@ -196,6 +88,9 @@ class Ledger(Protocol):
         `admitted=False`: the store did not answer at admission. What it spent is booked now; what it took of a rate
         is not: the debt would refuse others once the store is back.
         """
+
+    def give(self, admission: Admission, plan: Plan, used: Sequence[int | None], row: bytes = b"") -> None:
+        """As `settle`, in one pass, what was admitted by this plan: `used` is what each of `plan.actual` says."""
 
     def adjust(self, op: str, rule: Rule, delta: int) -> None:
         """The true cost of a settled operation became known: once per operation and budget. Does not wait."""
@@ -245,21 +140,37 @@ def _never(rule: Rule, state: State) -> GatewayError:
 UNDER_WAY = Rule("core:run", "budget", ENDLESS, _never, amount=0)
 
 
-async def admit(ledger: Ledger, exchange: Exchange, rules: Sequence[Rule]) -> Admission:
+def admit_at_once(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> Admission | None:
+    """Where this process knows that there is room. None: ask `admit`."""
+    plan = held[0].set.plan(held)
+    if not plan.quick or exchange.late is not None:
+        return None
+    row = exchange.record(exchange) if exchange.record is not None and plan.budgets else b""
+    admission = ledger.take(exchange.id, plan, held, row)
+    if admission is not None and plan.admitted:
+        levels: Sequence[Level] = admission.levels or ()
+        for admitted, rules, places in plan.admitted:
+            admitted(exchange, rules, [levels[i] for i in places], admission.granted)
+    return admission
+
+
+async def admit(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> Admission:
     """Raises what the rule without room says, or StoreUnavailable if a rule wants that."""
-    op = exchange.id
-    row = b""
-    if exchange.record is not None and any(rule.kind == "budget" for rule in rules):
+    op, row = exchange.id, b""
+    if exchange.record is not None and any(rule.kind == "budget" for one in held for rule in one.set.rules):
         row = exchange.record(exchange)
+    admission = Admission(op, held)
+    rules = admission.rules
     give_back = exchange.late is not None and exchange.charge_abandoned == "operator"
     try:
         verdict = await ledger.judge(op, rules, row, give_back=give_back)
     except StoreUnavailable:
         if any(rule.on_store_error == "deny" for rule in rules):
             raise
-        return Admission(op, rules, ())
+        return admission
     _take(exchange, rules, verdict)
-    return Admission(op, rules, verdict)
+    admission.levels, admission.granted = verdict.levels, verdict.granted
+    return admission
 
 
 async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) -> None:
@@ -269,7 +180,7 @@ async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) 
         for rule in admission.rules
         if rule.again is not None and (amount := rule.again(exchange)) > 0
     ]
-    if not more or not admission.states:
+    if not more or admission.levels is None:
         return
     try:
         verdict = await ledger.judge(admission.op, more)
@@ -290,9 +201,9 @@ def _take(exchange: Exchange, rules: Sequence[Rule], verdict: Verdict) -> None:
         if any(instance.id == plugin for instance in exchange.snapshot.instances):
             exchange.error_by = f"{plugin}.check_request"
         raise worst.refuse(worst, said)
-    for i, rule in enumerate(rules):
-        if rule.admitted is not None:
-            rule.admitted(exchange, rule, verdict[i])
+    for admitted in dict.fromkeys(rule.admitted for rule in rules if rule.admitted is not None):
+        of = [(rule, level) for rule, level in zip(rules, verdict.levels, strict=True) if rule.admitted == admitted]
+        admitted(exchange, [rule for rule, _ in of], [level for _, level in of], verdict.granted)
 
 
 def refusing(rules: Sequence[Rule], verdict: Verdict) -> tuple[Rule, State]:
@@ -304,9 +215,14 @@ def refusing(rules: Sequence[Rule], verdict: Verdict) -> tuple[Rule, State]:
 
 def settle(ledger: Ledger, exchange: Exchange) -> None:
     """When a request is over; also if it was admitted without the store, which may be back by now."""
-    actual, row, admission = used(exchange), recorded(exchange), exchange.admission
+    admission = exchange.admission
+    if admission is not None and admission.plan is not None:
+        plan = admission.plan
+        ledger.give(admission, plan, [_told(exchange, actual) for actual in plan.actual], recorded(exchange))
+        return
+    actual, row = used(exchange), recorded(exchange)
     if actual or row:
-        ledger.settle(exchange.id, actual, row, admitted=admission is None or bool(admission.states))
+        ledger.settle(exchange.id, actual, row, admitted=admission is None or admission.levels is not None)
 
 
 def used(exchange: Exchange) -> list[tuple[Rule, int | None]]:
@@ -318,12 +234,16 @@ def used(exchange: Exchange) -> list[tuple[Rule, int | None]]:
             if rule.kind != "rate":  # what it took stays taken
                 actual.append((rule, None))
             continue
-        try:
-            actual.append((rule, rule.actual(exchange)))
-        except Exception:
-            log.exception("ledger_actual_failed", key=rule.key, request_id=exchange.request_id)
-            actual.append((rule, None))
+        actual.append((rule, _told(exchange, rule.actual)))
     return actual
+
+
+def _told(exchange: Exchange, actual: Callable[[Exchange], int | None]) -> int | None:
+    try:
+        return actual(exchange)
+    except Exception:
+        log.exception("ledger_actual_failed", actual=repr(actual), request_id=exchange.request_id)
+        return None
 
 
 def recorded(exchange: Exchange) -> bytes:
@@ -363,13 +283,17 @@ class MemoryLedger:
         self._numbers = 0
         self._calls = 0
 
+    def take(self, op: str, plan: Plan, held: Sequence[Held], row: bytes = b"") -> Admission | None:
+        del row
+        if plan.compiled is None:
+            plan.compiled = passes(plan)
+        taking, _, numbers = plan.compiled
+        took = taking(op, held, self._now(), self._full_at, self._slots, self._budgets, self._budget, numbers)
+        return None if took is None else Admission(op, held, took[0], took[1], plan)
+
     async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"", *, give_back: bool = False) -> Verdict:
-        """Two loops without calls: they run for every request."""
         del row, give_back  # who would do it, dies with the operation
-        now = self._clock() * 1e6
-        self._calls += 1
-        if self._calls % SWEEP_EVERY == 0:
-            self._sweep(now)
+        now = self._now()
         full_at, slots = self._full_at, self._slots
         levels: list[Any] = []
         budgets: list[tuple[_Budget, int]] = []
@@ -410,11 +334,19 @@ class MemoryLedger:
             taken = grant if amount else 0
             budget.held[op] = budget.held.get(op, 0) + taken
             budget.reserved += taken
-        return Verdict(rules, levels, allowed=True, granted=grant)
+        return Verdict(rules, levels, allowed=True, granted=max(0, grant))
+
+    def _now(self) -> float:
+        """In µs. From time to time what has ended is forgotten."""
+        now = self._clock() * 1e6
+        self._calls += 1
+        if self._calls % SWEEP_EVERY == 0:
+            self._sweep(now)
+        return now
 
     async def peek(self, rules: Sequence[Rule]) -> Verdict:
         now = self._clock() * 1e6
-        return _weighed(rules, [self._level(rule, now) for rule in rules])
+        return weighed(rules, [self._level(rule, now) for rule in rules])
 
     def _level(self, rule: Rule, now: float) -> Level:
         if rule.kind == "rate":
@@ -442,7 +374,14 @@ class MemoryLedger:
                     budget.reserved -= reserved
                     budget.spent += reserved if used is None else used
             elif used is not None and used != rule.amount:
-                self._move(rule, used - rule.amount)
+                self._move(rule.key, (used - rule.amount) * rule.unit)
+        if row:
+            self._record(op, row)
+
+    def give(self, admission: Admission, plan: Plan, used: Sequence[int | None], row: bytes = b"") -> None:
+        op = admission.op
+        _, giving, numbers = plan.compiled
+        giving(op, admission.held, used, self._slots, self._budgets, self._budget, self._move, numbers)
         if row:
             self._record(op, row)
 
@@ -490,13 +429,13 @@ class MemoryLedger:
             budget = self._budgets[rule.key] = _Budget(rule.until)
         return budget
 
-    def _move(self, rule: Rule, units: int) -> None:
+    def _move(self, key: str, micros: float) -> None:
         now = self._clock() * 1e6
-        at = max(now, self._full_at.get(rule.key, 0.0)) + units * rule.unit
+        at = max(now, self._full_at.get(key, 0.0)) + micros
         if at > now:
-            self._full_at[rule.key] = at
+            self._full_at[key] = at
         else:
-            self._full_at.pop(rule.key, None)
+            self._full_at.pop(key, None)
 
     def _record(self, op: str, row: bytes) -> None:
         if len(self._rows) >= ROWS_LIMIT:
@@ -819,6 +758,13 @@ class RedisLedger:
                 grants.append(min(rule.amount, rule.limit - int(spent) - int(reserved)))
         return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
 
+    def take(self, op: str, plan: Plan, held: Sequence[Held], row: bytes = b"") -> Admission | None:
+        del op, plan, held, row
+        return None
+
+    def give(self, admission: Admission, plan: Plan, used: Sequence[int | None], row: bytes = b"") -> None:
+        raise NotImplementedError
+
     async def peek(self, rules: Sequence[Rule]) -> Verdict:
         await self.flush()  # what is over here must not stand in the way
         keys, kinds = [PREFIX + rule.key for rule in rules], [rule.kind for rule in rules]
@@ -827,7 +773,7 @@ class RedisLedger:
         for rule, text in zip(rules, answer, strict=True):
             level, _, reserved = text.partition(b" ")
             levels.append((int(level), int(reserved)) if rule.kind == "budget" else float(level))
-        return _weighed(rules, levels)
+        return weighed(rules, levels)
 
     def settle(
         self, op: str, actual: Sequence[tuple[Rule, int | None]], row: bytes = b"", *, admitted: bool = True

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from multidict import istr
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -28,6 +28,7 @@ from gateway.kit import (
     OwnLimits,
     PerCaller,
     Rule,
+    RuleSet,
     State,
     check_limits,
     choices,
@@ -38,7 +39,7 @@ from gateway.kit import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from gateway import Cell, Exchange, GatewayError, Services
 
@@ -119,9 +120,26 @@ class _About(NamedTuple):
 class _Plan(NamedTuple):
     """One caller's rules: those of the limits that hold for each of its requests, and the limits that may."""
 
-    fixed: tuple[Rule, ...]
-    counted: tuple[Rule, ...]  # of each request a copy, with the tokens that it takes
+    rules: tuple[Rule, ...]
     others: tuple[_Compiled, ...]
+    all: RuleSet | None  # of a live request, if no other may hold for it
+
+
+class _Rate(NamedTuple):
+    """A rate, as the headers need it. µs, as the levels."""
+
+    place: int
+    room: float
+    unit: float
+    takes: float | None  # None: the request's tokens
+    rule: Rule
+
+
+class _Shown(NamedTuple):
+    """What the headers tell of a set of rules: by unit its rates."""
+
+    owner: Plugin
+    units: tuple[tuple[str, tuple[_Rate, ...]], ...]
 
 
 class _Compiled:
@@ -133,26 +151,19 @@ class _Compiled:
         self.of_caller = limit.when is None and OF_CALLERS.issuperset(limit.by)
         self._owner = owner
         self._prefix = f"{prefix}:{limit.name}:"
-        self._known: dict[str, tuple[tuple[Rule, ...], Rule | None]] = {}
+        self._known: dict[str, tuple[Rule, ...]] = {}
         label = "own" if limit.name == _OWN else limit.name
         self._refusals = {unit: owner.refusals.of(label, unit) for unit in _UNITS if getattr(limit, unit) is not None}
 
-    def rules(self, exchange: Exchange) -> Iterator[tuple[tuple[Rule, ...], Rule | None]]:
-        """For each subject: (rules that are the same for every request, the one whose amount is the request's own)."""
+    def rules(self, exchange: Exchange) -> Iterator[Rule]:
+        """For each subject."""
         for subject in subjects(self.limit.by, exchange):
             known = self._known.get(subject)
             if known is None:
                 if len(self._known) >= _SUBJECTS:
                     self._known.clear()
-                known = self._known[subject] = self._template(f"{self._prefix}{subject}")
-            yield known
-
-    def _template(self, key: str) -> tuple[tuple[Rule, ...], Rule | None]:
-        limit = self.limit
-        counted = None
-        if limit.tokens is not None:
-            counted = self._rule(f"{key}:tokens", "tokens", limit.tokens, limit.burst_tokens)
-        return tuple(self._made(key)), counted
+                known = self._known[subject] = tuple(self._made(f"{self._prefix}{subject}"))
+            yield from known
 
     def _made(self, key: str) -> Iterator[Rule]:
         limit = self.limit
@@ -160,6 +171,8 @@ class _Compiled:
             yield self._rule(f"{key}:requests", "requests", limit.requests, limit.burst_requests)
         if limit.concurrent is not None:
             yield self._rule(f"{key}:concurrent", "concurrent", limit.concurrent)
+        if limit.tokens is not None:
+            yield self._rule(f"{key}:tokens", "tokens", limit.tokens, limit.burst_tokens)
 
     def _rule(self, key: str, unit: str, count: int, burst: int | None = None) -> Rule:
         return Rule(
@@ -169,6 +182,7 @@ class _Compiled:
             refuse=_refuse,
             per=self.limit.per,
             burst=burst or 0,
+            varies=unit == "tokens",
             actual=_used if unit == "tokens" else None,
             on_store_error=self._owner.on_store_error,
             refused=_refused,
@@ -196,6 +210,7 @@ class Plugin:
         self._limits = [self._compiled(limit) for limit in config.limits]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
         self._plans = PerCaller(self._plan)
+        self._sets: dict[tuple[Rule, ...], RuleSet] = {}
 
     def _compiled(self, limit: Limit) -> _Compiled:
         return _Compiled(limit, self, self._services.plugin_id)
@@ -220,35 +235,45 @@ class Plugin:
 
     @hookimpl
     async def check_request(self, exchange: Exchange) -> None:
-        fixed, counted, others = self._plans.of(exchange)
-        for limit in others:
+        plan = self._plans.of(exchange)
+        held = plan.all if plan.all is not None and exchange.phase == "live" else self._matched(exchange, plan)
+        if held.rules:
+            exchange.hold_set(held, self._estimate(exchange) if held.varies else 0)
+
+    def _matched(self, exchange: Exchange, plan: _Plan) -> RuleSet:
+        rules = list(plan.rules)
+        for limit in plan.others:
             if limit.applies is None or limit.applies(exchange):
-                for more, of_tokens in limit.rules(exchange):
-                    fixed += more
-                    counted += (of_tokens,) if of_tokens else ()
+                rules += limit.rules(exchange)
         if exchange.phase != "live":
-            units = _LATE[exchange.phase]
-            fixed = tuple(rule for rule in fixed if rule.about.unit in units)
-            counted = counted if "tokens" in units else ()
-        if fixed:
-            exchange.hold(*fixed)
-        if counted:
-            tokens = self._estimate(exchange)
-            for template in counted:
-                rule = template.copy()
-                rule.amount = tokens
-                exchange.hold(rule)
+            rules = [rule for rule in rules if rule.about.unit in _LATE[exchange.phase]]
+        return self._set(tuple(rules))
+
+    def _set(self, rules: tuple[Rule, ...]) -> RuleSet:
+        """One for all requests that fall under these rules."""
+        known = self._sets.get(rules)
+        if known is None:
+            if len(self._sets) >= _SUBJECTS:
+                self._sets.clear()
+            in_order = tuple(sorted(rules, key=lambda rule: rule.varies))  # tokens last, as clients are told of them
+            known = self._sets[rules] = RuleSet(in_order, self._shown(in_order))
+        return known
+
+    def _shown(self, rules: tuple[Rule, ...]) -> _Shown:
+        units: dict[str, list[_Rate]] = {}
+        for place, rule in enumerate(rules):
+            if rule.kind == "rate":
+                takes = None if rule.varies else rule.amount * rule.unit
+                units.setdefault(rule.about.unit, []).append(_Rate(place, rule.room, rule.unit, takes, rule))
+        return _Shown(self, tuple((unit, tuple(rates)) for unit, rates in units.items()))
 
     def _plan(self, exchange: Exchange) -> _Plan:
         limits = list(self._limits)
         if self._config.own_limits and (own := own_limits(exchange)) is not None and (limit := self._own(own)):
             limits.insert(0, limit)
-        known = [rules for limit in limits if limit.of_caller for rules in limit.rules(exchange)]
-        return _Plan(
-            tuple(rule for fixed, _ in known for rule in fixed),
-            tuple(counted for _, counted in known if counted is not None),
-            tuple(limit for limit in limits if not limit.of_caller),
-        )
+        rules = tuple(rule for limit in limits if limit.of_caller for rule in limit.rules(exchange))
+        others = tuple(limit for limit in limits if not limit.of_caller)
+        return _Plan(rules, others, None if others else self._set(rules))
 
     @hookimpl
     async def explain(self, exchange: Exchange) -> None:
@@ -258,18 +283,14 @@ class Plugin:
     @hookimpl
     def response_started(self, exchange: Exchange) -> None:
         admission = exchange.admission
-        if admission is None or not admission.states:
+        if admission is None or admission.levels is None:
             return
-        tightest: dict[str, tuple[Rule, State]] = {}
-        for i, rule in enumerate(admission.rules):
-            if rule.kind == "rate" and isinstance(about := rule.about, _About) and about.owner is self:
-                state: State = admission.states[i]
-                known = tightest.get(about.unit)
-                if known is None or state.remaining < known[1].remaining:
-                    tightest[about.unit] = (rule, state)
-        for rule, state in tightest.values():
-            for name, value in _headers(rule, state, anthropic=exchange.dialect.anthropic):
-                exchange.reply_headers[name] = value
+        first = 0  # place of a set's first rule
+        for held in admission.held:
+            shown = held.set.about
+            if type(shown) is _Shown and shown.owner is self:
+                _show(exchange, shown, admission.levels, first, held.amount)
+            first += len(held.set.rules)
 
     def _estimate(self, exchange: Exchange) -> int:
         """Input by its length, output by what the request allows itself."""
@@ -312,27 +333,46 @@ def _refuse(rule: Rule, state: State) -> GatewayError:
             f"and {rule.size:,} may be taken at once ({limit}). Shorten it, or ask for less output.",
             type=about.unit,
             should_retry=False,
-            headers=dict(_headers(rule, state)),
+            headers=dict(_headers(rule, state.remaining, state.reset)),
         )
     return RateLimited(
         f"Rate limit reached ({about.name}): {limit}. Try again in {go_duration(state.retry_after)}.",
         type=about.unit,
         retry_after=state.retry_after,
-        headers=dict(_headers(rule, state)),
+        headers=dict(_headers(rule, state.remaining, state.reset)),
     )
 
 
-def _headers(rule: Rule, state: State, *, anthropic: bool = False) -> tuple[tuple[str, str], ...]:
+def _show(exchange: Exchange, shown: _Shown, levels: Sequence[Any], first: int, tokens: int) -> None:
+    """Of each unit the rule that has the least left."""
+    headers = exchange.reply_headers
+    for unit, rates in shown.units:
+        least = None
+        for place, room, one, takes, of in rates:
+            level = levels[first + place] + (tokens * one if takes is None else takes)
+            left = int((room - level) / one)
+            if least is None or left < least:
+                least, rule, ahead = left, of, level
+        if exchange.dialect.anthropic:
+            headers.update(_headers(rule, least or 0, ahead / 1e6, anthropic=True))
+            continue
+        limit, remaining, reset = _HEADERS[unit]
+        headers[limit] = str(rule.limit)
+        headers[remaining] = str(least)
+        headers[reset] = go_duration(ahead / 1e6)
+
+
+def _headers(rule: Rule, left: int, reset: float, *, anthropic: bool = False) -> tuple[tuple[str, str], ...]:
     unit = rule.about.unit
     if anthropic:
-        reset = datetime.now(UTC) + timedelta(seconds=state.reset)
+        at = datetime.now(UTC) + timedelta(seconds=reset)
         return (
             (f"anthropic-ratelimit-{unit}-limit", str(rule.limit)),
-            (f"anthropic-ratelimit-{unit}-remaining", str(state.remaining)),
-            (f"anthropic-ratelimit-{unit}-reset", reset.strftime("%Y-%m-%dT%H:%M:%SZ")),
+            (f"anthropic-ratelimit-{unit}-remaining", str(left)),
+            (f"anthropic-ratelimit-{unit}-reset", at.strftime("%Y-%m-%dT%H:%M:%SZ")),
         )
     limit, remaining, reset_in = _HEADERS[unit]
-    return (limit, str(rule.limit)), (remaining, str(state.remaining)), (reset_in, go_duration(state.reset))
+    return (limit, str(rule.limit)), (remaining, str(left)), (reset_in, go_duration(reset))
 
 
 _HEADERS = {

@@ -356,8 +356,8 @@ def test_what_requests_saw_is_told_for_five_minutes(monkeypatch):
     assert seen.fullest() is None
     for minute in range(100):
         now[0] = minute * 60.0
-        seen.note(0.9 if minute == 90 else 0.5)
-        seen.note(0.1)
+        seen.note(0.9 if minute == 90 else 0.5, now[0])
+        seen.note(0.1, now[0])
         assert seen.fullest() == (0.9 if 90 <= minute < 95 else 0.5)
     assert len(seen._fullest) <= 5
     now[0] += 299

@@ -15,6 +15,7 @@ from gateway.errors import RateLimited
 from gateway.kit import Rule
 from gateway.kit import ledger as kit_ledger
 from gateway.kit.ledger import LEASE_SECONDS, MemoryLedger, RedisLedger, StoreUnavailable
+from gateway.limits import Held, RuleSet
 from gateway.stores.redis import RedisStore
 
 _numbers = itertools.count()
@@ -276,6 +277,54 @@ async def test_a_look_at_a_store_that_is_away():
     with pytest.raises(StoreUnavailable):
         await RedisLedger(store).peek([rate(1)])
     await store.close()
+
+
+# --- in one pass -------------------------------------------------------------------------------------------------------
+
+
+def varying(rule, actual=lambda exchange: None):
+    """Of which each request takes its own."""
+    rule.varies, rule.actual = True, actual
+    return rule
+
+
+async def test_one_pass_admits_and_settles_what_judging_does():
+    """Rules held together from request to request: the same requests get room, see the same states, and leave the same
+    sums, whatever each takes and used in the end.
+    """
+    chance, clock = random.Random(11), Clock()
+    quick, slow = MemoryLedger(clock), MemoryLedger(clock)
+    sets = [
+        RuleSet([rate(40, key="requests"), slots(4), varying(rate(300, key="tokens"))]),
+        RuleSet([varying(budget(900, key="key")), varying(budget(2500, key="all"))]),
+    ]
+    refused, under_way = 0, []
+    for number in range(2000):
+        tokens, most = chance.randint(1, 60), chance.randint(1, 90)
+        held = [Held(sets[0], tokens), Held(sets[1], most, chance.choice([None, most // 2]))]
+        held = chance.choice([held, held, held[:1], held[1:], held[::-1]])
+        plan, rules = held[0].set.plan(held), [rule for one in held for rule in one.rules()]
+        op = f"op{number}"
+        admission, verdict = quick.take(op, plan, held), await slow.judge(op, rules)
+        assert (admission is not None) == verdict.allowed
+        if admission is None:
+            refused += 1
+        else:
+            assert list(admission.states) == list(verdict)
+            assert [rule.amount for rule in admission.rules] == [rule.amount for rule in rules]
+            under_way.append((admission, plan, rules))
+        while under_way and chance.random() < 0.5:
+            admission, plan, rules = under_way.pop(chance.randrange(len(under_way)))
+            used = [chance.choice([None, 0, 5, 80]) for _ in plan.actual]
+            quick.give(admission, plan, used)
+            told = [(rule, None if rule.actual is None else used[plan.told(rule)]) for rule in rules]
+            slow.settle(admission.op, [one for one in told if one[0].kind != "rate" or one[0].actual is not None])
+        assert await quick.budgets(["key", "all"]) == await slow.budgets(["key", "all"])
+        clock.now += chance.choice([0, 0.1, 1, 4])
+        if number % 300 == 0:
+            for ledger in (quick, slow):
+                ledger._budgets.clear()
+    assert 300 < refused < 1700
 
 
 # --- only where several processes share --------------------------------------------------------------------------------

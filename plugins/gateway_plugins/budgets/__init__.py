@@ -23,13 +23,25 @@ from collections import OrderedDict
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo
 
 import msgspec
 
 from gateway import Cause, ContextKey, Cost, Outcome, RateLimited, Source, StoreUnavailable, compile_when, hookimpl
-from gateway.kit import ENDLESS, OF_CALLERS, OwnLimits, PerCaller, Period, Rule, State, output_cap, own_limits, subjects
+from gateway.kit import (
+    ENDLESS,
+    OF_CALLERS,
+    OwnLimits,
+    PerCaller,
+    Period,
+    Rule,
+    RuleSet,
+    State,
+    output_cap,
+    own_limits,
+    subjects,
+)
 from gateway_plugins.budgets.bounds import Bound, Pricing, keep_to
 from gateway_plugins.budgets.settings import Budget, Config
 
@@ -54,15 +66,15 @@ class _Reserved(msgspec.Struct, eq=False):
     """What one request may cost, and what its budgets granted it."""
 
     bound: Bound
-    first: str  # key of the first of its rules: all are granted the same, so one of them notes it
     granted: list[int]  # micro-USD; one for each attempt that was reserved for
 
 
 class _Plan(NamedTuple):
     """One caller's rules: those of the budgets that hold for each of its requests, and the budgets that may."""
 
-    known: tuple[Rule, ...]
+    rules: tuple[Rule, ...]
     others: tuple[_Compiled, ...]
+    all: RuleSet | None  # if no other may hold
     until: float  # when the first of the periods ends, in seconds since 1970
 
 
@@ -106,8 +118,9 @@ class _Seen:
         self.refusals = refusals
         self._fullest: dict[float, float] = {}  # by minute
 
-    def note(self, share: float) -> None:
-        minute = time.monotonic() // 60
+    def note(self, share: float, at: float) -> None:
+        """`at`: as time.monotonic() counts."""
+        minute = at // 60
         before = self._fullest.get(minute)
         if before is None:
             self._fullest = {at: known for at, known in self._fullest.items() if at > minute - _SEEN_MINUTES}
@@ -137,7 +150,7 @@ class _Compiled:
         self._known: dict[str, Rule] = {}
 
     def rules(self, exchange: Exchange) -> Iterator[Rule]:
-        """One for each subject, to be copied for each request."""
+        """One for each subject."""
         period, end = self._window.now()
         for subject in subjects(self.budget.by, exchange):
             if period != self._period or len(self._known) >= _SUBJECTS:
@@ -161,8 +174,9 @@ class _Compiled:
             refuse=_refuse,
             # corrections come within minutes, requests last for hours at most
             until=None if end is None else end + 2 * 86400,
+            varies=True,
             actual=_actual,
-            admitted=_admitted,
+            admitted=self.owner.admitted,
             refused=_refused,
             again=_again,
             on_store_error=self.owner.on_store_error,
@@ -200,6 +214,7 @@ class Plugin:
         self._budgets = [self._compiled(budget) for budget in config.budgets]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
         self._plans = PerCaller(self._plan)
+        self._sets: dict[tuple[Rule, ...], RuleSet] = {}
         self.reserved: ContextKey[_Reserved] = ContextKey("reserved")
         self._warned: OrderedDict[str, None] = OrderedDict()
         self._correctable: OrderedDict[str, tuple[Sequence[Rule], dict[int, int]]] = OrderedDict()
@@ -240,21 +255,32 @@ class Plugin:
         else:
             self._hold(exchange)
 
-    def _templates(self, exchange: Exchange) -> Sequence[Rule]:
-        """Of the budgets that it falls under."""
+    def _rules(self, exchange: Exchange) -> RuleSet:
+        """Of the budgets that it falls under; `about`: is one of them hard?"""
         plan = self._plans.of(exchange)
         if time.time() >= plan.until:
             self._plans.clear()
             plan = self._plans.of(exchange)
-        rules = plan.known
+        if plan.all is not None:
+            return plan.all
+        rules = list(plan.rules)
         for budget in plan.others:
             if budget.applies is None or budget.applies(exchange):
-                rules += tuple(budget.rules(exchange))
-        return rules
+                rules += budget.rules(exchange)
+        return self._set(tuple(rules))
+
+    def _set(self, rules: tuple[Rule, ...]) -> RuleSet:
+        """One for all requests that fall under these budgets."""
+        known = self._sets.get(rules)
+        if known is None:
+            if len(self._sets) >= _SUBJECTS:
+                self._sets.clear()
+            known = self._sets[rules] = RuleSet(rules, any(rule.about.budget.hard for rule in rules))
+        return known
 
     async def _look(self, exchange: Exchange) -> None:
         """A job is taken: reserved is when it runs. Refused is now what can't be paid then, as far as that is known."""
-        rules = [rule for rule in self._templates(exchange) if rule.about.budget.hard]
+        rules = [rule for rule in self._rules(exchange).rules if rule.about.budget.hard]
         if not rules:
             return
         self.pricing.bound(exchange)
@@ -270,20 +296,15 @@ class Plugin:
                 _refused(rule, state, told=True)
                 raise _refuse(rule, state)
 
-    def _hold(self, exchange: Exchange) -> list[Rule]:
-        rules = self._templates(exchange)
-        if not rules:
-            return []
+    def _hold(self, exchange: Exchange) -> None:
+        rules = self._rules(exchange)
+        if not rules.rules:
+            return
         bound = self.pricing.bound(exchange)
-        most, least = _micro(bound.most), _micro(bound.least) if bound.clamps else None
-        if bound.ceiling is not None and any(rule.about.budget.hard for rule in rules):
+        if bound.ceiling is not None and rules.about:
             keep_to(bound.ceiling, exchange.body)
-        exchange.set(self.reserved, _Reserved(bound, rules[0].key, []))
-        held = [template.copy() for template in rules]
-        for rule in held:
-            rule.amount, rule.least = most, least
-            exchange.hold(rule)
-        return held
+        exchange.set(self.reserved, _Reserved(bound, []))
+        exchange.hold_set(rules, _micro(bound.most), _micro(bound.least) if bound.clamps else None)
 
     @hookimpl
     async def explain(self, exchange: Exchange) -> list[str]:
@@ -292,10 +313,11 @@ class Plugin:
         if exchange.phase == "accept":
             await self._look(exchange)
             return ["reserves what it may cost when the job runs; until then only what is spent counts"]
-        held = self._hold(exchange)  # it reserves nothing by itself, and edits only what is not sent
+        self._hold(exchange)  # it reserves nothing by itself, and edits only what is not sent
         reserved = exchange.get(self.reserved)
-        if reserved is None or not reserved.bound.clamps:
+        if reserved is None or not reserved.bound.clamps or not exchange.held:
             return []
+        held = exchange.held[-1].rules()
         try:
             granted = (await self._services.ledger.peek(held)).granted
         except StoreUnavailable:  # the core says so
@@ -313,8 +335,9 @@ class Plugin:
             budgets.insert(0, self._own(own))
         always = [budget for budget in budgets if budget.of_caller]
         return _Plan(
-            tuple(rule for budget in always for rule in budget.rules(exchange)),
-            tuple(budget for budget in budgets if not budget.of_caller),
+            rules := tuple(rule for budget in always for rule in budget.rules(exchange)),
+            others := tuple(budget for budget in budgets if not budget.of_caller),
+            None if others else self._set(rules),
             min((budget.ends for budget in always), default=math.inf),
         )
 
@@ -347,7 +370,29 @@ class Plugin:
         for rule in rules:
             self._services.ledger.adjust(correction.operation_id, rule, true - before)
 
-    def warn(self, rule: Rule, spent: int, exchange: Exchange) -> None:
+    def admitted(self, exchange: Exchange, rules: Sequence[Rule], levels: Sequence[Any], granted: int) -> None:
+        """Warns near the limit; cuts the request's output to what was reserved for it, where it set no limit itself."""
+        reserved = exchange.get(self.reserved)
+        if reserved is None:  # pragma: no cover - set with the rules
+            return
+        reserved.granted.append(granted)
+        for rule, (spent, _) in zip(rules, levels, strict=True):
+            compiled: _Compiled = rule.about
+            compiled.seen.note(spent / compiled.micro_usd, exchange.started)
+            if spent >= compiled.warn_from and len(reserved.granted) == 1:
+                self._warn(rule, spent, exchange)
+        bound = reserved.bound
+        if not bound.clamps or granted >= _micro(bound.most) or len(reserved.granted) > 1:
+            return
+        tokens = bound.tokens(granted * 10**6)
+        name = self.pricing.cap_field(exchange)
+        for other in exchange.dialect.output_caps:  # -1, "100" or whatever was no limit for us may be one upstream
+            if output_cap(exchange.body, (other,)) is None:
+                exchange.body.pop(other, None)
+        exchange.body[name] = min(tokens, exchange.body.get(name, tokens))
+        exchange.reply_headers["x-xenios-clamped"] = f"{name}={exchange.body[name]}"
+
+    def _warn(self, rule: Rule, spent: int, exchange: Exchange) -> None:
         """The reply says so; the log once."""
         budget: Budget = rule.about.budget
         warning = f"{budget.name}; spent {_usd(spent)} of {_usd(int(budget.usd * 10**6))} USD"
@@ -375,31 +420,6 @@ def _micro(pico: int) -> int:
 def _usd(micro: int) -> str:
     """Dollars and cents, and more digits where it is less."""
     return f"{micro / 1e6:,.2f}" if micro >= 10**4 or micro == 0 else f"{micro / 1e6:.6f}"
-
-
-def _admitted(exchange: Exchange, rule: Rule, state: State) -> None:
-    """Warns near the limit; cuts the request's output to what was reserved for it, where it set no limit itself."""
-    compiled: _Compiled = rule.about
-    owner = compiled.owner
-    reserved = exchange.get(owner.reserved)
-    if reserved is None:  # pragma: no cover - set with the rule
-        return
-    if rule.key == reserved.first:
-        reserved.granted.append(state.granted)
-    # what was spent when the request was admitted
-    spent = rule.limit - state.remaining - state.granted - state.reserved
-    compiled.seen.note(spent / compiled.micro_usd)
-    if spent >= compiled.warn_from and len(reserved.granted) == 1:
-        owner.warn(rule, spent, exchange)
-    if state.granted >= rule.amount or not reserved.bound.clamps:
-        return
-    tokens = reserved.bound.tokens(state.granted * 10**6)
-    name = owner.pricing.cap_field(exchange)
-    for other in exchange.dialect.output_caps:  # -1, "100" or whatever was no limit for us may be one for the upstream
-        if output_cap(exchange.body, (other,)) is None:
-            exchange.body.pop(other, None)
-    exchange.body[name] = min(tokens, exchange.body.get(name, tokens))
-    exchange.reply_headers["x-xenios-clamped"] = f"{name}={exchange.body[name]}"
 
 
 def _actual(exchange: Exchange) -> int | None:
@@ -456,7 +476,7 @@ def _again(exchange: Exchange) -> int:
 
 def _refused(rule: Rule, state: State, told: bool) -> None:
     compiled: _Compiled = rule.about
-    compiled.seen.note((rule.limit - state.remaining - state.reserved) / compiled.micro_usd)
+    compiled.seen.note((rule.limit - state.remaining - state.reserved) / compiled.micro_usd, time.monotonic())
     if told:
         compiled.seen.refusals.value += 1
 

@@ -75,7 +75,9 @@ class Pricing:
         ):
             return None
         target = decision.targets[0]
-        if target.overrides or target.strip or may_mention(exchange, b'"type"', b'"ttl"'):
+        if target.overrides or target.strip or exchange.snapshot.hooks.prepare_request:
+            return None
+        if not _is_text(body) and may_mention(exchange, b'"type"', b'"ttl"'):
             return None
         name = (target.upstream, target.model, exchange.endpoint)
         plain = self._plain.get(name)
@@ -330,6 +332,20 @@ def _unlisted_variants(asked: str, listed: str) -> list[str]:
     """`:nitro` … of a name that the price list has without it, or with another."""
     variants = asked.split(":")[1:]
     return variants if variants != listed.split(":")[1:] else []
+
+
+def _is_text(body: dict[str, Any]) -> bool:
+    """Are its messages nothing but text? What is not so simple may be so all the same."""
+    for name, value in body.items():
+        if name == "messages" and type(value) is list:
+            for message in value:
+                if type(message) is not dict or len(message) != 2 or "role" not in message:
+                    return False
+                if type(message.get("content")) is not str:
+                    return False
+        elif type(value) is dict or type(value) is list:
+            return False
+    return True
 
 
 def _thinking(body: dict[str, Any]) -> int:
