@@ -465,7 +465,11 @@ DIALECTS: dict[str, Dialect] = {
             output_caps=("max_output_tokens",),
             headers=("openai-beta",),
             forced={"store": False},  # OpenRouter keeps nothing and answers 400 to true
-            refused={"background": "Background responses are not available on this gateway."},
+            refused={
+                "background": "Background responses are not available on this gateway.",
+                "conversation": "No `conversation` is kept here. Go on by `previous_response_id` from a background "
+                "response, or send all that was said in `input`.",
+            },
             schema_at=("text", "format"),
             reply_error=_responses_reply_error,
         ),

@@ -395,6 +395,19 @@ async def test_what_was_not_traced_when_it_was_taken_is_not_traced_later():
         assert {span.trace_id for span in spans}.isdisjoint({TRACE_ID})
 
 
+async def test_a_job_is_not_sampled_anew():
+    """A request that chance left out stays left out when it runs, even where all others are traced by then."""
+    async with Collector() as collector:
+        async with Gateway.test(plugins=[traced(collector, sample_ratio=0.0), Jobs]) as gw:
+            late = (await taken(gw)).late()
+        async with Gateway.test(plugins=[traced(collector), Jobs]) as gw:
+            await gw.plugin("Jobs").services.run(late, Keeper())
+            await gw.finished(1)
+            await gw.chat()
+            spans = await collector.received(2)
+            assert {span.attributes.get("xenios.phase") for span in spans} == {None}
+
+
 async def test_two_tracers_tell_of_one_trace():
     """Listed twice (two collectors): each has the whole trace, under the same id."""
     async with Collector() as one, Collector() as two, Gateway.test(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def configured(folder: Path, upstream: str, redis: str, *, plugins: tuple[Any, ...] = (), **jobs: Any) -> Path:
+def configured(
+    folder: Path, upstream: str, redis: str, *, plugins: tuple[Any, ...] = (), database: str = "sqlite", **jobs: Any
+) -> Path:
     """A configuration in `folder` with keys, usage and jobs."""
     config = folder / "xenios.yaml"
     settings = {
         "server": {"host": "127.0.0.1", "port": 0, "data_dir": str(folder / "data")},
-        "services": {"redis": redis, "database": {"migrate_on_start": True}},
+        "services": {"redis": redis, "database": {"url": database, "migrate_on_start": True}},
         "upstreams": {"openrouter": {"base_url": upstream, "api_key": "sk-or-v1-test"}},
         "catalogue": {"refresh": 0},
         "plugins": [
@@ -77,3 +80,9 @@ def workers(config: Path) -> Iterator[Any]:
         for worker in started:
             if worker.process.poll() is None:
                 worker.kill()
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """(now, most so far) of a process in bytes."""
+    found = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()))
+    return int(found["VmRSS"]) << 10, int(found["VmHWM"]) << 10

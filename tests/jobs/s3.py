@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import http.client
@@ -11,10 +12,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gateway.tasks import Tasks
 from tests.tools import CACHE, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 PACKAGES = ("moto[s3]==5.2.5", "flask", "flask-cors")  # its extra `server` is for all of AWS
 BUCKET = "files"
@@ -68,3 +70,51 @@ def _make_bucket(port: int, process: subprocess.Popen[bytes]) -> None:
                 raise AssertionError(f"moto_server ended with {process.wait(0.05)}") from None
         finally:
             connection.close()
+
+
+class Way:
+    """The way to a server, which can be closed: then nobody answers at `url`."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._to = port
+        self._tasks = Tasks()
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", int(self.url.rpartition(":")[2]))
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for writer in self._open:
+            writer.transport.abort()
+        await self._tasks.drain(1)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            behind, forward = await asyncio.open_connection("127.0.0.1", self._to)
+            self._open |= {writer, forward}
+            back = self._tasks.spawn(_copy(behind, writer), "back")
+            await _copy(reader, forward)
+            await back
+            self._open -= {writer, forward}
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@contextlib.asynccontextmanager
+async def way_to(endpoint: str) -> AsyncIterator[Way]:
+    way = Way(int(endpoint.rpartition(":")[2]))
+    await way.open()
+    try:
+        yield way
+    finally:
+        await way.close()

@@ -11,7 +11,9 @@ from collections import Counter
 import openai
 import pytest
 
-from gateway.kit.upstream import COST, Json, ScriptedUpstream, chat_completion
+from gateway.kit.ledger import RedisLedger
+from gateway.kit.upstream import COST, MODEL, Json, ScriptedUpstream, chat_completion
+from gateway.stores.redis import RedisStore
 from tests.integration.process import serving_beside
 from tests.jobs.processes import configured, workers
 from tests.stores.servers import emptied, valkey_server
@@ -21,10 +23,12 @@ LINES = 5000
 SECONDS = 2.5  # that each answer takes
 QUIET = 0.3  # without a new call: whoever is admitted has been sent too
 KILLS = 6
+COST_OF_A_TOKEN = 15e-6  # of output
+BUDGET = {"use": "budgets", "config": {"budgets": [{"name": "all", "by": [], "usd": 1000, "per": "total"}]}}
 
 
 def line(n: int) -> bytes:
-    body = {"model": "test/model", "messages": [{"role": "user", "content": f"Line {n}"}]}
+    body = {"model": MODEL, "max_tokens": 20, "messages": [{"role": "user", "content": f"Line {n:05}"}]}
     return json.dumps({"custom_id": f"id-{n}", "method": "POST", "url": ENDPOINT, "body": body}).encode()
 
 
@@ -42,9 +46,11 @@ async def everything(client: openai.AsyncOpenAI, file_id: str | None) -> list[di
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
-async def test_a_batch_of_5000_lines_survives_its_workers(tmp_path):
+@pytest.mark.parametrize("pays", ["tenant", "operator"])
+async def test_a_batch_of_5000_lines_survives_its_workers(tmp_path, pays):
     """Two workers are killed again and again with 50 calls or more under way: each custom_id has one result, the counts
-    are right, each call that the upstream saw is a line's or abandoned, and what was paid is what the rows say.
+    are right, each call that the upstream saw is a line's or abandoned, and the cost is the sum of both: an abandoned
+    one costs what was reserved for it, and whoever `charge_abandoned` names has it in its rows and its budget.
     """
     answer = Json(chat_completion("Hi"), delay=SECONDS)
     settings = {"lanes": 50, "chunks": 4, "chunk_lines": 250}
@@ -52,7 +58,10 @@ async def test_a_batch_of_5000_lines_survives_its_workers(tmp_path):
     with valkey_server() as server:
         url = await emptied(server)
         async with ScriptedUpstream(default=answer) as upstream:
-            config = configured(tmp_path, upstream.url, url, batches=settings, worker={"lease": "5s"})
+            config = configured(
+                tmp_path, upstream.url, url,
+                plugins=(BUDGET,), batches=settings, worker={"lease": "5s"}, charge_abandoned=pays,
+            )  # fmt: skip
             async with serving_beside(tmp_path, "--config", config) as gateway:
                 with workers(config) as start:
                     alive = [start(), start()]
@@ -83,9 +92,10 @@ async def test_a_batch_of_5000_lines_survives_its_workers(tmp_path):
                     said = "".join(worker.log.read_text()[-3000:] for worker in alive)
                 rows = await usage(gateway)
                 deadline = time.monotonic() + 40  # what was abandoned is known once its lease has ended
-                while len(rows) < len(upstream.seen) and time.monotonic() < deadline:
+                sums = await money(url)
+                while (len(rows) < len(upstream.seen) or sums[1]) and time.monotonic() < deadline:
                     await asyncio.sleep(1)
-                    rows = await usage(gateway)
+                    rows, sums = await usage(gateway), await money(url)
         assert done.error_file_id is None, said
     print(f"killed with {killed_with} under way; {len(upstream.seen)} calls; {Counter(r['outcome'] for r in rows)}")
     assert len(killed_with) == KILLS
@@ -95,8 +105,23 @@ async def test_a_batch_of_5000_lines_survives_its_workers(tmp_path):
     outcomes = Counter(row["outcome"] for row in rows)
     assert outcomes["ok"] == LINES
     assert len(upstream.seen) == LINES + outcomes["abandoned"]
-    assert {row["tenant"] for row in rows if row["outcome"] == "abandoned"} == {"operator"}
-    assert sum(row["cost_usd"] or 0 for row in rows) == pytest.approx(COST * LINES)
+    lost = [row for row in rows if row["outcome"] == "abandoned"]
+    assert {row["tenant"] for row in lost} == {"operator" if pays == "operator" else "default"}
+    [reserved] = {row["cost_usd"] for row in lost}  # the lines are alike
+    assert reserved >= 20 * COST_OF_A_TOKEN
+    assert sum(row["cost_usd"] for row in rows) == pytest.approx(COST * LINES + reserved * len(lost))
+    charged = COST * LINES + (reserved * len(lost) if pays == "tenant" else 0)
+    assert sums == (round(charged * 1e6), 0)
+
+
+async def money(url: str) -> tuple[int, int]:
+    """(spent, reserved) of the budget."""
+    store = RedisStore(url)
+    try:
+        [sums] = await RedisLedger(store).budgets(["budgets:all:total:"])
+    finally:
+        await store.close()
+    return sums
 
 
 async def usage(gateway) -> list[dict]:

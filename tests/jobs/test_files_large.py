@@ -2,24 +2,16 @@
 
 import asyncio
 import json
-import re
-from pathlib import Path
 
 import openai
 import pytest
 
 from tests.integration.process import serving_beside
-from tests.jobs.processes import configured, workers
+from tests.jobs.processes import configured, memory, workers
 from tests.stores.servers import emptied, valkey_server
 
 LINES, LONG = 50_000, 4_000
 MEMORY = 80 << 20  # what the file, twice its size and more, may add to a process
-
-
-def memory(pid):
-    """(now, most so far) of a process in bytes."""
-    found = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()))
-    return int(found["VmRSS"]) << 10, int(found["VmHWM"]) << 10
 
 
 def line(n):

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import re
 import time
 
 import pytest
@@ -17,7 +18,9 @@ from gateway.kit.upstream import (
     Until,
     chat_completion,
     chat_events,
+    encode_step,
 )
+from gateway_plugins.jobs.runner import MOST_LOSSES
 from tests.jobs.gateways import (
     ASYNC,
     body,
@@ -288,6 +291,24 @@ async def test_a_job_is_deleted_unless_it_runs(url):
 # --- followed ---------------------------------------------------------------------------------------------------------
 
 
+async def test_an_upstreams_own_ids_do_not_lead_astray(url):
+    """An upstream numbers its events in its own way, in an `id` of each: whoever goes on behind the last id that it heard
+    misses nothing and gets nothing twice; the result has the bytes as they came.
+    """
+    plain = [encode_step(step) for step in chat_events("Hello there")]
+    said = [b"%bid: %d\n\n" % (event[:-1], 9_000_000 + n) for n, event in enumerate(plain)]
+    async with gateway(url, upstream=ScriptedUpstream(Stream(*said))) as gw:
+        job_id = await taken(gw, stream=True)
+        await work(gw, job_id)
+        path = f"/v1/jobs/{job_id}"
+        whole = (await gw.get(f"{path}/stream", headers=of("app"))).body
+        heard = [int(n) for n in re.findall(rb"(?m)^id: (.*)$", whole)]
+        assert heard == [*range(1, whole.count(b"\n\n") + 1)]
+        rest = await gw.get(f"{path}/stream", headers={"Last-Event-ID": "2", **of("app")})
+        assert rest.body == whole[whole.index(b"id: 3\n") :]
+        assert (await gw.get(f"{path}/result", headers=of("app"))).body.count(b"id: 900000") == len(heard)
+
+
 async def test_a_stream_is_followed_live(url):
     """A watcher who came before the job ran sees each event while it is made, and exactly those of a live client."""
     go = asyncio.Event()
@@ -501,15 +522,52 @@ async def test_what_redis_forgot_is_enqueued_again(url):
 
 
 async def test_a_worker_that_keeps_dying_with_a_job_ends_it(url):
-    """A job whose worker was lost at each of its tries has failed: it is not run for ever."""
-    async with gateway(url, queues={"default": {"attempts": 2}}) as gw:
+    """A job with which ten workers died has failed: it is not run for ever, and waits longer each time for the next."""
+    async with gateway(url, queues={"default": {"attempts": 2, "backoff": "1s"}}) as gw:
         job_id = await taken(gw)
-        store = jobs(gw).store
-        for n in (1, 2):
-            await store.begin(await store.get(job_id), f"{job_id}-{n}")
-        await work(gw, job_id)
+        await lost(gw, job_id)
+        waits = []
+        for _ in range(MOST_LOSSES - 1):
+            await killed(gw, job_id)
+            waits.append(await work(gw, job_id))
+            await due(gw, job_id)
+        assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, None]
         failed = await shown(gw, job_id)
         assert (failed["status"], failed["error"]["code"]) == ("failed", "worker_lost")
+        assert "10 worker processes died" in failed["error"]["message"]
+
+
+async def test_workers_that_are_killed_take_no_attempts(url):
+    """Workers are killed more often than a job may be tried: it is still answered, and an upstream's failure still has
+    all its tries.
+    """
+    upstream = ScriptedUpstream(Error(500), default=Json(chat_completion("Hi")))
+    async with gateway(url, upstream=upstream, queues={"default": {"attempts": 2}}) as gw:
+        job_id = await taken(gw)
+        for _ in range(3):
+            await lost(gw, job_id)
+        assert await work(gw, job_id) is not None
+        await due(gw, job_id)
+        await killed(gw, job_id)
+        assert await work(gw, job_id) == 8.0
+        await due(gw, job_id)
+        assert await work(gw, job_id) is None
+        job = await shown(gw, job_id)
+        assert (job["status"], job["attempts"]) == ("succeeded", 6)
+
+
+async def lost(gw, job_id):
+    """That has been noticed."""
+    await killed(gw, job_id)
+    store = jobs(gw).store
+    await store.lose(await store.get(job_id), code="worker_lost", message="", after=0)
+
+
+async def killed(gw, job_id):
+    """A worker began it, and died."""
+    store = jobs(gw).store
+    job = await store.get(job_id)
+    await store.begin(job, f"{job_id}-{job.attempts + 1}")
 
 
 async def test_what_was_cancelled_by_the_database_alone_ends(url):

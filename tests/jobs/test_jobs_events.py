@@ -43,6 +43,16 @@ def test_numbers_tell_runs_apart():
     assert numbered(7, A) == b"id: 7\ndata: a\n\n"
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("own", [b"id: 9", b"id:9", b"id"])
+@pytest.mark.parametrize("before", [b"", b"event: b\n"])
+def test_an_upstreams_own_id_gives_way(end, own, before):
+    """An event has one `id`, its number; what else begins or goes on like that field stays."""
+    rest = b"data: id: 9\nidea: 9\n\n"
+    event = (before + own + b"\n" + rest).replace(b"\n", end)
+    assert numbered(7, event) == b"id: 7\n" + (before + rest).replace(b"\n", end)
+
+
 async def test_who_watches_hears_it(url):
     """A bell rings in another process for events and for a change of state, and tells which."""
     async with open_events(url) as worker, open_events(url) as gateway, gateway.watch("job_1") as bell:

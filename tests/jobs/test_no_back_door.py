@@ -27,6 +27,7 @@ QUIET = {
     *(("POST", path) for path in ("/admin/explain", "/admin/reload")),
     *(("POST", f"{prefix}/responses/{{id}}/cancel") for prefix in ("/v1", "/api/v1")),
     *(("DELETE", f"{prefix}/responses/{{id}}") for prefix in ("/v1", "/api/v1")),
+    *(("POST", f"{prefix}/responses/{name}") for prefix in ("/v1", "/api/v1") for name in ("compact", "input_tokens")),
     *(("POST", f"/v1/{what}/{{id}}/cancel") for what in ("jobs", "batches")),
     *(("DELETE", f"/v1/{what}/{{id}}") for what in ("jobs", "files", "webhook_endpoints")),
     ("POST", "/v1/files"),

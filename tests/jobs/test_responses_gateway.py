@@ -25,13 +25,12 @@ QUEUES = {"default": {"attempts": 1}}
 
 
 @contextlib.asynccontextmanager
-async def serving(url, *answers, plugins=(), database=None, **config):
+async def serving(url, *answers, plugins=(), database=None, server=None, **config):
     """A gateway, without a worker."""
     plugins = [("api_keys", KEYS), *plugins, "usage", ("jobs", {"queues": QUEUES, **config})]
     services = {"redis": url, **({"database": {"url": database, "migrate_on_start": True}} if database else {})}
-    async with Gateway.test(
-        plugins=plugins, upstream=ScriptedUpstream(*answers), settings={"services": services}
-    ) as gw:
+    settings = {"services": services, "server": server or {}}
+    async with Gateway.test(plugins=plugins, upstream=ScriptedUpstream(*answers), settings=settings) as gw:
         gw.part = gw.plugin("jobs").takers[0]
         yield gw
 
@@ -267,6 +266,46 @@ async def test_a_conversation_is_filled_in(url):
         assert said == [["user", "assistant", "user"], ["user", "assistant", "user", "assistant", "user"]]
         listed = (await gw.get(f"/v1/responses/{second['id']}/input_items?order=asc")).data
         assert [item["role"] for item in listed["data"]] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "/api/v1"])
+async def test_what_of_openais_api_is_not_there_says_so(url, prefix):
+    """OpenAI's calls that no upstream offers are 404 or 400, in its error's shape, with what to do instead."""
+    async with serving(url) as gw:
+        for name, instead in (("input_tokens", "count_tokens"), ("compact", "truncation")):
+            reply = await gw.post(f"{prefix}/responses/{name}", {"model": "test/model", "input": "Hi"})
+            error = reply.data["error"]
+            assert (reply.status, error["type"], error["code"]) == (404, "invalid_request_error", "unknown_url")
+            assert instead in error["message"]
+        for background in (True, False):
+            asked = {**ASKED, "background": background, "conversation": "conv_1"}
+            reply = await gw.post(f"{prefix}/responses", asked)
+            assert (reply.status, reply.data["error"]["param"]) == (400, "conversation")
+            assert "previous_response_id" in reply.data["error"]["message"]
+        assert gw.upstream.seen == []
+
+
+@pytest.mark.parametrize("background", [True, False])
+async def test_a_conversation_has_a_longest_length(url, background):
+    """What was said before counts as part of the request: 413 says how long it became, and what to do."""
+    limits = {"max_body": 4000} if background else {"server": {"max_body": 4000}}
+    async with working(url, **limits) as gw:
+        first = await ended(gw, (await created(gw, input="x" * 2500))["id"])
+        asked = {**ASKED, "background": background, "input": "y" * 2500, "previous_response_id": first["id"]}
+        reply = await gw.post("/v1/responses", asked)
+        error = reply.data["error"]
+        assert (reply.status, error["code"], error["param"]) == (413, "request_too_large", "previous_response_id")
+        assert "4000" in error["message"]
+        assert (await gw.post("/v1/responses", {**asked, "input": "Short"})).status == 200
+
+
+async def test_a_job_of_a_response_takes_no_background(url):
+    """Whoever makes a job of a background response is told that a job is one already; nothing is stored."""
+    async with serving(url) as gw:
+        reply = await gw.post("/v1/jobs", {"endpoint": "responses", "body": ASKED})
+        assert (reply.status, reply.data["error"]["param"]) == (400, "background")
+        assert "leave `background` out" in reply.data["error"]["message"]
+        assert (await gw.get("/v1/jobs")).data["data"] == []
 
 
 @pytest.mark.parametrize(

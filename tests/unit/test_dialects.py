@@ -418,7 +418,7 @@ def test_the_table_of_endpoints():
     assert [d.endpoint for d in DIALECTS.values() if d.usage_on_request] == ["chat/completions", "completions"]
     assert (CHAT.reply_content_type, DIALECTS["audio/speech"].reply_content_type) == ("application/json", "application/octet-stream")  # fmt: skip
     assert RESPONSES.forced == {"store": False}
-    assert set(RESPONSES.refused) == {"background"}
+    assert set(RESPONSES.refused) == {"background", "conversation"}
     assert MESSAGES.grammar.keep_alive == b'event: ping\ndata: {"type": "ping"}\n\n'
     assert {d.grammar.keep_alive for d in STREAMED if d is not MESSAGES} == {b": keep-alive\n\n"}
     assert {n: d.headers for n, d in DIALECTS.items() if d.headers} == {

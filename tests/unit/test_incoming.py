@@ -260,6 +260,7 @@ def test_a_choosing_field_passes_only_where_it_is_allowed(permission):
     ("chat/completions", {"model": "m", "messages": [1], "fallbacks": [7]}, "fallbacks", "invalid_request"),
     ("chat/completions", {"model": "m", "messages": [1], "fallbacks": [{"model": ["n"]}]}, "fallbacks", "invalid_request"),
     ("responses", {"model": "m", "background": True}, "background", "unsupported_parameter"),
+    ("responses", {"model": "m", "conversation": {"id": "conv_1"}}, "conversation", "unsupported_parameter"),
 ])  # fmt: skip
 def test_what_is_missing_or_wrong_is_named(endpoint, body, param, code):
     """A field that is missing or of the wrong type is named in the error."""

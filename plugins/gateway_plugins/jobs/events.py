@@ -31,6 +31,8 @@ RECONNECT_SECONDS = 1.0
 LISTEN_SECONDS = 60.0
 _EVERYBODY = "{xenios}:jobs:bell"  # keeps the subscription alive that others join and leave
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\r?\n|\r\r")
+# The field alone sets it too, to nothing. A line ends with any of three, and an event in two of them.
+_ID_LINE = re.compile(rb"(?<![^\r\n])id(?::[^\r\n]*)?(?:\r\n|\r|\n)")
 _PIECES = 100
 
 # One entry for what came at once: its number is that of its last event.
@@ -79,8 +81,8 @@ def run_of(number: int) -> int:
 
 
 def numbered(number: int, event: bytes) -> bytes:
-    """The event with its number as its `id`."""
-    return b"id: %d\n%b" % (number, event)
+    """The event with its number as its `id`, in place of an upstream's own: of two the last one counts."""
+    return b"id: %d\n%b" % (number, _ID_LINE.sub(b"", event) if b"id" in event else event)
 
 
 class Bell:

@@ -6,19 +6,19 @@ goes after a while.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gateway import BadRequest, NotFound, Reply, TooLarge
 from gateway.kit import limit_of, query_of
 from gateway_plugins.jobs import api
-from gateway_plugins.jobs.storage import MissingError, Storage
+from gateway_plugins.jobs.storage import PIECE, MissingError, Storage
 from gateway_plugins.jobs.upload import OVERHEAD, Form
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping
 
     from gateway import Exchange, Router, Services
     from gateway.kit import Row, Statements
@@ -65,7 +65,7 @@ class Files:
             summary="What a file holds.",
         )
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         yield
 
@@ -168,9 +168,11 @@ class Files:
 
     async def _content(self, exchange: Exchange) -> Reply:
         row = await self._asked(exchange)
+        with self._there(row):  # before anything is sent: the status can still say that they are not
+            first = await self.storage.range(row["id"], 0, min(row["bytes"], PIECE)) if row["bytes"] else b""
         return Reply(
             200,
-            chunks=self._bytes(row),
+            chunks=self._bytes(row, first),
             headers={
                 "Content-Type": "application/octet-stream",
                 "Content-Length": str(row["bytes"]),
@@ -179,10 +181,16 @@ class Files:
             },
         )
 
-    async def _bytes(self, row: Row) -> AsyncIterator[bytes]:
-        try:
-            async for piece in self.storage.read(row["id"], row["bytes"]):
+    async def _bytes(self, row: Row, first: bytes) -> AsyncIterator[bytes]:
+        yield first
+        with self._there(row):
+            async for piece in self.storage.read(row["id"], row["bytes"], len(first)):
                 yield piece
+
+    @contextlib.contextmanager
+    def _there(self, row: Row) -> Iterator[None]:
+        try:
+            yield
         except MissingError:
             self._services.log.error("file_bytes_missing", file=row["id"])  # noqa: TRY400 - the storage's, not ours
             raise NotFound("The file's bytes are not in the storage any more.", code="file_lost") from None

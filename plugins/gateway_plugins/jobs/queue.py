@@ -416,17 +416,20 @@ def _unknown(connection: redis.Redis, kind: str, works: Sequence[str], within: f
 
 def _state(connection: redis.Redis, name: str) -> QueueState:
     queues = [rq_queue(queue_name(name, priority), connection) for priority in PRIORITIES]
+    registries = ("started_job_registry", "scheduled_job_registry", "failed_job_registry")
+    keys = [queue.key for queue in queues] + [getattr(queue, r).key for r in registries for queue in queues]
     with connection.pipeline(transaction=False) as pipeline:
-        for queue in queues:
+        pipeline.exists(*keys)
+        pipeline.smembers(WORKERS_BY_QUEUE_KEY % queue_name(name, "normal"))  # all priorities have the same
+        anything, workers = pipeline.execute()
+        for queue in queues if anything else ():  # most are empty most of the time
             pipeline.llen(queue.key)
-            pipeline.zcard(queue.started_job_registry.key)
-            pipeline.zcard(queue.scheduled_job_registry.key)
-            pipeline.zcard(queue.failed_job_registry.key)
             pipeline.lrange(queue.key, 0, 0)
-            pipeline.smembers(WORKERS_BY_QUEUE_KEY % queue.name)
-        found = pipeline.execute()
-        waiting, running, scheduled, failed, first, workers = (found[i::6] for i in range(6))
-        alive = sorted(set().union(*workers))
+            for registry in registries:
+                pipeline.zcard(getattr(queue, registry).key)
+        found: list[Any] = pipeline.execute() if anything else [0, [], 0, 0, 0] * len(queues)
+        waiting, first, running, scheduled, failed = (found[i::5] for i in range(5))
+        alive = sorted(workers)
         heads = [job for jobs in first for job in jobs]
         for job in heads:
             pipeline.hget(AllowedJob.key_for(job.decode()), "enqueued_at")

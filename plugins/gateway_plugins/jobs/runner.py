@@ -56,6 +56,9 @@ LONGEST_WAIT = 30.0  # for a place that a limit of ours has not, unless it says 
 FLUSH_SECONDS = 0.03
 RETRY_SECONDS = 1.0
 COMMIT_SECONDS = 60.0
+WORKER_LOST = "worker_lost"
+LONGEST_LOSS = 60.0  # seconds before another worker is risked
+MOST_LOSSES = 10  # workers that die with a job: by then it is the job that kills them
 
 
 class Ended(NamedTuple):
@@ -189,6 +192,8 @@ class Runner:
             return
         await self.settle(job)
         try:
+            if job.status == "running":
+                job = await self._lost(job)
             job = await self._store.begin(job, f"{job.id}-{job.attempts + 1}")
         except Lost:
             return
@@ -220,10 +225,22 @@ class Runner:
             return End(status="cancelled")
         if job.run_before is not None and job.run_before < now:
             return End(status="failed", code="run_before_passed", message="It could not be run in time.")
-        if job.attempts >= job.max_attempts:
-            message = f"The process that ran it was lost, {job.attempts} times."
-            return End(status="failed", code="worker_lost", message=message)
+        if job.status == "running" and job.losses + 1 >= MOST_LOSSES:
+            message = f"{MOST_LOSSES} worker processes died while they ran it. Look into their logs before a retry."
+            return End(status="failed", code=WORKER_LOST, message=message)
         return None
+
+    async def _lost(self, job: Job) -> Job:
+        """Whoever ran it died. Once is chance: it runs again now; then after a while, so that others come first whose
+        worker it may have killed. Raises Again, Lost.
+        """
+        backoff = self._queue.settings_of(job.queue).backoff
+        after = min(backoff * 2 ** (job.losses - 1), LONGEST_LOSS) if job.losses else 0.0
+        message = f"The worker process that ran it died; that makes {job.losses + 1} of {MOST_LOSSES} that it may lose."
+        job = await self._store.lose(job, code=WORKER_LOST, message=message, after=after)
+        if after:
+            raise Again(after)
+        return job
 
     async def _through(self, job: Job) -> None:
         """The pipeline, and what comes of it."""

@@ -38,6 +38,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     created_at: int
     attempts: int
     max_attempts: int
+    losses: int = 0  # runs whose worker was lost; they count as no attempts
     task: str | None = None
     model: str | None = None
     metadata: str | None = None  # JSON
@@ -211,6 +212,19 @@ class Store:
             raise Lost
         return _job(row)
 
+    async def lose(self, job: Job, *, code: str, message: str, after: float) -> Job:
+        """The worker that ran it is gone: it waits again, for so many seconds. `job` is as it was read. Raises Lost."""
+        async with self._database.transaction() as statements:
+            row = await statements.fetch_one(
+                "UPDATE jobs_jobs SET status = 'queued', losses = losses + 1, max_attempts = max_attempts + 1, "  # noqa: S608
+                "error_code = $3, error_message = $4, run_after = $5 "
+                f"WHERE id = $1 AND status = 'running' AND attempts = $2 RETURNING {_COLUMNS}",
+                job.id, job.attempts, code, message, api.now() + int(after * 1000),
+            )  # fmt: skip
+        if row is None:
+            raise Lost
+        return _job(row)
+
     async def end(self, statements: Statements, job: Job, end: End, *, ttl: float) -> Job:
         """Within a transaction: what became of the run. `ttl` seconds from now it may be forgotten. Raises Lost."""
         done, at = end.status != "queued", api.now()
@@ -271,7 +285,8 @@ class Store:
         """One that failed or was cancelled waits again, with so many attempts more."""
         at = api.now()
         changed = await self._database.execute(
-            "UPDATE jobs_jobs SET status = 'queued', max_attempts = attempts + $2, run_after = $3, run_before = $4, "
+            "UPDATE jobs_jobs SET status = 'queued', max_attempts = attempts + $2, losses = 0, run_after = $3, "
+            "run_before = $4, "
             "finished_at = NULL, expires_at = NULL, cancel_asked = NULL, error_code = NULL, error_message = NULL, "
             "result_status = NULL, result_headers = NULL, result = NULL "
             "WHERE id = $1 AND kind = $5 AND status IN ('failed', 'cancelled')",

@@ -24,6 +24,7 @@ jobs = Table(
     Column("request", LargeBinary, nullable=False),  # a LateRequest, JSON
     *_texts("metadata", "webhook", "idempotency_key", "fingerprint"),
     *_numbers("created_at", "attempts", "max_attempts", nullable=False),
+    Column("losses", BigInteger, nullable=False, server_default="0"),  # runs whose worker was lost
     *_numbers("run_after", "run_before", "started_at", "finished_at", "expires_at"),
     *_numbers("seen_at"),  # when the process that runs it last said that it does
     *_texts("operation", "request_id"),  # operation: the run under way, or the last one; its usage row
@@ -123,4 +124,15 @@ lines = Table(
     Column("body", LargeBinary),  # JSON
     *_texts("error_code", "error_message"),
     *_texts("settlement"),  # for the ledger, if the worker died before it had it
+)
+
+# What tries of lines cost that came to nothing, for the ledger, if the worker died before it had it.
+owed = Table(
+    "jobs_owed",
+    metadata,
+    Column("operation", Text, primary_key=True),
+    Column("batch", Text, nullable=False),
+    *_numbers("line", nullable=False),
+    *_texts("settlement", nullable=False),
+    Index("ix_jobs_owed_batch_line", "batch", "line"),
 )

@@ -321,7 +321,7 @@ class AsyncWorker(BaseWorker):
     def _take_what_waits(self) -> bool:
         """One of each queue in turn, until there is nothing more or no more place."""
         took = False
-        going = True
+        going = self._any(queue.key for queue in self.queues)
         while going and not self._stopping.is_set():
             going = False
             for lane in self._lanes:
@@ -569,7 +569,7 @@ class AsyncWorker(BaseWorker):
 
     def _schedule(self) -> None:
         """Put into their queues what is due. One worker at a time, as long as it lives."""
-        if self._mine("schedule", 5):
+        if self._mine("schedule", 5) and self._any(queue.scheduled_job_registry.key for queue in self.queues):
             self._scheduler.prepare_registries(self.queue_names())
             self._scheduler.enqueue_scheduled_jobs()
             self._woken.set()
@@ -591,6 +591,9 @@ class AsyncWorker(BaseWorker):
         if not self._mine("between", 15):
             self._between = set()
             return
+        if not self._any(queue.intermediate_queue_key for queue in self.queues):
+            self._between = set()
+            return
         found = [(queue, job) for queue in self.queues for job in queue.intermediate_queue.get_job_ids()]
         seen = set()
         for queue, job in found:
@@ -603,6 +606,10 @@ class AsyncWorker(BaseWorker):
             else:
                 seen.add(this)
         self._between = seen
+
+    def _any(self, keys: Iterable[str]) -> bool:
+        """Is any of these there: one question, where most often all answers are no."""
+        return bool(_untyped(self.connection).exists(*keys))
 
     def _mine(self, name: str, seconds: int) -> bool:
         """A lock for a chore that one worker does, until it stops doing it."""

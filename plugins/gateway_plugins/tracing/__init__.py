@@ -67,11 +67,11 @@ class Plugin:
                 self._config.sample_ratio, int(exchange.trace_id, 16) if exchange.trace_id else None
             )
         exchange.set(self._key, trace)
+        place = trace.traceparent(trace.span_id)
         if trace.sampled or trace.parent_id or self._config.propagate:
-            place = trace.traceparent(trace.span_id)
             exchange.trace_id = place[3:35]
-            if exchange.traceparent is None:
-                exchange.traceparent = place
+        if exchange.traceparent is None:
+            exchange.traceparent = place  # a job of it is not sampled anew either
         return trace
 
     def _continued(self, exchange: Exchange) -> Trace | None:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -28,7 +28,7 @@ from gateway import (
 )
 from gateway_plugins.jobs.batches import store
 from gateway_plugins.jobs.batches.checks import clean, line_of
-from gateway_plugins.jobs.batches.store import Chunk, Result
+from gateway_plugins.jobs.batches.store import Chunk, Owed, Result
 from gateway_plugins.jobs.runner import PASSING
 from gateway_plugins.jobs.storage import MissingError
 
@@ -58,6 +58,15 @@ class Line(msgspec.Struct, frozen=True):
     body: bytes | None
 
 
+class Entry(NamedTuple):
+    """What is committed together."""
+
+    result: Result | None
+    row: bytes
+    owed: Owed | None
+    done: asyncio.Future[None]
+
+
 class Ledgers:
     """Results and usage rows of a chunk, committed in groups."""
 
@@ -65,15 +74,15 @@ class Ledgers:
         self._services: Services = shared.services
         self._batch_id = batch_id
         self._counts = counts
-        self._waiting: list[tuple[Result | None, bytes, asyncio.Future[None]]] = []
+        self._waiting: list[Entry] = []
         self._writing: asyncio.Task[None] | None = None
 
-    async def add(self, result: Result | None, row: bytes) -> None:
-        """Returns once both are committed. Raises StoreUnavailable."""
+    async def add(self, result: Result | None, row: bytes, owed: Owed | None = None) -> None:
+        """Returns once all is committed. `owed`: for a row without a result. Raises StoreUnavailable."""
         if result is None and not row:
             return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((result, row, done))
+        self._waiting.append(Entry(result, row, owed, done))
         if self._writing is None:
             self._writing = self._services.spawn(self._write_all(), "results of a batch")
         await asyncio.shield(done)
@@ -97,16 +106,18 @@ class Ledgers:
         finally:
             self._writing = None
 
-    async def _write(self, group: Sequence[tuple[Result | None, bytes, Any]]) -> Exception | None:
+    async def _write(self, group: Sequence[Entry]) -> Exception | None:
         """What an upstream answered has been paid for: a database that is away is waited for."""
         deadline = time.monotonic() + COMMIT_SECONDS
-        results = [result for result, _, _ in group if result is not None]
+        results = [entry.result for entry in group if entry.result is not None]
+        owed = [entry.owed for entry in group if entry.owed is not None]
         while True:
             try:
                 async with self._services.database.transaction() as statements:
                     new = await store.write_results(statements, self._batch_id, results)
-                    for _, row, _ in group:
-                        await self._services.rows.write(statements, row)
+                    await store.write_owed(statements, self._batch_id, owed)
+                    for entry in group:
+                        await self._services.rows.write(statements, entry.row)
             except StoreUnavailable as error:
                 if time.monotonic() > deadline:
                     return error
@@ -120,14 +131,14 @@ class Ledgers:
                 return None
 
 
-def _tell(group: Sequence[tuple[Any, bytes, asyncio.Future[None]]], failure: Exception | None) -> None:
-    for _, _, done in group:
-        if done.done():
+def _tell(group: Sequence[Entry], failure: Exception | None) -> None:
+    for entry in group:
+        if entry.done.done():
             continue
         if failure is None:
-            done.set_result(None)
+            entry.done.set_result(None)
         else:
-            done.set_exception(failure)
+            entry.done.set_exception(failure)
 
 
 class ChunkRun:
@@ -147,6 +158,7 @@ class ChunkRun:
 
     async def run(self) -> bool:
         """Until each line has a result, or its time is over: False. Raises Unavailable, StoreUnavailable: later."""
+        await self._settle_owed()
         done = await self._done()
         lines = iter([line for line in await self._lines() if line.number not in done])
         try:
@@ -159,6 +171,11 @@ class ChunkRun:
         if complete and not await self._services.ledger.flush():
             raise StoreUnavailable  # nobody looks at its settlements again
         return complete
+
+    async def _settle_owed(self) -> None:
+        """Tries that came to nothing, of a worker that died maybe, before the ledger knew what they cost."""
+        for settlement in await store.owed_of(self._services.database, self._batch["id"], self._chunk):
+            self._services.settle_late(json.loads(settlement))
 
     async def _done(self) -> set[int]:
         """Lines that have their result: of a worker that died maybe, before the ledger knew."""
@@ -254,7 +271,7 @@ class ChunkRun:
                 await self._ledgers.add(_result(line, client, exchange), row)
             else:
                 # who was refused by a limit of ours before anything was sent has used nothing
-                await self._ledgers.add(None, row if exchange.attempts else b"")
+                await self._ledgers.add(None, *((row, _owed(line, exchange)) if exchange.attempts else (b"",)))
             verdict.append((wait, counted))
 
         late = dataclasses.replace(
@@ -292,6 +309,11 @@ def judge(exchange: Exchange, *, last: bool) -> tuple[float | None, bool]:
 def line_id(batch_id: str, number: int) -> str:
     """The same each time the line runs."""
     return f"batch_req_{batch_id.removeprefix('batch_')[:16]}{number:08x}"
+
+
+def _owed(line: Line, exchange: Exchange) -> Owed | None:
+    kept = exchange.settlement
+    return Owed(exchange.id, line.number, json.dumps(kept)) if kept else None
 
 
 def _result(line: Line, client: Collected, exchange: Exchange) -> Result:

@@ -49,6 +49,14 @@ class Result(msgspec.Struct, frozen=True):
     tokens: tuple[int, int, int, int] = (0, 0, 0, 0)  # input, of them cached, output, of them reasoning
 
 
+class Owed(msgspec.Struct, frozen=True):
+    """What one try of a line cost that will be tried again, until the ledger is known to have it."""
+
+    operation: str
+    line: int
+    settlement: str  # JSON
+
+
 async def find(database: Database, batch_id: str, tenant: str | None = None) -> Row | None:
     """`tenant`: of this one alone."""
     if tenant is None:
@@ -227,6 +235,24 @@ async def write_results(statements: Statements, batch_id: str, results: Sequence
     return new
 
 
+async def write_owed(statements: Statements, batch_id: str, owed: Sequence[Owed]) -> None:
+    if owed:
+        await statements.execute_many(
+            "INSERT INTO jobs_owed (operation, batch, line, settlement) VALUES ($1, $2, $3, $4)",
+            [(o.operation, batch_id, o.line, o.settlement) for o in owed],
+        )
+
+
+async def owed_of(database: Database, batch_id: str, chunk: Chunk) -> list[str]:
+    rows = await database.fetch(
+        "SELECT settlement FROM jobs_owed WHERE batch = $1 AND line >= $2 AND line < $3",
+        batch_id,
+        chunk.first,
+        chunk.first + len(chunk.custom_ids),
+    )
+    return [row["settlement"] for row in rows]
+
+
 async def delete_lines(database: Database, batch_id: str) -> None:
     """After its end, a bounded number at a time."""
     while True:
@@ -240,6 +266,7 @@ async def delete_lines(database: Database, batch_id: str) -> None:
                     "DELETE FROM jobs_lines WHERE batch = $1 AND number <= $2", batch_id, rows[-1]["number"]
                 )
                 continue
+            await statements.execute("DELETE FROM jobs_owed WHERE batch = $1", batch_id)
             await statements.execute("DELETE FROM jobs_chunks WHERE batch = $1", batch_id)
             await statements.execute("UPDATE jobs_batches SET has_lines = 0 WHERE id = $1", batch_id)
             return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway import BadRequest, Conflict, ContextKey, LateRequest, NotFound, Reply
+from gateway import BadRequest, Conflict, ContextKey, LateRequest, NotFound, Reply, TooLarge
 from gateway.kit import limit_of
 from gateway_plugins.jobs.jobs import Jobs, Options, idempotency_key
 from gateway_plugins.jobs.responses import items, objects
@@ -29,6 +29,13 @@ MOST_ITEMS = 100
 LONGEST_NUMBER = 12  # digits
 _ID = re.compile(r"resp_[0-9a-f]{32}")
 _TRUE = frozenset({"true", "1"})
+# Of OpenAI's, what no upstream offers. Told by name: `{id}` would take them for a response's.
+_ABSENT = {
+    "compact": "Nothing compacts a conversation here. Have a model sum it up, and begin anew with that in `input`; or "
+    "let the upstream drop its middle, by `truncation: auto`.",
+    "input_tokens": "Nothing counts the tokens of a response's input here. `usage` in its answer tells them; "
+    "/v1/messages/count_tokens estimates those of the same messages.",
+}
 
 
 class Responses(Jobs):
@@ -53,6 +60,10 @@ class Responses(Jobs):
             router.add("POST", f"{path}/cancel", self.stop, body="none", summary="Stop a background response.")
             router.add("DELETE", path, self.forget, summary="Forget a background response.")
             router.add("GET", f"{path}/input_items", self.input_items, summary="What a background response was asked.")
+            for name in _ABSENT:
+                router.add(
+                    "POST", f"{prefix}/responses/{name}", self.absent, summary="Not there: says what is instead."
+                )
 
     # --- taken -----------------------------------------------------------------------------------------------------
 
@@ -62,6 +73,9 @@ class Responses(Jobs):
             return
         body = exchange.body
         background = body.get("background") is True and exchange.phase == "live"
+        if body.get("background") is True and not background:
+            message = "This request is answered later as it is: leave `background` out, or send it to /v1/responses."
+            raise BadRequest(message, param="background")
         await self._continue(exchange, strict=background)
         if not background:
             return
@@ -113,6 +127,14 @@ class Responses(Jobs):
         whole = items.continued(await self._input(job), before["output"], exchange.body.get("input"))
         exchange.body["input"] = whole
         del exchange.body["previous_response_id"]
+        most = exchange.snapshot.settings.server.max_body
+        most = min(most, self._config.max_body) if strict else most
+        if (size := len(msgspec.json.encode(exchange.body))) > most:
+            raise TooLarge(
+                f"With all that was said before, this request has {size} bytes; it may have {most}. Begin anew, "
+                "without `previous_response_id`, and say in `input` what matters of the conversation.",
+                param="previous_response_id",
+            )
 
     async def _input(self, job: Job) -> Any:
         late = LateRequest.from_json(await self.store.request(job.id))
@@ -148,6 +170,9 @@ class Responses(Jobs):
         listed = items.listed(await self._input(job), job.id)
         limit = limit_of(query, default=20, most=MOST_ITEMS)
         return Reply(200, data=items.page(listed, limit=limit, order=order, after=query.get("after")))
+
+    async def absent(self, exchange: Exchange) -> Reply:
+        raise NotFound(_ABSENT[exchange.route.path.rpartition("/")[2]], code="unknown_url")
 
     async def _own(self, exchange: Exchange, what: str = "") -> Job:
         """Raises NotFound: also of another tenant's."""
