@@ -95,6 +95,14 @@ class Watch:
         self._on_beat, self._interval = call, interval
         self._next_beat = self._loop.time() + first
 
+    def flows(self, seconds: float | None, *, sent: bool) -> None:
+        """A stream's next piece may take so long; `sent`: one went to the client just now."""
+        now = self._loop.time()
+        self._what = STALL
+        self._due = _FAR if seconds is None else now + seconds
+        if sent:
+            self._next_beat = now + self._interval
+
     def touch(self) -> None:
         """Something was sent: the silence starts anew."""
         self._next_beat = self._loop.time() + self._interval
