@@ -409,7 +409,7 @@ class Run:
     async def _whole_body(self, response: UpstreamResponse, record: AttemptRecord, secret: str) -> bytes:
         body = (await self._read_whole(response)).lstrip()
         try:
-            head = msgspec.json.decode(body, type=_Head)
+            head = _read_head(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise UpstreamError(Cause.BAD_REPLY, "The upstream's reply is not valid JSON.") from None
         data = {
@@ -874,6 +874,9 @@ class _Head(msgspec.Struct):
     choices: Any = None
     status: Any = None
     error_type: Any = None
+
+
+_read_head = msgspec.json.Decoder(_Head).decode
 
 
 class _Recorded:

@@ -99,6 +99,11 @@ class _Connection(RequestHandler):
         self.peer: tuple[Any, ...] | str | None = None
         self.on_room: Callable[[], None] | None = None
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Only what is paused: aiohttp's own goes through parser and transport twice for each request's body."""
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
+
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.on_room is not None:
@@ -221,10 +226,10 @@ class _Inbound:
         """The whole body. Raises TooLarge, RequestTimeout, BadRequest or ClientGone."""
         self._check(limit)
         content = self._request.content
+        if content.is_eof() and content.exception() is None and hdrs.EXPECT not in self._request.headers:
+            return _within(content.read_nowait(), limit)  # it came with its head
         with _body_errors():
             await self._continue()
-            if content.is_eof():
-                return _within(await content.readany(), limit)
             async with asyncio.timeout(self._seconds):
                 return await self._read(limit)
 
