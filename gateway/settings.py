@@ -284,8 +284,8 @@ class Upstream(_Section):
     """PEM file of the authorities trusted for this upstream, relative to this file. Default: the system's; with it,
     only those in the file."""
     transport: Literal["httptools", "aiohttp"] = "httptools"
-    """What carries requests to it: httptools (our own lean client), or aiohttp's client, at several times the processor
-    time. Default httptools."""
+    """What carries requests to it: httptools (our own lean client), or aiohttp's client, at twice the processor time.
+    Default httptools."""
     proxy: Annotated[SecretStr, AfterValidator(_proxy)] | None = None
     """HTTP proxy to reach it through, as `http://user:password@host:port`; transport httptools only. Default none; the
     environment's `HTTPS_PROXY` is not asked."""

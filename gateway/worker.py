@@ -389,6 +389,8 @@ class Worker:
                 )
         except OSError as error:
             raise StartError(f"upstreams.{name}.ca_file: {upstream.ca_file} can't be used: {error}.") from error
+        except ValueError:  # its text may hold the proxy's password
+            raise StartError(f"upstreams.{name}: its base_url or proxy is no address.") from None
         return transport
 
     def _upstream(self, settings: Settings, name: str, upstream: UpstreamSettings) -> UpstreamClient:

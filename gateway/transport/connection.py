@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 from typing import TYPE_CHECKING
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -17,8 +18,6 @@ from gateway.errors import Cause, UpstreamError
 from gateway.transport.reply import Reply
 
 if TYPE_CHECKING:
-    import ssl
-
     from gateway.transport.pool import Pool
 
 LARGE = 1 << 20  # larger bodies are written piece by piece, at the upstream's pace
@@ -41,9 +40,9 @@ class Connection(asyncio.Protocol):
     """Serves one request at a time."""
 
     __slots__ = (
-        "_barren", "_chunked", "_done", "_fields", "_head", "_heard", "_interim", "_keep", "_loop", "_parser",
-        "_paused", "_pool", "_reply", "_room", "_sent", "_transport", "_writable", "expires", "idle", "patience",
-        "sending", "uses",
+        "_barren", "_body", "_chunked", "_done", "_fields", "_head", "_heard", "_interim", "_keep", "_loop", "_parser",
+        "_paused", "_pool", "_reply", "_sent", "_transport", "_writable", "expires", "idle", "patience",
+        "sending", "tls", "uses",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
@@ -52,11 +51,12 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
         self._reply: Reply | None = None
-        self._room: asyncio.Future[None] | None = None  # the body's writer waits for it
         self._writable = True
         self._paused = False
-        self.sending = False  # a large body, still
+        self.sending = False  # a large body, still: what of it is left
+        self._body = memoryview(b"")
         self.uses = 0
+        self.tls: ssl.SSLObject | None = None
         # The pool's: whether it waits there, until when, and how long its upstream keeps it.
         self.idle = False
         self.expires = 0.0
@@ -74,17 +74,10 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    @property
-    def tls(self) -> ssl.SSLObject | None:
-        made: ssl.SSLObject | None = None
-        if self._transport is not None:
-            made = self._transport.get_extra_info("ssl_object")
-        return made
-
     # --- the request ---------------------------------------------------------------------------------------------
 
     def ask(self, head: bytes, body: bytes | None) -> Reply:
-        """Write a request. If `sending` is set afterwards, the body is `send_body`'s."""
+        """Write a request; a large body as the upstream takes it."""
         reply = Reply(self, self._pool.max_reply)
         transport = self._transport
         if transport is None:
@@ -103,39 +96,31 @@ class Connection(asyncio.Protocol):
             transport.writelines((head, body))
         else:
             transport.write(head)
-            self.sending = True
+            self._body, self.sending = memoryview(body), True
+            self._pump()
         return reply
 
-    async def send_body(self, reply: Reply, body: bytes) -> None:
-        """The rest of a request whose body is large; ends early if the reply does not wait for it."""
-        view = memoryview(body)
-        for start in range(0, len(view), PIECE):
-            if not self._writable:
-                self._room = self._loop.create_future()
-                try:
-                    await self._room
-                finally:
-                    self._room = None
-            if self._reply is not reply or reply.status or self._transport is None:
-                return  # it can't be used again: half a request stands in it
-            self._transport.write(view[start : start + PIECE])
-        self.sending = False
+    def _pump(self) -> None:
+        """Write more of a large body, as much as there is room for."""
+        while self.sending and self._writable and self._transport is not None:
+            if self._reply is None or self._reply.status >= 400:
+                return  # nobody wants it; half a request stands in the connection, so it can't be used again
+            piece, self._body = self._body[:PIECE], self._body[PIECE:]
+            self.sending = len(self._body) > 0
+            self._transport.write(piece)
 
     def pause_writing(self) -> None:
         self._writable = False
 
     def resume_writing(self) -> None:
         self._writable = True
-        self._wake_writer()
-
-    def _wake_writer(self) -> None:
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
+        self._pump()
 
     # --- the socket ----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a socket's
+        self.tls = transport.get_extra_info("ssl_object")
 
     def data_received(self, data: bytes) -> None:
         reply, parser = self._reply, self._parser
@@ -163,8 +148,6 @@ class Connection(asyncio.Protocol):
             self._barren = 0
             if reply.size > WAITING and not reply.pushed:
                 self.pause()
-        if self.sending:
-            self._wake_writer()
         reply.arrived()
 
     def _first(self, data: bytes) -> bytes:
@@ -174,12 +157,13 @@ class Connection(asyncio.Protocol):
         return data
 
     def eof_received(self) -> None:
-        self._end(None)
+        self._end(ConnectionAbortedError() if self._cut() else None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(exc)
+        # uvloop tells of an end below TLS by this alone
+        self._end(exc or (ConnectionAbortedError() if self.tls is not None else None))
         self._transport = self._parser = None
-        self._wake_writer()
+        self._body = memoryview(b"")
         self._pool.lost(self)
 
     def pause(self) -> None:
@@ -210,6 +194,8 @@ class Connection(asyncio.Protocol):
         self._reply = None
         reply.finish()
         self.resume()
+        if self.uses == 1:
+            self._pool.proven(self)
         if self._keep and not self.sending:
             self._pool.release(self)
         else:
@@ -221,7 +207,6 @@ class Connection(asyncio.Protocol):
             told = _not_http()
         reply.fail(told)
         self.drop()
-        self._wake_writer()
         reply.arrived()
 
     def _end(self, error: Exception | None) -> None:
@@ -238,6 +223,16 @@ class Connection(asyncio.Protocol):
         else:
             reply.fail(UpstreamError(Cause.TRUNCATED, "The connection to the upstream was lost during its reply."))
         reply.arrived()
+
+    def _cut(self) -> bool:
+        """TLS says when a connection ends (RFC 9112 §9.8); anybody may cut the one below."""
+        tls = self.tls
+        if tls is None or self._reply is None:
+            return False
+        try:
+            return bool(tls.read(1))
+        except ssl.SSLError:
+            return True
 
     def _until_the_end(self, reply: Reply) -> bool:
         return not self._chunked and _LENGTH not in reply.headers
@@ -266,7 +261,10 @@ class Connection(asyncio.Protocol):
             raise _not_http()
         status = parser.get_status_code()
         fields, self._fields = self._fields, []  # from now on: trailers, which nobody reads
-        if status < 200 and status != 101:
+        if 100 <= status < 200 and status != 101:
+            interim = CIMultiDict(fields)
+            if _LENGTH in interim or _CODING in interim:
+                raise _not_http()  # it has no body
             self._interim = True
             return
         headers = CIMultiDict(fields)
@@ -276,7 +274,7 @@ class Connection(asyncio.Protocol):
             self._chunked = True
             if version != "1.1" or [c.lower() for c in coding] != ["chunked"]:
                 raise _not_http()
-        if status == 101 or version not in ("1.1", "1.0"):
+        if status < 200 or version not in ("1.1", "1.0"):
             raise _not_http()
         self._keep = parser.should_keep_alive()
         if (kept := headers.get(_KEEP_ALIVE)) is not None and (found := _TIMEOUT.search(kept)):
@@ -285,6 +283,8 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         reply = self._reply
+        if self._interim:
+            raise _not_http()
         if reply is not None:
             reply.parts.append(data)
             reply.size += len(data)

@@ -62,8 +62,8 @@ class Dialer:
             raise UpstreamError(Cause.CONNECTION, f"The {self._who} can't be reached.") from error
 
     def remember(self, connection: Connection) -> None:
-        """`connection` has just been of use: so will be its TLS session."""
-        if self._tls is not None and connection.uses == 1 and (made := connection.tls) is not None:
+        """`connection` has been of use: so will be its TLS session."""
+        if self._tls is not None and (made := connection.tls) is not None:
             self._tls.remember(made)
 
     async def _dial(self, make: Callable[[], Connection]) -> Connection:
@@ -103,7 +103,7 @@ class Dialer:
 
 
 def _place(url: URL) -> tuple[str, int]:
-    if not url.raw_host or not url.port:
+    if not url.raw_host or url.port is None:
         raise ValueError(f"no host in {url.with_user(None)}")
     return url.raw_host, url.port
 

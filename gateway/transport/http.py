@@ -104,8 +104,6 @@ async def _ask(connection: Connection, head: bytes, body: bytes | None) -> Reply
     """Returns when the head is there or can't come any more."""
     reply = connection.ask(head, body)
     try:
-        if connection.sending and body is not None:
-            await connection.send_body(reply, body)
         await reply.begun()
     except BaseException:
         reply.close()

@@ -75,9 +75,12 @@ class Pool:
         self._admit(connection)
         return connection
 
+    def proven(self, connection: Connection) -> None:
+        """Its first reply is complete."""
+        self._dialer.remember(connection)
+
     def release(self, connection: Connection) -> None:
         """Its reply is complete and it can be asked again."""
-        self._dialer.remember(connection)
         while self._turns:
             turn = self._turns.popleft()
             if not turn.done():

@@ -510,8 +510,39 @@ def test_defaults():
     upstream = settings.upstreams["openrouter"]
     assert (
         upstream.kind, upstream.base_url, upstream.without_key, upstream.headers, upstream.provider, upstream.ca_file,
-    ) == ("openrouter", "https://openrouter.ai/api/v1", "fail", {}, None, None)  # fmt: skip
+        upstream.transport, upstream.proxy,
+    ) == ("openrouter", "https://openrouter.ai/api/v1", "fail", {}, None, None, "httptools", None)  # fmt: skip
     assert (settings.catalogue.refresh, settings.catalogue.overrides, settings.plugins) == (3600, {}, ())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "socks5://h:1",
+        "https://h:1",
+        "http://h",
+        "http://u:secret@h",
+        "http://u:se/cret@h:1",
+        "http://h:99999",
+        "h:3128",
+    ],
+)
+def test_what_is_no_proxy_is_refused_without_showing_it(given):
+    """A proxy is http://, host and port, with a password or not; a mistake in it shows no part of it."""
+    with pytest.raises(ConfigError) as caught:
+        load_text(f"upstreams: {{openrouter: {{api_key: k, proxy: '{given}'}}}}")
+    assert "upstreams.openrouter.proxy" in str(caught.value)
+    assert "cret" not in str(caught.value)
+
+
+def test_a_proxy_is_the_lean_transports_alone():
+    """With aiohttp's client it is refused rather than gone around; else it is kept, and never shown."""
+    text = "upstreams: {openrouter: {api_key: k, proxy: 'http://u:secret@h:3128', transport: %s}}"
+    with pytest.raises(ConfigError, match="only transport httptools"):
+        load_text(text % "aiohttp")
+    loaded = load_text(text % "httptools")
+    assert loaded.settings.upstreams["openrouter"].proxy.get_secret_value() == "http://u:secret@h:3128"
+    assert "secret" not in str(masked(loaded.settings, loaded.source)) + repr(loaded.settings)
 
 
 def test_settings_are_frozen():
