@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from gateway.stores.database import Row, Verdict
 
-BUSY_SECONDS = 4.0
-LOCK_SECONDS = 2.0
+BUSY_SECONDS = 4.0  # for the other processes that use the file
+LOCK_SECONDS = BUSY_SECONDS  # for this one's: whoever has the connection may be waiting for another process
 
 _WRONG = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE, sqlite3.SQLITE_TOOBIG})
 # A full disk too: it can still be read.
