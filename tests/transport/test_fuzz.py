@@ -15,7 +15,8 @@ from tests.transport.corpus import CORPUS, WAITS, Whole
 from tests.transport.server import split
 from tests.transport.stage import Stage
 
-MANY = 3000 if settings.get_current_profile_name() == "new" else 150
+MANY = 1500 if settings.get_current_profile_name() == "new" else 100
+pytestmark = pytest.mark.timeout(600)
 SEEDS = sorted((entry.raw for entry in CORPUS.values() if len(entry.raw) < 1000), key=len)
 WORDS = [
     b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b";", b",", b"0", b"5", b"f", b"-", b"\xff", b"\r\n\r\n", b"0\r\n\r\n",
