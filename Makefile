@@ -64,9 +64,8 @@ full: $(VENV)/.test  ## The tests that take minutes: many streams at once, a ham
 mutation: $(VENV)/.test  ## Change the core's logic in 1,900 places and see unit tests fail
 	@$(BIN)/python -m tests.mutation
 
-bench: $(VENV)/.test  ## Measure against a bare aiohttp proxy; options as ARGS='--quick'
+bench: $(VENV)/.test  ## Measure against a bare aiohttp proxy (12 minutes); options as ARGS='--quick'
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
-	@$(BIN)/python -m tests.benchmarks.jobs
 
 promises: $(VENV)/.test  ## Which promises are proven, by which test
 	@$(BIN)/python -m tests.promises.report

@@ -1,127 +1,26 @@
 """Xenios: a plugin-based LLM gateway. What stands here is what plugins may import, and is kept stable."""
 
-from gateway._version import __version__
-from gateway.access import may_see
-from gateway.client import Client, ClientGone, Collected
-from gateway.errors import (
-    BadRequest,
-    Cause,
-    Conflict,
-    Forbidden,
-    GatewayError,
-    MethodNotAllowed,
-    ModelNotFound,
-    NotFound,
-    PluginError,
-    PrincipalGone,
-    RateLimited,
-    Refused,
-    StatementError,
-    StoreUnavailable,
-    TooLarge,
-    Unauthenticated,
-    Unavailable,
-    UpstreamError,
-)
-from gateway.exchange import (
-    Attempt,
-    AttemptRecord,
-    ContextKey,
-    Correction,
-    Cost,
-    Credentials,
-    Decision,
-    Event,
-    Exchange,
-    Finding,
-    Limits,
-    Outcome,
-    Principal,
-    Reply,
-    Scopes,
-    Source,
-    Target,
-    Usage,
-)
-from gateway.hookspecs import Tap, hookimpl
-from gateway.late import LateRequest
-from gateway.metrics import OTHER, SECONDS, Cell, Counter, Family, Gauge, Histogram, Metrics, Series, Spread
-from gateway.problems import Concern
-from gateway.routes import Router
-from gateway.scoping import Condition, compile_when, conditions
-from gateway.services import Services
-from gateway.settings import Upstream, UpstreamName, When
-from gateway.tasks import Tasks
-from gateway.units import Duration, Size, format_duration
-from gateway.upstream import UpstreamReply
+from __future__ import annotations
 
-__all__ = [
-    "OTHER",
-    "SECONDS",
-    "Attempt",
-    "AttemptRecord",
-    "BadRequest",
-    "Cause",
-    "Cell",
-    "Client",
-    "ClientGone",
-    "Collected",
-    "Concern",
-    "Condition",
-    "Conflict",
-    "ContextKey",
-    "Correction",
-    "Cost",
-    "Counter",
-    "Credentials",
-    "Decision",
-    "Duration",
-    "Event",
-    "Exchange",
-    "Family",
-    "Finding",
-    "Forbidden",
-    "GatewayError",
-    "Gauge",
-    "Histogram",
-    "LateRequest",
-    "Limits",
-    "MethodNotAllowed",
-    "Metrics",
-    "ModelNotFound",
-    "NotFound",
-    "Outcome",
-    "PluginError",
-    "Principal",
-    "PrincipalGone",
-    "RateLimited",
-    "Refused",
-    "Reply",
-    "Router",
-    "Scopes",
-    "Series",
-    "Services",
-    "Size",
-    "Source",
-    "Spread",
-    "StatementError",
-    "StoreUnavailable",
-    "Tap",
-    "Target",
-    "Tasks",
-    "TooLarge",
-    "Unauthenticated",
-    "Unavailable",
-    "Upstream",
-    "UpstreamError",
-    "UpstreamName",
-    "UpstreamReply",
-    "Usage",
-    "When",
-    "__version__",
-    "compile_when",
-    "conditions",
-    "format_duration",
-    "hookimpl",
-    "may_see",
-]
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from gateway._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from gateway.surface import *  # noqa: F403 - the names are those of its `__all__`
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `surface.py`: the command line's help would take a second if it loaded all that stands behind them."""
+    if name != "__all__" and (name.startswith("_") or find_spec(f"gateway.{name}") is not None):
+        raise AttributeError(f"module 'gateway' has no attribute {name!r}")  # a module, which `import` loads
+    from gateway import surface  # noqa: PLC0415 - see above
+
+    found = [*surface.__all__, "__version__"] if name == "__all__" else getattr(surface, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -19,7 +19,7 @@ from multidict import CIMultiDict, istr
 
 from gateway import dispatch, explain, logs, timing, watch
 from gateway.access import check_bearer, check_route
-from gateway.client import ClientGone
+from gateway.client import ClientGone, DirectClient
 from gateway.decision import decide, prepare
 from gateway.dialects import PLAIN_EVENTS, read_cost
 from gateway.errors import (
@@ -45,6 +45,7 @@ from gateway.exchange import (
 )
 from gateway.incoming import may_choose, parse_body
 from gateway.kit import ledger
+from gateway.relay import AFTERWARDS, Relay
 from gateway.streaming import ByteStream, EventStream
 from gateway.taps import TapChain
 from gateway.upstream import UpstreamReply, error_from, error_from_body
@@ -74,7 +75,6 @@ _MEDIA_TYPE = re.compile(r"(text/(html|plain|xml)|application/(xml|octet-stream|
 ERROR_BODY_LIMIT = 1 << 20
 PIECE = 256 * 1024  # of what a plugin sends: a client must have taken it within the write timeout
 CLOSE_SECONDS = 1.0  # that a plugin's stream has for its own end
-AFTERWARDS = 1.0  # seconds that an upstream has to end its body after the whole answer
 _OURS = frozenset({watch.DEADLINE, watch.STALL, watch.TOTAL, watch.SHUTDOWN})
 _MOST_TRIES = 10  # in the reply's header
 _LATE = {
@@ -92,6 +92,7 @@ _DROPPED = frozenset(
         "server-timing",
     }
 )  # fmt: skip
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _DROPPED_PREFIXES = ("cf-", "x-xenios-", "x-ratelimit-", "access-control-")
 
@@ -408,7 +409,7 @@ class Run:
     async def _whole_body(self, response: UpstreamResponse, record: AttemptRecord, secret: str) -> bytes:
         body = (await self._read_whole(response)).lstrip()
         try:
-            head = msgspec.json.decode(body, type=_Head)
+            head = _read_head(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise UpstreamError(Cause.BAD_REPLY, "The upstream's reply is not valid JSON.") from None
         data = {
@@ -618,7 +619,14 @@ class Run:
         if isinstance(stream, EventStream):
             self._taps = TapChain.open(exchange, self.hooks.open_tap, stream)
             self._beat(server.keepalive_interval)
-        await self._start_stream(200, headers)
+        direct = self.client if isinstance(self.client, DirectClient) else None
+        await self._start_stream(200, headers, direct)
+        if direct is None or not await Relay(stream, direct, self.watch, stall=stall, patience=self._patience).run():
+            await self._pull(stream, stall)
+        await self._end_relay()
+
+    async def _pull(self, stream: ReplyStream, stall: float | None) -> None:
+        """The same chunk by chunk, for upstreams and clients that have to be waited for."""
         wait, client, next_block, touch = self.watch.wait, self.client, stream.next_block, self.watch.touch
         patience = self._patience
         while True:
@@ -630,7 +638,6 @@ class Run:
                 wait(watch.WRITE, patience)
                 await client.write(block)
                 touch()
-        await self._end_relay()
 
     async def _end_relay(self) -> None:
         self._end_attempt()
@@ -639,14 +646,17 @@ class Run:
         self.watch.rest()
         await self._end_stream()
 
-    async def _start_stream(self, status: int, headers: Mapping[str, str]) -> None:
-        """The head of the streamed reply, once: now, or already after `stream_commit_after`."""
+    async def _start_stream(self, status: int, headers: Mapping[str, str], direct: DirectClient | None = None) -> None:
+        """The streamed reply's head, once: now, or already after `stream_commit_after`. `direct`: with its begin."""
         if self._starting is not None:
             await self._starting
             return
         out = self._head(status, headers)
         self.exchange.client_started = self.exchange.streamed = True
-        await self.client.start(status, out)
+        if direct is None:
+            await self.client.start(status, out)
+        else:
+            direct.open(status, out)
 
     async def _end_stream(self) -> None:
         self._over = True
@@ -866,6 +876,9 @@ class _Head(msgspec.Struct):
     error_type: Any = None
 
 
+_read_head = msgspec.json.Decoder(_Head).decode
+
+
 class _Recorded:
     """A recorded stream (a cache hit) as if an upstream sent it."""
 
@@ -957,7 +970,7 @@ def _sound(headers: CIMultiDict[str]) -> bool:
         values.encode()
     except (TypeError, UnicodeEncodeError):
         return False
-    clean = values.count("\n") < max(1, len(headers)) and "\r" not in values and "\0" not in values
+    clean = values.count("\n") < max(1, len(headers)) and _CONTROL.search(values) is None
     return clean and "" not in headers and _NAMES.fullmatch("".join(headers)) is not None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import time
 from email.utils import formatdate
@@ -21,7 +22,7 @@ from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 from multidict import istr
 
-from gateway.client import ClientGone
+from gateway.client import ClientGone, DirectClient
 from gateway.dialects import PLAIN_DIALECT
 from gateway.errors import BadRequest, GatewayError, RequestTimeout, TooLarge, UnsupportedMedia
 from gateway.exchange import Credentials, Exchange, RequestView, new_id
@@ -50,7 +51,10 @@ _X_REQUEST_ID, _X_API_KEY, _API_KEY = istr("X-Request-Id"), istr("X-Api-Key"), i
 _ONCE = (hdrs.AUTHORIZATION, _X_API_KEY, _API_KEY, hdrs.HOST)
 LINGER_SECONDS = 3.0
 PIECE = 256 * 1024
+JOINED = 64 * 1024  # smaller bodies are cheaper copied behind their head than written beside it
 PROGRESS = 64 * 1024  # bytes of a streamed body that must come within each `body_timeout`
+_OURS = (hdrs.DATE, hdrs.SERVER)
+_OURS_OF_WHOLE = (*_OURS, hdrs.CONTENT_LENGTH)
 _ENCODINGS = frozenset({"gzip", "deflate", "identity"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
@@ -78,7 +82,7 @@ class _Sent:
 class _Connection(RequestHandler):
     """One client connection, with a time limit for each request's head, and quiet about malformed input."""
 
-    __slots__ = ("_head_timer", "_limits", "peer")
+    __slots__ = ("_head_timer", "_limits", "on_room", "peer")
 
     def __init__(
         self,
@@ -93,6 +97,17 @@ class _Connection(RequestHandler):
         self._limits = limits
         self._head_timer: asyncio.TimerHandle | None = None
         self.peer: tuple[Any, ...] | str | None = None
+        self.on_room: Callable[[], None] | None = None
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Only what is paused: aiohttp's own goes through parser and transport twice for each request's body."""
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.on_room is not None:
+            self.on_room()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -211,10 +226,10 @@ class _Inbound:
         """The whole body. Raises TooLarge, RequestTimeout, BadRequest or ClientGone."""
         self._check(limit)
         content = self._request.content
+        if content.is_eof() and content.exception() is None and hdrs.EXPECT not in self._request.headers:
+            return _within(content.read_nowait(), limit)  # it came with its head
         with _body_errors():
             await self._continue()
-            if content.is_eof():
-                return _within(await content.readany(), limit)
             async with asyncio.timeout(self._seconds):
                 return await self._read(limit)
 
@@ -285,90 +300,135 @@ def _within(chunk: bytes, limit: int, size: int | None = None) -> bytes:
     return chunk
 
 
-class _Client:
-    """The pipeline's `Client` on aiohttp's writer."""
+class _Client(DirectClient):
+    """The pipeline's `Client` on the connection: each call is one write to its transport."""
 
-    __slots__ = ("_chunked", "_closing", "_progress", "_request", "_writer", "keep_alive")
+    __slots__ = ("_chunked", "_connection", "_head", "_request", "keep_alive")
 
-    def __init__(self, request: web.BaseRequest, *, closing: bool) -> None:
+    def __init__(self, request: web.BaseRequest, connection: _Connection, *, closing: bool) -> None:
         self._request = request
-        self._writer = request.writer
+        self._connection = connection
+        self._chunked = False
+        self._head = b""  # not sent yet
         self.keep_alive = request.keep_alive and not closing
 
     async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
-        headers[hdrs.CONTENT_LENGTH] = str(len(body))
-        writer = self._writer
-        try:
-            await self._head(status, headers)
-            if self._request.method == "HEAD":
-                body = b""
-            if len(body) <= PIECE:
-                await writer.write_eof(body)
-                return
+        head = self._made(status, headers, len(body))
+        connection = self._connection
+        if self._request.method == "HEAD":
+            body = b""
+        if len(body) <= JOINED:
+            self._write(head + body)
+        else:
+            self._write(head)
+            view = memoryview(body)
             for start in range(0, len(body), PIECE):
-                await writer.write(body[start : start + PIECE])
-                progress()
-            await writer.write_eof()
-        except (ConnectionError, ClientConnectionError) as error:
-            raise ClientGone from error
+                if start:
+                    progress()
+                self._write(view[start : start + PIECE])
+                if connection.writing_paused:
+                    await self._room()
+        if connection.writing_paused:
+            await self._room()
 
     async def start(self, status: int, headers: CIMultiDict[str]) -> None:
+        self.open(status, headers)
+        self.put(b"")
+
+    def open(self, status: int, headers: CIMultiDict[str]) -> None:
         if hdrs.CONTENT_LENGTH not in headers:
             headers[hdrs.CACHE_CONTROL] = "no-cache"
             headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
             if self._request.method == "HEAD":
                 pass  # no body, so that nothing need tell its end
             elif self._request.version >= (1, 1):
-                self._writer.enable_chunking()
+                self._chunked = True
                 headers[hdrs.TRANSFER_ENCODING] = "chunked"
             else:
                 self.keep_alive = False  # HTTP/1.0: the end of the body is the end of the connection
-        try:
-            await self._head(status, headers)
-            self._writer.send_headers()
-        except (ConnectionError, ClientConnectionError) as error:
-            raise ClientGone from error
+        self._head = self._made(status, headers)
 
-    async def _head(self, status: int, headers: CIMultiDict[str]) -> None:
-        headers[hdrs.DATE] = _now()
-        headers[hdrs.SERVER] = SERVER_NAME
-        version = self._request.version
-        if hdrs.CONNECTION in headers or not self._request.content.is_eof():
+    def _made(self, status: int, headers: CIMultiDict[str], length: int | None = None) -> bytes:
+        """The head, of headers that were found sound."""
+        request = self._request
+        if hdrs.CONNECTION in headers or not request.content.is_eof():
             # refused for its framing, or before its body came: what follows on this connection is no request
             self.keep_alive = False
         if not self.keep_alive:
             headers[hdrs.CONNECTION] = "close"
-        elif version < (1, 1):
+        elif request.version < (1, 1):
             headers[hdrs.CONNECTION] = "keep-alive"
-        line = f"HTTP/{version[0]}.{version[1]} {status} {_PHRASES.get(status, 'Status')}"
-        await self._writer.write_headers(line, headers)
+        for name in _OURS if length is None else _OURS_OF_WHOLE:
+            if name in headers:
+                del headers[name]
+        lines = [_status_line(request.version, status), _now()]
+        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+        lines.append("\r\n" if length is None else f"Content-Length: {length}\r\n\r\n")
+        return "".join(lines).encode()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        transport = self._connection.transport
+        if transport is None or transport.is_closing():
+            raise ClientGone
+        self._request.writer.output_size = 1  # for aiohttp, and `handle_error`: the reply has begun
+        transport.write(data)
+
+    def put(self, data: bytes) -> bool:
+        if self._chunked and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._head:
+            data, self._head = self._head + data, b""
+            self._request.writer.output_size = 1  # for aiohttp, and `handle_error`: the reply has begun
+        connection = self._connection
+        transport = connection.transport
+        if transport is None or transport.is_closing():
+            raise ClientGone
+        if data:
+            transport.write(data)
+        return not connection.writing_paused
+
+    def when_room(self, call: Callable[[], None] | None) -> None:
+        self._connection.on_room = call
 
     async def write(self, data: bytes) -> None:
-        try:
-            await self._writer.write(data)
-        except (ConnectionError, ClientConnectionError) as error:
-            raise ClientGone from error
+        if not self.put(data):
+            await self._room()
 
     async def end(self) -> None:
+        if self._chunked:
+            self._chunked = False
+            self.put(b"0\r\n\r\n")
+        elif self._head:
+            self.put(b"")
+        if self._connection.writing_paused:
+            await self._room()
+
+    async def _room(self) -> None:
         try:
-            await self._writer.write_eof()
+            await self._connection._drain_helper()  # noqa: SLF001 - aiohttp's own writer waits by it
         except (ConnectionError, ClientConnectionError) as error:
             raise ClientGone from error
 
     def abort(self) -> None:
         self.keep_alive = False
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        if self._connection.transport is not None:
+            self._connection.transport.abort()
+
+
+@functools.lru_cache(maxsize=256)
+def _status_line(version: tuple[int, int], status: int) -> str:
+    return f"HTTP/{version[0]}.{version[1]} {status} {_PHRASES.get(status, 'Status')}\r\n"
 
 
 _clock: list[Any] = [0, ""]
 
 
 def _now() -> str:
-    """The Date header, made once a second."""
+    """The lines that every head has, made once a second."""
     second = int(time.time())
     if _clock[0] != second:
-        _clock[0], _clock[1] = second, formatdate(second, usegmt=True)
+        _clock[0] = second
+        _clock[1] = f"Date: {formatdate(second, usegmt=True)}\r\nServer: {SERVER_NAME}\r\n"
     return str(_clock[1])
 
 
@@ -446,7 +506,10 @@ class Server:
             exchange.request_id = asked_id
         if fault is None:
             exchange.credentials = _credentials(request)
-        client = _Client(request, closing=self.draining)
+        connection = request.protocol
+        if not isinstance(connection, _Connection):  # pragma: no cover - the listener makes no others
+            raise TypeError(type(connection).__name__)
+        client = _Client(request, connection, closing=self.draining)
         run = Run(
             exchange,
             client,

@@ -33,11 +33,27 @@ class ReplyStream(Protocol):
 
     usage: dict[str, Any] | None
     last: bytes
+    response: UpstreamResponse
+    finished: bool  # its clean end was there
+    failed: UpstreamError | None  # what came instead, to be told once what stood before it is out
 
     @property
     def answered(self) -> bool: ...
-    def finish(self) -> bytes: ...
+    @property
+    def tapped(self) -> bool: ...
     async def first_content(self) -> None: ...
+    def held(self) -> bytes:
+        """What came up to the first content, and with it."""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What the client gets of some more of the body. Raises GatewayError."""
+
+    def end(self, error: UpstreamError | None = None) -> bytes:
+        """The same of the body's end, or of what came instead. Raises that, or TRUNCATED, if it is no clean end."""
+
+    def finish(self) -> bytes:
+        """The answer was whole, whatever the upstream does after it."""
+
     async def next_block(self) -> bytes | None: ...
 
 
@@ -113,10 +129,11 @@ class EventStream:
         self.last = b""
         self.events = 0  # passed on so far
         self.finished = False
+        self.failed: UpstreamError | None = None
+        self.response = response
         # Set by the pipeline: what each event passes through, and what is flushed before a clean end.
         self.tap: Callable[[Event], Iterable[bytes]] | None = None
         self.flush: Callable[[], bytes] | None = None
-        self._response = response
         self._grammar = grammar
         self._notable = grammar.notable
         self._forward_usage = forward_usage
@@ -125,12 +142,15 @@ class EventStream:
         self._key = secret.encode()
         self._held: list[Event] = []
         self._finish_seen = False
-        self._error: UpstreamError | None = None
 
     @property
     def answered(self) -> bool:
         """The client has the whole answer, though the upstream has not ended its body yet."""
         return self._finish_seen and not self._grammar.needs_done
+
+    @property
+    def tapped(self) -> bool:
+        return self.tap is not None
 
     def finish(self) -> bytes:
         """Whatever an upstream does after its whole answer must not belie that: what is left for a clean end."""
@@ -146,7 +166,7 @@ class EventStream:
         """Read to the first content event; it and the preamble wait for `next_block`. Raises UpstreamError."""
         size = 0
         while True:
-            chunk = await self._response.chunk()
+            chunk = await self.response.chunk()
             if not chunk:
                 raise UpstreamError(Cause.TRUNCATED, "The upstream ended the stream before any content.")
             content = False
@@ -184,21 +204,23 @@ class EventStream:
 
         Raises UpstreamError: TRUNCATED if there was no clean end, or what the upstream reported in the stream.
         """
-        if self._error is not None:
-            raise self._error
+        if self.failed is not None:
+            raise self.failed
         if self.finished:
             return None
         if self._held:
-            held, self._held = self._held, []
-            return self._pass(held)
+            return self.held()
         try:
-            chunk = await self._response.chunk()
-        except UpstreamError:
-            if self.answered:
-                return self.finish()
-            raise
-        if not chunk:
-            return self._at_end()
+            chunk = await self.response.chunk()
+        except UpstreamError as error:
+            return self.end(error)
+        return self.feed(chunk) if chunk else self.end()
+
+    def held(self) -> bytes:
+        held, self._held = self._held, []
+        return self._pass(held)
+
+    def feed(self, chunk: bytes) -> bytes:
         block = self._splitter.feed(chunk)
         if not block:
             return b""
@@ -224,7 +246,7 @@ class EventStream:
             if self._notable.search(event) is not None:
                 mark = self._grammar.mark(event)
                 if mark.error is not None:
-                    self._error = error_from(mark.error, secret=self._secret)
+                    self.failed = error_from(mark.error, secret=self._secret)
                     break
                 self._note_usage(mark)
                 if mark.finish:
@@ -235,7 +257,7 @@ class EventStream:
                 if mark.usage_only and not self._forward_usage:
                     continue
             if self._key and event.find(self._key) >= 0:  # an upstream that repeats our own key is not passed on
-                self._error = UpstreamError(Cause.BAD_REPLY, "The upstream's stream held what must not be passed on.")
+                self.failed = UpstreamError(Cause.BAD_REPLY, "The upstream's stream held what must not be passed on.")
                 break
             self.last = event
             self.events += 1
@@ -247,17 +269,19 @@ class EventStream:
 
     def _end(self, event: Event, out: list[bytes]) -> None:
         if not self._finish_seen:
-            self._error = UpstreamError(Cause.TRUNCATED, "The upstream ended the stream without finishing the answer.")
+            self.failed = UpstreamError(Cause.TRUNCATED, "The upstream ended the stream without finishing the answer.")
             return
         self.finished = True
         if self.flush is not None:
             out.append(self.flush())
         out.append(event)
 
-    def _at_end(self) -> bytes | None:
-        """The body is complete: clean if the grammar says so."""
+    def end(self, error: UpstreamError | None = None) -> bytes:
+        """The body is complete: clean if the grammar says so. With an error only the whole answer is."""
         if self.answered:
             return self.finish()
+        if error is not None:
+            raise error
         rest = self._splitter.rest().rstrip(b"\r\n")
         if self._finish_seen and _DONE.fullmatch(rest):  # it did say so, but for the blank line
             return self._pass([Event(rest + b"\n\n")])
@@ -276,26 +300,37 @@ def _known(usage: Mapping[str, Any]) -> dict[str, Any]:
 class ByteStream:
     """A binary reply (speech): the first byte is its first content, the complete body its clean end."""
 
+    tapped = False
+    answered = False  # its end is the answer's
+    failed: UpstreamError | None = None
+
     def __init__(self, response: UpstreamResponse) -> None:
         self.usage: dict[str, Any] | None = None
         self.last = b""
-        self._response = response
+        self.finished = False
+        self.response = response
         self._held = b""
-
-    @property
-    def answered(self) -> bool:
-        return False  # its end is the answer's
 
     def finish(self) -> bytes:
         return b""
 
     async def first_content(self) -> None:
-        self._held = await self._response.chunk()
+        self._held = await self.response.chunk()
         if not self._held:
             raise UpstreamError(Cause.BAD_REPLY, "The upstream sent an empty body.")
 
+    def held(self) -> bytes:
+        held, self._held = self._held, b""
+        return held
+
+    def feed(self, chunk: bytes) -> bytes:
+        return chunk
+
+    def end(self, error: UpstreamError | None = None) -> bytes:
+        if error is not None:
+            raise error
+        self.finished = True
+        return b""
+
     async def next_block(self) -> bytes | None:
-        if self._held:
-            held, self._held = self._held, b""
-            return held
-        return await self._response.chunk() or None
+        return self.held() or await self.response.chunk() or None

@@ -65,7 +65,7 @@ class Watch:
         self.expired: str | None = None
         self._on_beat: Callable[[], None] | None = None
         self._interval = 0.0
-        self._wheel = _wheels.get(loop) or _new_wheel(loop)
+        self._wheel = _latest.wheel if _latest.loop is loop else _new_wheel(loop)
         self._wheel.add(self)
 
     def wait(self, what: str, seconds: float | None) -> None:
@@ -94,6 +94,14 @@ class Watch:
         """Call after `first` seconds of silence and then after each `interval`; `touch` restarts the silence."""
         self._on_beat, self._interval = call, interval
         self._next_beat = self._loop.time() + first
+
+    def flows(self, seconds: float | None, *, sent: bool) -> None:
+        """A stream's next piece may take so long; `sent`: one went to the client just now."""
+        now = self._loop.time()
+        self._what = STALL
+        self._due = _FAR if seconds is None else now + seconds
+        if sent:
+            self._next_beat = now + self._interval
 
     def touch(self) -> None:
         """Something was sent: the silence starts anew."""
@@ -197,5 +205,19 @@ def running(loop: asyncio.AbstractEventLoop) -> tuple[str, str] | None:
 _wheels: WeakKeyDictionary[asyncio.AbstractEventLoop, _Wheel] = WeakKeyDictionary()
 
 
+class _Latest:
+    """The wheel that was asked for last: a process has one loop, and a weak dictionary costs as much as a watch."""
+
+    loop: asyncio.AbstractEventLoop | None = None
+    wheel: _Wheel
+
+
+_latest = _Latest()
+
+
 def _new_wheel(loop: asyncio.AbstractEventLoop) -> _Wheel:
-    return _wheels.setdefault(loop, _Wheel(loop))
+    wheel = _wheels.get(loop)
+    if wheel is None:
+        wheel = _wheels[loop] = _Wheel(loop)
+    _latest.loop, _latest.wheel = loop, wheel
+    return wheel

@@ -1,4 +1,4 @@
-"""Jobs a second and memory of `xenios worker`'s process beside RQ's own workers: python -m tests.benchmarks.jobs
+"""Jobs a second and memory of `xenios worker`'s process beside RQ's own workers: `make bench ARGS='--only jobs'`
 
 Each worker does its jobs in a process of its own, on a Valkey on a unix socket, until nothing waits.
 """
@@ -127,23 +127,30 @@ def run(kind, url, what, jobs):
         return json.loads(lines[-1]), idle, busy
 
 
-def main():
+def measured():
+    """Kind of worker → jobs a second, CPU milliseconds of one, memory: at rest, with so many calls at once, of one more."""
     from tests.stores.servers import valkey_server
 
     os.environ.setdefault("PYTHONPATH", str(Path.cwd()))  # RQ imports its functions by name
-    print(f"rq {rq.VERSION}, CPython {sys.version.split()[0]}")
-    print(f"{'':16} {'jobs/s':>8} {'CPU ms/job':>11} {'MB idle':>8} {'at once':>8} {'MB then':>8} {'MB a call':>10}")
+    found = {}
     with valkey_server("--appendonly", "no") as server:
         for kind, (jobs, at_once) in KINDS.items():
             said, idle, _ = run(kind, server.url, "nothing", jobs)
             _, _, busy = run(kind, server.url, "waits", at_once)
             # where a worker does one call at a time, another call is another worker
             each = (busy - idle) / at_once if at_once > 1 else busy
-            print(
-                f"{kind:16} {jobs / said['seconds']:8.0f} {said['cpu'] / jobs * 1000:11.2f} {idle:8.0f} {at_once:8}"
-                f" {busy:8.0f} {each:10.2f}"
-            )
+            found[kind] = {
+                "rate": jobs / said["seconds"],
+                "cpu": said["cpu"] / jobs * 1000,
+                "idle_mb": idle,
+                "at_once": at_once,
+                "peak_mb": busy,
+                "call_mb": each,
+            }
+    for one in found.values():
+        one["cpu_ratio"] = one["cpu"] / found["rq SimpleWorker"]["cpu"]
+    return found
 
 
 if __name__ == "__main__":
-    child(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+    child(*sys.argv[1:])

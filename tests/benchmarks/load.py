@@ -2,6 +2,7 @@
 
     python load.py --port 4110 --connections 64 --seconds 3      closed loop: each connection asks again once it was answered
     python load.py --port 4110 --connections 1 --count 2000
+    python load.py --port 4110 --connections 16 --request-bytes 1000000 --reply-bytes 100000
     python load.py --port 4110 --streams 500 --chunks 400 --delay 20 --ramp 1     500 streams at once, one per connection
 
 Every reply is verified. Plain: status 200 and exactly the mock's body. Stream: status 200, every numbered content chunk
@@ -19,7 +20,7 @@ import resource
 import time
 
 import uvloop
-from mock_upstream import CHUNKED, CONTENT_LENGTH, REPLY, dechunk
+from mock_upstream import CHUNKED, CONTENT_LENGTH, dechunk, reply_of, text_of
 
 WORD = re.compile(rb'"content":" w(\d{5}) of a mocked stream"')
 MESSAGES = [
@@ -30,10 +31,14 @@ PATIENCE_S = 30
 
 
 def request_bytes(args):
-    model = f"{args.model}-n{args.chunks}-d{args.delay}" if args.streams else args.model
-    body = {"model": model, "messages": MESSAGES, "temperature": 0.7, "max_tokens": 256}
+    steer = f"n{args.chunks}-d{args.delay}" if args.streams else f"r{args.reply_bytes}"
+    body = {"model": args.model, "user": steer, "messages": MESSAGES, "temperature": 0.7, "max_tokens": 256}
     if args.streams:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
+    missing = args.request_bytes - len(json.dumps(body, separators=(",", ":")))
+    if missing > 0:
+        system, user = MESSAGES
+        body["messages"] = [system, {**user, "content": user["content"] + text_of(missing)}]
     data = json.dumps(body, separators=(",", ":")).encode()
     head = f"POST {args.path} HTTP/1.1\r\nHost: 127.0.0.1:{args.port}\r\nAuthorization: Bearer {args.key}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -44,9 +49,10 @@ class Run:
     """What all connections share."""
 
     def __init__(self, args, loop):
-        self.args, self.loop, self.request = args, loop, request_bytes(args)
+        self.args, self.loop, self.request, self.reply = args, loop, request_bytes(args), reply_of(args.reply_bytes)
         self.latencies, self.errors, self.detail = [], collections.Counter(), ""
         self.live, self.done, self.stopping, self.asked = 0, loop.create_future(), False, 0
+        self.open = self.most_open = 0
 
     def fail(self, kind, detail=""):
         self.errors[kind] += 1
@@ -66,7 +72,8 @@ class Run:
 
 class Plain(asyncio.Protocol):
     def __init__(self, run):
-        self.run, self.buffer, self.waiting = run, b"", False
+        self.run, self.buffer, self.waiting = run, bytearray(), False
+        self.needed = 0  # bytes of the reply that has begun to arrive, once its head says so
 
     def connection_made(self, transport):
         self.transport = transport
@@ -83,35 +90,37 @@ class Plain(asyncio.Protocol):
 
     def data_received(self, data):
         if self.buffer:
-            data = self.buffer + data
+            self.buffer += data
+            if len(self.buffer) < self.needed:
+                return
+            data = self.buffer
         end = data.find(b"\r\n\r\n") + 4
-        if end < 4:
-            self.buffer = data
-        elif data[end:] == REPLY and data.startswith(b"HTTP/1.1 200 "):
+        if end >= 4 and data[end:] == self.run.reply and data.startswith(b"HTTP/1.1 200 "):
             self.answered()
         else:
             self.slow(data, end)
 
     def slow(self, data, end):
         """Anything but the expected reply in one piece: wait for its end, then judge."""
-        head = data[:end]
+        head, body = data[:end] if end >= 4 else b"", None
+        length = CONTENT_LENGTH.search(head)
         if CHUNKED.search(head):
             body, _ = dechunk(data, end)
-        else:
-            length = CONTENT_LENGTH.search(head)
-            body = data[end : end + int(length[1])] if length and len(data) >= end + int(length[1]) else None
+        elif length:
+            self.needed = end + int(length[1])
+            body = data[end : self.needed] if len(data) >= self.needed else None
         if body is None:
-            self.buffer = data
+            self.buffer = data if data is self.buffer else bytearray(data)
             return
         if not head.startswith(b"HTTP/1.1 200 "):
-            self.run.fail("status", head[:12] + b" " + body)
-        elif body != REPLY:
-            self.run.fail("body", body)
+            self.run.fail("status", bytes(head[:12] + b" " + body))
+        elif body != self.run.reply:
+            self.run.fail("body", bytes(body))
         self.answered()
 
     def answered(self):
         self.run.latencies.append(time.perf_counter() - self.begun)
-        self.buffer, self.waiting = b"", False
+        self.buffer, self.waiting, self.needed = bytearray(), False, 0
         self.ask()
 
     def connection_lost(self, exc):
@@ -127,6 +136,8 @@ class Stream(asyncio.Protocol):
     def connection_made(self, transport):
         self.transport = transport
         self.run.asked += 1
+        self.run.open += 1
+        self.run.most_open = max(self.run.most_open, self.run.open)
         self.begun = time.perf_counter()
         transport.write(self.run.request)
 
@@ -142,6 +153,7 @@ class Stream(asyncio.Protocol):
     def connection_lost(self, exc):
         if not self.ended:
             self.run.fail("closed", exc or b"".join(self.parts)[-200:])
+        self.run.open -= 1
         self.run.left()
 
     def content(self):
@@ -219,6 +231,7 @@ async def run_load(args):
         result |= {
             "first_byte": quantiles([p.first for p in protocols if p.first]),
             "streams": len(run.latencies),
+            "most_open": run.most_open,
         }
     else:
         result |= {"requests": len(run.latencies), "rps": round(len(run.latencies) / wall, 1)}
@@ -234,6 +247,8 @@ def main():
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--count", type=int, default=0, help="stop after so many requests instead of --seconds")
+    parser.add_argument("--request-bytes", type=int, default=0, help="make the prompt so long")
+    parser.add_argument("--reply-bytes", type=int, default=0, help="have the mock answer so much; 0: about 600")
     parser.add_argument("--streams", type=int, default=0)
     parser.add_argument("--chunks", type=int, default=400, help="content chunks of each stream")
     parser.add_argument("--delay", type=int, default=20, help="ms between two chunks")

@@ -1,13 +1,16 @@
 """A fast mock of an OpenAI-compatible provider for load tests: uvloop and raw protocols, precomputed bytes.
 
     python mock_upstream.py --port 9100
+    python mock_upstream.py --port 9100 --tls-port 9143 --certificate both.pem     the same by TLS too
 
 POST …/chat/completions   a JSON reply of about 600 bytes, or SSE when the body has "stream":true
 GET  …/models             the models of --models in OpenRouter's shape
+POST …/traces             taken and thrown away, as of a collector
 GET  /__stats             counters as JSON: requests, streams, chunks, open, lag_ms_max, lag_ms_mean
 
-Words in the model name (behind the last "/", split at "-") steer the answer; other words are ignored:
+Words in the field `user` (split at "-") steer the answer; other words are ignored:
     nN  N content chunks in a stream (40)    dN  N ms between two chunks (0: all in one write)    tN  N ms before the first byte (0)
+    rN  a whole reply of N bytes
 
 A stream is: head and role chunk, N content chunks numbered in their text, the finish chunk, then usage and [DONE].
 Each chunk is a write of its own; one timer wheel of 1 ms drives all streams. A chunk that is late is sent in a later
@@ -20,6 +23,7 @@ import functools
 import gc
 import json
 import re
+import ssl
 import time
 
 import uvloop
@@ -42,28 +46,29 @@ def compact(value):
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-REPLY = compact(
-    {
-        "id": REPLY_ID,
-        "object": "chat.completion",
-        "created": CREATED,
-        "model": "openai/mock",
-        "provider": "Mock",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": TEXT.strip()},
-                "finish_reason": "stop",
-                "native_finish_reason": "stop",
-                "logprobs": None,
-            }
-        ],
-        "usage": USAGE,
-    }
-)
+def completion(content):
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "native_finish_reason": "stop", "logprobs": None}
+    head = {"id": REPLY_ID, "object": "chat.completion", "created": CREATED, "model": "openai/mock", "provider": "Mock"}
+    return compact({**head, "choices": [choice], "usage": USAGE})
+
+
+REPLY = completion(TEXT.strip())
+
+
+@functools.cache
+def reply_of(size):
+    """The body of a whole reply of so many bytes; 0: the usual one."""
+    return completion(text_of(size - len(completion("")))) if size else REPLY
+
+
+def text_of(size):
+    return (TEXT * (size // len(TEXT) + 1))[:size]
+
+
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
-MODEL = re.compile(rb'"model":\s*"([^"]*)"')
+USER = re.compile(rb'"user":\s*"([^"]*)"')
 STREAM = re.compile(rb'"stream":\s*true')
 SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -86,12 +91,17 @@ def event(delta, finish):
     return b"data: %s\n\n" % compact({**head, "choices": [choice]})
 
 
-class Plan:
-    """What one model name asks for, as bytes that are ready to be sent."""
+def found_in(body, pattern):
+    """Fields that steer stand before or behind the messages: a megabyte of them is not searched."""
+    return pattern.search(body, 0, 1024) or pattern.search(body, max(0, len(body) - 4096))
 
-    def __init__(self, model):
-        words = model.rsplit("/", 1)[-1].split("-")
-        steer = {w[0]: int(w[1:]) for w in words if re.fullmatch(r"[ndt]\d+", w)}
+
+class Plan:
+    """What these words ask for, as bytes that are ready to be sent."""
+
+    def __init__(self, words):
+        steer = {w[0]: int(w[1:]) for w in words.split("-") if re.fullmatch(r"[ndtr]\d+", w)}
+        self.reply = whole(reply_of(steer.get("r", 0)))
         self.delay_ms, self.ttfb_ms = steer.get("d", 0), steer.get("t", 0)
         chunks = [event({"content": f" w{i:05d} of a mocked stream"}, None) for i in range(steer.get("n", 40))]
         usage = event({}, "stop").replace(
@@ -135,7 +145,8 @@ class Wheel:
 
 class Mock(asyncio.Protocol):
     def __init__(self, shared):
-        self.shared, self.buffer, self.transport, self.plan = shared, b"", None, None
+        self.shared, self.buffer, self.transport, self.plan = shared, bytearray(), None, None
+        self.needed = 0  # bytes of the request that has begun to arrive, once its head says so
 
     def connection_made(self, transport):
         self.transport = transport
@@ -146,8 +157,9 @@ class Mock(asyncio.Protocol):
             self.shared.open -= 1
 
     def data_received(self, data):
-        self.buffer = self.buffer + data if self.buffer else data
-        self.answer_next()
+        self.buffer += data
+        if len(self.buffer) >= self.needed:
+            self.answer_next()
 
     def answer_next(self):
         while self.plan is None and self.buffer and self.transport and self.take():
@@ -167,9 +179,11 @@ class Mock(asyncio.Protocol):
             length = CONTENT_LENGTH.search(head)
             begin, end = end, end + (int(length[1]) if length else 0)
             if len(self.buffer) < end:
+                self.needed = end
                 return False
             body = self.buffer[begin:end]
-        self.buffer = self.buffer[end:]
+        del self.buffer[:end]
+        self.needed = 0
         method, target, _ = head.split(b" ", 2)
         self.route(method, target.partition(b"?")[0], body)
         return True
@@ -179,6 +193,8 @@ class Mock(asyncio.Protocol):
             self.complete(body)
         elif method == b"GET" and path.endswith(b"/models"):
             self.transport.write(self.shared.models)
+        elif method == b"POST" and path.endswith(b"/traces"):
+            self.transport.write(whole(b""))
         elif path == b"/__stats":
             self.transport.write(whole(compact(self.shared.stats())))
         else:
@@ -186,11 +202,11 @@ class Mock(asyncio.Protocol):
 
     def complete(self, body):
         self.shared.requests += 1
-        model = MODEL.search(body)
-        plan = plan_for(model[1].decode() if model else "mock")
-        streamed = STREAM.search(body)
+        user = found_in(body, USER)
+        plan = plan_for(user[1].decode() if user else "")
+        streamed = found_in(body, STREAM)
         if not streamed and not plan.ttfb_ms:
-            self.transport.write(self.shared.reply)
+            self.transport.write(plan.reply)
             return
         self.plan, self.sent, self.streamed = plan, 0, bool(streamed)
         self.shared.streams += self.streamed
@@ -206,7 +222,7 @@ class Mock(asyncio.Protocol):
             return
         plan = self.plan
         if not self.streamed:
-            self.transport.write(self.shared.reply)
+            self.transport.write(plan.reply)
         elif plan.delay_ms:
             self.transport.write(plan.writes[self.sent])
             self.shared.chunks += 1
@@ -241,7 +257,7 @@ def dechunk(buffer, at):
 
 class Shared:
     def __init__(self, loop, models):
-        self.wheel, self.reply = Wheel(loop), whole(REPLY)
+        self.wheel = Wheel(loop)
         self.requests = self.streams = self.chunks = self.open = 0
         data = [model_entry(name) for name in models]
         links = {"self": "/api/v1/models", "next": None}
@@ -288,10 +304,16 @@ async def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=9100)
     parser.add_argument("--models", default="openai/mock")
+    parser.add_argument("--tls-port", type=int)
+    parser.add_argument("--certificate", help="file with its key too")
     args = parser.parse_args()
     loop = asyncio.get_running_loop()
     shared = Shared(loop, args.models.split(","))
     server = await loop.create_server(lambda: Mock(shared), "127.0.0.1", args.port, backlog=4096)
+    if args.tls_port:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(args.certificate)
+        await loop.create_server(lambda: Mock(shared), "127.0.0.1", args.tls_port, backlog=4096, ssl=context)
     gc.collect()
     gc.freeze()
     await server.serve_forever()

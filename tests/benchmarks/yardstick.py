@@ -5,13 +5,15 @@
         lowlevel  web.Server with one handler, no router     dummyjar  DummyCookieJar        nodecomp  no auto-decompress
         prebuilt  the upstream's URL is built once           skipauto  no automatic headers  gcfreeze  gc.freeze() after start
     python yardstick.py --port 4110 --canned                   no upstream at all: aiohttp's server answering a fixed body
+    python yardstick.py --port 4110 --upstream 9143 --authority ca.pem     by TLS, for targets whose upstream is asked so
 
-Change nothing here: figures that were recorded before could no longer be compared.
+Change nothing of what is measured: figures that were recorded before could no longer be compared.
 """
 
 import argparse
 import asyncio
 import gc
+import ssl
 
 import aiohttp
 import uvloop
@@ -46,7 +48,7 @@ async def canned(request):
     return web.Response(body=REPLY, content_type="application/json")
 
 
-def client(tricks):
+def client(tricks, authority):
     more = {}
     if tricks:
         more = {
@@ -54,7 +56,8 @@ def client(tricks):
             "skip_auto_headers": ("User-Agent", "Accept", "Accept-Encoding"),
             "auto_decompress": False,
         }
-    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
+    tls = {"ssl": ssl.create_default_context(cafile=authority)} if authority else {}
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, **tls)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None), **more)
 
 
@@ -73,9 +76,11 @@ async def main():
     parser.add_argument("--upstream", type=int, default=9100, help="port of the upstream on 127.0.0.1")
     parser.add_argument("--tricks", action="store_true")
     parser.add_argument("--canned", action="store_true")
+    parser.add_argument("--authority", help="ask the upstream by TLS, as localhost; whoever signed its certificate")
     args = parser.parse_args()
-    url = f"http://127.0.0.1:{args.upstream}/v1/chat/completions"
-    session = client(args.tricks)
+    where = f"https://localhost:{args.upstream}" if args.authority else f"http://127.0.0.1:{args.upstream}"
+    url = f"{where}/v1/chat/completions"
+    session = client(args.tricks, args.authority)
     handler = canned if args.canned else proxy(session, URL(url) if args.tricks else url)
     runner = runner_for(handler, args.tricks)
     await runner.setup()

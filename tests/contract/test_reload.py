@@ -319,7 +319,7 @@ async def test_what_runs_after_a_reply_is_awaited(log):
 
 async def test_a_true_cost_is_told_to_those_who_know_the_request(log, monkeypatch):
     """It comes after the reload: the plugin of before is told, and the upstream asked with the key of now."""
-    monkeypatch.setattr("gateway.corrections.Corrections.__init__.__defaults__", ((0.05, 1.0),))
+    monkeypatch.setattr("gateway.corrections.Corrections.__init__.__defaults__", ((1.0, 1.0),))
     heard = asyncio.Queue()
 
     class Accountant(Counter):

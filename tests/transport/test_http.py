@@ -382,10 +382,12 @@ async def test_a_turn_that_is_given_up_as_it_comes_is_the_next_ones():
     async with running(Upstream(CHUNKED), max_connections=1) as transport:
         held = await transport.send("POST", "/1", {}, b"")
         one, two = (asyncio.get_running_loop().create_task(transport.send("POST", "/2", {}, b"")) for _ in range(2))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        turns = transport._pool._turns
+        while len(turns) < 2:
+            await asyncio.sleep(0)
+        first = turns[0]
         held.close()
-        while not transport._pool._turns[0].done() if len(transport._pool._turns) == 2 else False:
+        while not first.done():
             await asyncio.sleep(0)
         one.cancel()
         (await asyncio.wait_for(two, 5)).close()
@@ -516,7 +518,6 @@ async def test_after_close_nothing_is_pushed():
 
 async def test_a_name_is_asked_for_once_in_a_while_and_again_if_nobody_is_there(monkeypatch):
     """Its addresses are kept for their time; a connection that fails has them asked for anew."""
-    loop = asyncio.get_running_loop()
     asked = []
 
     async def getaddrinfo(host, port, **_):
@@ -532,7 +533,6 @@ async def test_a_name_is_asked_for_once_in_a_while_and_again_if_nobody_is_there(
         await refused(transport, Cause.CONNECTION)
         await refused(transport, Cause.CONNECTION)
         assert len(asked) == 2
-    assert loop.time() > 0
 
 
 def _replace(monkeypatch, transport, getaddrinfo):

@@ -517,7 +517,15 @@ def test_defaults():
 
 @pytest.mark.parametrize(
     "given",
-    ["socks5://h:1", "https://h:1", "http://h", "http://u:secret@h", "http://u:se/cret@h:1", "http://h:99999", "h:3128"],
+    [
+        "socks5://h:1",
+        "https://h:1",
+        "http://h",
+        "http://u:secret@h",
+        "http://u:se/cret@h:1",
+        "http://h:99999",
+        "h:3128",
+    ],
 )
 def test_what_is_no_proxy_is_refused_without_showing_it(given):
     """A proxy is http://, host and port, with a password or not; a mistake in it shows no part of it."""
