@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_REQUIRE_VIRTUALENV = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-full coverage full mutation lint types layers unit bench promises promises-check schema dashboards lock clean
+.PHONY: help setup run test test-full coverage transport full mutation lint types layers unit bench promises promises-check schema dashboards lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -44,7 +44,7 @@ layers: $(VENV)/.test
 unit: $(VENV)/.test
 	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
 
-test-full: lint types layers coverage full promises-check mutation  ## What takes longer too (about 30 minutes)
+test-full: lint types layers coverage transport full promises-check mutation  ## What takes longer too (about 30 minutes)
 
 # Processes that tests start are measured too.
 coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branches
@@ -53,6 +53,10 @@ coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branc
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=90
 	@$(BIN)/coverage json --quiet -o - | $(BIN)/python -m tests.branches 90
+
+transport: $(VENV)/.test  ## The tests that reach upstreams, on aiohttp's client
+	@XENIOS_TEST_TRANSPORT=aiohttp $(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile \
+		tests/faults tests/contract tests/clients tests/integration tests/transport
 
 full: $(VENV)/.test  ## The tests that take minutes: many streams at once, a hammering
 	@$(BIN)/python -m pytest -m full --hypothesis-profile=new

@@ -283,7 +283,12 @@ class Upstream(_Section):
     ca_file: Annotated[Path, AfterValidator(_beside_config)] | None = None
     """PEM file of the authorities trusted for this upstream, relative to this file. Default: the system's; with it,
     only those in the file."""
-    transport: Literal["httptools", "aiohttp"] = "httptools"
+    # The whole test suite runs on either: XENIOS_TEST_TRANSPORT says which, and nothing else shall.
+    transport: Literal["httptools", "aiohttp"] = Field(
+        default_factory=lambda: os.environ.get("XENIOS_TEST_TRANSPORT", "httptools"),
+        validate_default=True,
+        json_schema_extra={"default": "httptools"},
+    )
     """What carries requests to it: httptools (our own lean client), or aiohttp's client, at twice the processor time.
     Default httptools."""
     proxy: Annotated[SecretStr, AfterValidator(_proxy)] | None = None

@@ -193,6 +193,7 @@ class AiohttpTransport:
             if connection.protocol is not None:
                 connection.protocol.set_response_params(
                     timer=_NO_TIMER,
+                    read_until_eof=True,
                     auto_decompress=False,
                     max_line_size=LONGEST_LINE,
                     max_field_size=LONGEST_LINE,

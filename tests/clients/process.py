@@ -81,7 +81,7 @@ def _environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(foreign) and not name.lower().endswith("_proxy")
+        if name.startswith("XENIOS_TEST_") or not (name.startswith(foreign) or name.lower().endswith("_proxy"))
     }
 
 

@@ -86,7 +86,8 @@ class Process:
 @asynccontextmanager
 async def started(file: Path, env: Mapping[str, str] | None = None, *, ready: bool = True) -> AsyncIterator[Process]:
     """Run it; killed at the end if it still runs."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("XENIOS_", "OPENROUTER_"))}
+    foreign = ("XENIOS_", "OPENROUTER_")
+    own = {k: v for k, v in os.environ.items() if k.startswith("XENIOS_TEST_") or not k.startswith(foreign)}
     process = await asyncio.create_subprocess_exec(
         XENIOS, "serve", "-c", str(file), cwd=file.parent, env={**own, **(env or {})},
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,

@@ -220,6 +220,12 @@ CELLS = [
 ]
 
 
+@pytest.fixture(params=["httptools", "aiohttp"], autouse=True)
+def transport(request, monkeypatch):
+    """Upstreams that name none have this one."""
+    monkeypatch.setenv("XENIOS_TEST_TRANSPORT", request.param)
+
+
 class BrokenFirst:
     """Decides for the asked model at the broken upstream first, then for a healthy one."""
 

@@ -27,7 +27,11 @@ _FOREIGN = ("XENIOS_", "OPENROUTER_", "OPENAI_", "ANTHROPIC_", "LOCAL_LLM")
 
 def environment(env: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """This process's, without anything that a configuration would read, and `env`; None there takes a variable out."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN) and not k.lower().endswith("_proxy")}
+    own = {
+        k: v
+        for k, v in os.environ.items()
+        if k.startswith("XENIOS_TEST_") or not (k.startswith(_FOREIGN) or k.lower().endswith("_proxy"))
+    }
     return {k: v for k, v in {**own, **(env or {})}.items() if v is not None}
 
 

@@ -9,11 +9,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 
-def certificate_for(name, folder):
-    """(file with its key and certificate, file of who signed it: itself)."""
+def certificate_for(name, folder, *, age=timedelta(0)):
+    """(file with its key and certificate, file of who signed it: itself). It holds for a day; `age`: since when."""
     key = ec.generate_private_key(ec.SECP256R1())
     who = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
+    now = datetime.now(UTC) - age
     made = (
         x509.CertificateBuilder()
         .subject_name(who)

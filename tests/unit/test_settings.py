@@ -535,6 +535,16 @@ def test_what_is_no_proxy_is_refused_without_showing_it(given):
     assert "cret" not in str(caught.value)
 
 
+def test_the_tests_choose_the_transport_of_upstreams_that_name_none(monkeypatch):
+    """`make transport`: what a configuration names stays, and a name that there is not is refused."""
+    text = "upstreams: {a: {api_key: k}, b: {api_key: k, transport: httptools}}"
+    monkeypatch.setenv("XENIOS_TEST_TRANSPORT", "aiohttp")
+    assert [u.transport for u in load_text(text).settings.upstreams.values()] == ["aiohttp", "httptools"]
+    monkeypatch.setenv("XENIOS_TEST_TRANSPORT", "carrier pigeon")
+    with pytest.raises(ConfigError, match=r"upstreams\.a\.transport"):
+        load_text(text)
+
+
 def test_a_proxy_is_the_lean_transports_alone():
     """With aiohttp's client it is refused rather than gone around; else it is kept, and never shown."""
     text = "upstreams: {openrouter: {api_key: k, proxy: 'http://u:secret@h:3128', transport: %s}}"
