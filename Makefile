@@ -44,7 +44,7 @@ layers: $(VENV)/.test
 unit: $(VENV)/.test
 	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
 
-test-full: lint types layers coverage transport full promises-check mutation  ## What takes longer too (about 30 minutes)
+test-full: lint types layers coverage transport full promises-check mutation  ## What takes longer too (about 45 minutes)
 
 # Processes that tests start are measured too.
 coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branches

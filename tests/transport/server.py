@@ -74,7 +74,7 @@ class Peer:
     def reset(self) -> None:
         """RST."""
         sock = self.writer.get_extra_info("socket")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # the client was faster: uvloop has no socket any more
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 

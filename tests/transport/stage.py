@@ -86,11 +86,13 @@ class Stage:
                 await peer.write(sized(request.path.encode()))
                 continue
             pieces, end, written = play
-            await peer.write(*pieces)
-            if end == "eof":
-                peer.eof()
-            elif end == "reset":
+            try:
+                await peer.write(*pieces)
+                if end == "eof":
+                    peer.eof()
+                elif end == "reset":
+                    await turns()
+                    peer.reset()
                 await turns()
-                peer.reset()
-            await turns()
-            written.set()
+            finally:
+                written.set()

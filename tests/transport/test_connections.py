@@ -12,7 +12,7 @@ from gateway.errors import Cause
 from tests.stores.certificates import certificate_for
 from tests.transport.client import ask, both, connected
 from tests.transport.corpus import Whole, sized
-from tests.transport.server import SECONDS, serving
+from tests.transport.server import SECONDS, serving, turns
 
 OK = sized(b"hello")
 
@@ -90,6 +90,21 @@ async def test_what_fails_on_a_new_connection_is_not_sent_again(make, fault):
         async with connected(server.url, make) as made:
             assert await ask(made, "/") == (Cause.TRUNCATED if fault == "reset in the body" else Cause.CONNECTION)
         assert len(server.requests) == 1
+
+
+async def test_an_answer_before_the_question_is_no_later_ones():
+    """A server that speaks first is refused or taken at its word; what it says then is nobody's answer."""
+
+    async def play(peer):
+        await peer.write(sized(b"early"))
+        while (request := await peer.request()) is not None:
+            await peer.write(sized(request.path.encode()))
+
+    async with serving(play) as server, connected(server.url) as made:
+        for number in range(5):
+            meaning = await ask(made, f"/{number}")
+            assert meaning == Cause.CONNECTION or meaning.body in {b"early", f"/{number}".encode()}
+            await turns(20)
 
 
 @both

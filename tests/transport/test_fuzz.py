@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import Cause
@@ -46,6 +46,8 @@ def replies(draw):
             )
         )
         raw = raw[:at] + new + raw[to:]
+    if draw(st.integers(0, 3)) == 0:
+        raw += draw(st.sampled_from([*WORDS, *SEEDS]))
     return raw
 
 
@@ -67,6 +69,7 @@ def theirs():
 
 @settings(max_examples=MANY)
 @given(raw=replies(), cuts=CUTS, end=ENDS, way=st.sampled_from(sorted(WAYS)))
+@example(raw=b"\r\n\x15", cuts=[1, 2], end="reset", way="chunk")  # refused, closed and only then reset
 def test_whatever_comes_the_next_request_gets_its_own_answer(lean, raw, cuts, end, way):
     """A reply or a cause comes of any bytes, in any pieces."""
     meaning, _ = lean.play(split(raw, cuts), end, WAYS[way])
