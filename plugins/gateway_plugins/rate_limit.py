@@ -139,7 +139,7 @@ class _Shown(NamedTuple):
     """What the headers tell of a set of rules: by unit its rates."""
 
     owner: Plugin
-    units: tuple[tuple[str, tuple[_Rate, ...]], ...]
+    units: tuple[tuple[_Rate, ...], ...]
 
 
 class _Compiled:
@@ -210,7 +210,7 @@ class Plugin:
         self._limits = [self._compiled(limit) for limit in config.limits]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
         self._plans = PerCaller(self._plan)
-        self._sets: dict[tuple[Rule, ...], RuleSet] = {}
+        self._set = functools.lru_cache(maxsize=_SUBJECTS)(self._set_of)
 
     def _compiled(self, limit: Limit) -> _Compiled:
         return _Compiled(limit, self, self._services.plugin_id)
@@ -249,15 +249,10 @@ class Plugin:
             rules = [rule for rule in rules if rule.about.unit in _LATE[exchange.phase]]
         return self._set(tuple(rules))
 
-    def _set(self, rules: tuple[Rule, ...]) -> RuleSet:
+    def _set_of(self, rules: tuple[Rule, ...]) -> RuleSet:
         """One for all requests that fall under these rules."""
-        known = self._sets.get(rules)
-        if known is None:
-            if len(self._sets) >= _SUBJECTS:
-                self._sets.clear()
-            in_order = tuple(sorted(rules, key=lambda rule: rule.varies))  # tokens last, as clients are told of them
-            known = self._sets[rules] = RuleSet(in_order, self._shown(in_order))
-        return known
+        in_order = tuple(sorted(rules, key=lambda rule: rule.varies))  # tokens last, as clients are told of them
+        return RuleSet(in_order, self._shown(in_order))
 
     def _shown(self, rules: tuple[Rule, ...]) -> _Shown:
         units: dict[str, list[_Rate]] = {}
@@ -265,7 +260,7 @@ class Plugin:
             if rule.kind == "rate":
                 takes = None if rule.varies else rule.amount * rule.unit
                 units.setdefault(rule.about.unit, []).append(_Rate(place, rule.room, rule.unit, takes, rule))
-        return _Shown(self, tuple((unit, tuple(rates)) for unit, rates in units.items()))
+        return _Shown(self, tuple(map(tuple, units.values())))
 
     def _plan(self, exchange: Exchange) -> _Plan:
         limits = list(self._limits)
@@ -346,20 +341,14 @@ def _refuse(rule: Rule, state: State) -> GatewayError:
 def _show(exchange: Exchange, shown: _Shown, levels: Sequence[Any], first: int, tokens: int) -> None:
     """Of each unit the rule that has the least left."""
     headers = exchange.reply_headers
-    for unit, rates in shown.units:
+    for rates in shown.units:
         least = None
         for place, room, one, takes, of in rates:
             level = levels[first + place] + (tokens * one if takes is None else takes)
             left = int((room - level) / one)
             if least is None or left < least:
                 least, rule, ahead = left, of, level
-        if exchange.dialect.anthropic:
-            headers.update(_headers(rule, least or 0, ahead / 1e6, anthropic=True))
-            continue
-        limit, remaining, reset = _HEADERS[unit]
-        headers[limit] = str(rule.limit)
-        headers[remaining] = str(least)
-        headers[reset] = go_duration(ahead / 1e6)
+        headers.update(_headers(rule, least or 0, ahead / 1e6, anthropic=exchange.dialect.anthropic))
 
 
 def _headers(rule: Rule, left: int, reset: float, *, anthropic: bool = False) -> tuple[tuple[str, str], ...]:

@@ -214,7 +214,7 @@ class Plugin:
         self._budgets = [self._compiled(budget) for budget in config.budgets]
         self._own = functools.lru_cache(maxsize=4096)(self._compiled_own)
         self._plans = PerCaller(self._plan)
-        self._sets: dict[tuple[Rule, ...], RuleSet] = {}
+        self._set = functools.lru_cache(maxsize=_SUBJECTS)(_set_of)
         self.reserved: ContextKey[_Reserved] = ContextKey("reserved")
         self._warned: OrderedDict[str, None] = OrderedDict()
         self._correctable: OrderedDict[str, tuple[Sequence[Rule], dict[int, int]]] = OrderedDict()
@@ -268,15 +268,6 @@ class Plugin:
             if budget.applies is None or budget.applies(exchange):
                 rules += budget.rules(exchange)
         return self._set(tuple(rules))
-
-    def _set(self, rules: tuple[Rule, ...]) -> RuleSet:
-        """One for all requests that fall under these budgets."""
-        known = self._sets.get(rules)
-        if known is None:
-            if len(self._sets) >= _SUBJECTS:
-                self._sets.clear()
-            known = self._sets[rules] = RuleSet(rules, any(rule.about.budget.hard for rule in rules))
-        return known
 
     async def _look(self, exchange: Exchange) -> None:
         """A job is taken: reserved is when it runs. Refused is now what can't be paid then, as far as that is known."""
@@ -420,6 +411,11 @@ def _micro(pico: int) -> int:
 def _usd(micro: int) -> str:
     """Dollars and cents, and more digits where it is less."""
     return f"{micro / 1e6:,.2f}" if micro >= 10**4 or micro == 0 else f"{micro / 1e6:.6f}"
+
+
+def _set_of(rules: tuple[Rule, ...]) -> RuleSet:
+    """One for all requests that fall under these budgets."""
+    return RuleSet(rules, any(rule.about.budget.hard for rule in rules))
 
 
 def _actual(exchange: Exchange) -> int | None:
