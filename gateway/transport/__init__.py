@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Unpack
 
     from gateway.upstream import Transport
 
 
+class Options(TypedDict):
+    """What every transport takes, as `HttpTransport` says."""
+
+    connect_timeout: float
+    max_connections: NotRequired[int]
+    max_reply: int
+    ca_file: NotRequired[Path | None]
+
+
 def open_transport(
-    kind: Literal["httptools", "aiohttp"],
-    base_url: str,
-    *,
-    connect_timeout: float,
-    max_connections: int = 0,
-    max_reply: int,
-    ca_file: Path | None = None,
-    proxy: str | None = None,
+    kind: Literal["httptools", "aiohttp"], base_url: str, *, proxy: str | None = None, **options: Unpack[Options]
 ) -> Transport:
     """The transport of this kind; nothing is connected yet. Raises OSError if `ca_file` can't be used.
 
@@ -27,20 +30,7 @@ def open_transport(
     if kind == "aiohttp":
         from gateway.transport.aiohttp_client import AiohttpTransport  # noqa: PLC0415
 
-        return AiohttpTransport(
-            base_url,
-            connect_timeout=connect_timeout,
-            max_connections=max_connections,
-            max_reply=max_reply,
-            ca_file=ca_file,
-        )
+        return AiohttpTransport(base_url, **options)
     from gateway.transport.http import HttpTransport  # noqa: PLC0415
 
-    return HttpTransport(
-        base_url,
-        connect_timeout=connect_timeout,
-        max_connections=max_connections,
-        max_reply=max_reply,
-        ca_file=ca_file,
-        proxy=proxy,
-    )
+    return HttpTransport(base_url, proxy=proxy, **options)
