@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 from multidict import CIMultiDict
@@ -33,22 +34,22 @@ class Client(Protocol):
         """Close the connection uncleanly."""
 
 
-class DirectClient:
+class DirectClient(ABC):
     """A client that can be written to without waiting, too: within the callback that read what is to be written."""
 
     __slots__ = ()
 
+    @abstractmethod
     def open(self, status: int, headers: CIMultiDict[str]) -> None:
         """The head of a streamed reply, which goes out with what is put next."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, data: bytes) -> bool:
         """Some of its body. False: the client is slow, and is not to be given more. Raises ClientGone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def when_room(self, call: Callable[[], None] | None) -> None:
         """Whom to call when a slow client has taken what waited for it."""
-        raise NotImplementedError
 
 
 class Collected:
