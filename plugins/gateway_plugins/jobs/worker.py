@@ -588,10 +588,7 @@ class AsyncWorker(BaseWorker):
 
         Not by RQ's way, which waits for a minute, and takes a job for the one of that name that it saw a day ago.
         """
-        if not self._mine("between", 15):
-            self._between = set()
-            return
-        if not self._any(queue.intermediate_queue_key for queue in self.queues):
+        if not (self._mine("between", 15) and self._any(queue.intermediate_queue_key for queue in self.queues)):
             self._between = set()
             return
         found = [(queue, job) for queue in self.queues for job in queue.intermediate_queue.get_job_ids()]
