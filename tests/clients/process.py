@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.integration.process import environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = REPOSITORY / "config" / "xenios.yaml"
@@ -42,7 +43,7 @@ def served(folder: Path, config: Path = SHIPPED, within: float = 20.0) -> Iterat
     command = [str(BIN / "xenios"), "serve", "--config", str(config), "--port", "0"]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, cwd=folder, env=_environment(), stdout=out, stderr=subprocess.PIPE, text=True
+            command, cwd=folder, env=environment(), stdout=out, stderr=subprocess.PIPE, text=True
         )
     try:
         banner = _banner(process)
@@ -73,16 +74,7 @@ def plain_environment() -> dict[str, str]:
 
     CPython 3.11's tracing breaks anyio's sockets ("invalid state"), so async clients run untraced.
     """
-    return {name: value for name, value in _environment().items() if not name.startswith("COVERAGE_")}
-
-
-def _environment() -> dict[str, str]:
-    foreign = ("XENIOS_", "OPENROUTER_", "OPENAI_", "ANTHROPIC_")
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith("XENIOS_TEST_") or not (name.startswith(foreign) or name.lower().endswith("_proxy"))
-    }
+    return {name: value for name, value in environment().items() if not name.startswith("COVERAGE_")}
 
 
 def _banner(process: subprocess.Popen[str]) -> list[str]:

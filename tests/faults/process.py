@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import sys
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+
+from tests.integration.process import environment
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -86,10 +87,8 @@ class Process:
 @asynccontextmanager
 async def started(file: Path, env: Mapping[str, str] | None = None, *, ready: bool = True) -> AsyncIterator[Process]:
     """Run it; killed at the end if it still runs."""
-    foreign = ("XENIOS_", "OPENROUTER_")
-    own = {k: v for k, v in os.environ.items() if k.startswith("XENIOS_TEST_") or not k.startswith(foreign)}
     process = await asyncio.create_subprocess_exec(
-        XENIOS, "serve", "-c", str(file), cwd=file.parent, env={**own, **(env or {})},
+        XENIOS, "serve", "-c", str(file), cwd=file.parent, env=environment(env),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     gateway = Process(process, file.parent)

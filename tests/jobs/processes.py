@@ -11,10 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import openai
+
 from tests.integration.process import XENIOS, environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.integration.process import Running
+
+
+def sdk(gateway: Running) -> openai.AsyncOpenAI:
+    """OpenAI's client for it, which is told of each failure."""
+    return openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.key, max_retries=0)
 
 
 def configured(

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.kit.upstream import MODEL, Json, ScriptedUpstream, chat_completion
 from tests.integration.process import serving_beside
-from tests.jobs.processes import configured, workers
+from tests.jobs.processes import configured, sdk, workers
 from tests.jobs.s3 import s3_server, way_to
 from tests.stores.servers import valkey_server
 
@@ -43,9 +43,7 @@ async def test_a_batch_in_s3_outlives_its_worker_and_an_outage(tmp_path):
             async with serving_beside(tmp_path, "--config", config) as gateway:
                 with workers(config) as start:
                     worker = start()
-                    async with openai.AsyncOpenAI(
-                        base_url=f"{gateway.url}/v1", api_key=gateway.key, max_retries=0
-                    ) as client:
+                    async with sdk(gateway) as client:
                         content = b"\n".join(map(line, range(LINES)))
                         file = await client.files.create(file=("in.jsonl", content), purpose="batch")
                         batch = await client.batches.create(

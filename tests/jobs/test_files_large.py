@@ -3,11 +3,10 @@
 import asyncio
 import json
 
-import openai
 import pytest
 
 from tests.integration.process import serving_beside
-from tests.jobs.processes import configured, memory, workers
+from tests.jobs.processes import configured, memory, sdk, workers
 from tests.stores.servers import emptied, valkey_server
 
 LINES, LONG = 50_000, 4_000
@@ -34,9 +33,7 @@ async def test_200_megabytes_are_never_in_memory(tmp_path):
         async with serving_beside(tmp_path, "--config", config) as gateway:
             with workers(config) as start:
                 worker = start()
-                async with openai.AsyncOpenAI(
-                    base_url=f"{gateway.url}/v1", api_key=gateway.key, max_retries=0
-                ) as client:
+                async with sdk(gateway) as client:
                     await client.models.list()
                     before, _ = memory(gateway.pid)
                     with path.open("rb") as content:

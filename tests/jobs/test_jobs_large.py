@@ -8,7 +8,6 @@ import random
 
 import aiohttp
 import httpx
-import openai
 import pytest
 import yaml
 
@@ -16,7 +15,7 @@ from gateway.kit.upstream import Json, Pause, ScriptedUpstream, Stream, chat_com
 from tests.integration.process import CONFIG, serving_beside, xenios
 from tests.jobs.asking import CHAT
 from tests.jobs.gateways import without_ids
-from tests.jobs.processes import configured, memory, workers
+from tests.jobs.processes import configured, memory, sdk, workers
 from tests.stores.servers import valkey_server
 
 AUDIO, RESULT = 15_000_000, 20_000_000  # bytes
@@ -56,7 +55,7 @@ async def test_a_recording_is_transcribed_as_a_job(tmp_path):
         async with serving_beside(tmp_path, "--config", config) as gateway:
             prefer = {"Prefer": "respond-async"}
             file = ("speech.wav", audio, "audio/wav")
-            async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.key, max_retries=0) as client:
+            async with sdk(gateway) as client:
                 by_sdk = await client.audio.transcriptions.with_raw_response.create(
                     model="task/transcription", file=file, extra_headers=prefer
                 )
