@@ -180,12 +180,15 @@ def read_entries(
     `services`: None where that section has mistakes of its own.
     """
     given = classes or {}
+    points = installed()  # every installation's list is read for it: once, not for each entry
     problems: list[Problem] = []
     found: list[Blueprint] = []
     for index, entry in entries:
         where: tuple[str | int, ...] = ("plugins", index)
         try:
-            cls, version = (given[entry.use], "given") if entry.use in given else load(entry.use, source.base, source)
+            cls, version = (
+                (given[entry.use], "given") if entry.use in given else load(entry.use, source.base, source, points)
+            )
         except LookupError as error:
             problems.append(source.problem((*where, "use"), str(error.args[0])))
             continue
@@ -208,11 +211,16 @@ def installed() -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
 
 
-def load(use: str, folder: Path, source: Source | None = None) -> tuple[type[Any], str]:
+def load(
+    use: str,
+    folder: Path,
+    source: Source | None = None,
+    points: Mapping[str, importlib.metadata.EntryPoint] | None = None,
+) -> tuple[type[Any], str]:
     """The plugin's class and version; a file's as `source` has read it. Raises LookupError that says what to do."""
     if _is_file(use):
         return _load_file(use, source or Source("", folder))
-    points = installed()
+    points = installed() if points is None else points
     point = points.get(use)
     if point is None:
         near = difflib.get_close_matches(use, points, 1)
