@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_REQUIRE_VIRTUALENV = 1
+# Containers often set it; then each of the hundreds of processes that tests start compiles the whole gateway.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-full coverage transport full mutation lint types layers unit bench promises promises-check schema dashboards lock clean
