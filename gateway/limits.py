@@ -47,6 +47,7 @@ class Rule(msgspec.Struct, eq=False):
     on_store_error: Literal["allow", "deny"] = "deny"
     about: Any = None  # what else its plugin has to know of it; nobody else looks. No subclasses: they cost speed
     name: str = ""  # for people who ask what limits there are: the limit in words
+    lease: bool = False  # on Redis: a worker may hold some of it ahead of its requests
     varies: bool = False  # in a RuleSet: the amount is the request's own, as `hold_set` is told
     # What follows from these.
     size: int = 0  # rate: units that the bucket holds
@@ -174,7 +175,7 @@ class Held(msgspec.Struct, eq=False):
 class Plan:
     """What judging these sets comes to, worked out once."""
 
-    __slots__ = ("actual", "admitted", "budgets", "compiled", "quick", "rules")
+    __slots__ = ("actual", "admitted", "budgets", "compiled", "leases", "quick", "rules")
 
     def __init__(self, sets: Sequence[RuleSet]) -> None:
         self.rules = [(number, rule) for number, one in enumerate(sets) for rule in one.rules]
@@ -195,6 +196,7 @@ class Plan:
         self.quick = len({rule.key for rule in rules}) == len(rules) and all(
             rule.varies or (rule.kind != "budget" and rule.actual is None) for rule in rules
         )
+        self.leases = self.quick and all(rule.lease for rule in rules)
         self.compiled: Any = None  # the ledger's
 
     def told(self, rule: Rule) -> int | None:

@@ -30,13 +30,14 @@ import msgspec
 import structlog
 
 from gateway.errors import StatementError, StoreUnavailable
+from gateway.kit.leases import SWEEP_SECONDS, Lease
 from gateway.kit.passes import passes
 from gateway.limits import Admission, Held, Level, Plan, Rule, State, Verdict, weighed
 from gateway.logs import worth_a_line
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from gateway.errors import GatewayError
     from gateway.exchange import Exchange
@@ -460,6 +461,8 @@ ADJUSTED = PREFIX + "adjusted:"  # operation and budget that were charged withou
 ROWS = PREFIX + "rows"  # stream
 DROPPED = PREFIX + "dropped"  # how many rows found no place in it
 MOVER = PREFIX + "mover"  # the worker that takes rows
+WORKERS = PREFIX + "workers"  # sorted set: worker → when what it leased is given back
+LEASED = PREFIX + "leased:"  # hash of one worker: `b` or `s` and the rule's key → micro-USD, or places
 
 _TIME = """
 local now = tonumber(ARGV[1])
@@ -469,27 +472,33 @@ local function text(n) return string.format('%.0f', n) end
 """
 
 # KEYS: one per rule, then the operation's and the leases. ARGV: the time in µs (0: Redis's own), the lease in µs, the
-# operation, its row, '1' if it is to be given back, then four per rule:
+# operation, its row, '1' if it is to be given back, the worker, then five per rule:
 #   'r', the bucket's size in µs, what the request takes in µs, '';
 #   's', the number of slots, operations that are over but whose slots may not have been freed yet, '';
-#   'b', the limit, the least and the most to reserve as 'least most', when the count may be forgotten in ms or ''.
-# Returns 1 or 0, then each rule's level before, as text.
+#   'b', the limit, the least and the most to reserve as 'least most', when the count may be forgotten in ms or '';
+#   and '', or what the worker gives back of what it leased (a rate's end in µs; a number of places that stay in use) if
+#   it wants to lease anew.
+# Returns 1 or 0, then each rule's level before, as text, each rule's lease likewise, and the time.
 _JUDGE = (
     _TIME
-    + """
-local op, n = ARGV[3], #KEYS - 2
-local out, ok, grant, budgets = {1}, true, nil, false
+    + f"""
+local op, n, mine = ARGV[3], #KEYS - 2, '{LEASED}' .. ARGV[6]
+local out, ok, grant, budgets, wishes = {{1}}, true, nil, false, false
+local function own(kind, key) return tonumber(redis.call('HGET', mine, kind .. key) or 0) end
 for i = 1, n do
-  local key, p = KEYS[i], 4 * i + 2
-  local kind, room, level = ARGV[p], tonumber(ARGV[p + 1]), nil
+  local key, p = KEYS[i], 5 * i + 2
+  local kind, room, level, wish = ARGV[p], tonumber(ARGV[p + 1]), nil, tonumber(ARGV[p + 4])
+  wishes = wishes or wish
   if kind == 's' then
     for over in string.gmatch(ARGV[p + 2], '%S+') do redis.call('ZREM', key, over) end
     redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
-    level = redis.call('ZCARD', key)
+    level = redis.call('ZCARD', key) + tonumber(redis.call('GET', key .. ':leased') or 0)
+    if wish then level = level - own('s', key) + wish end
     if level >= room then ok = false end
   elseif kind == 'b' then
-    local held = redis.call('HMGET', key, 'spent', 'reserved')
-    local spent, reserved = tonumber(held[1] or 0), tonumber(held[2] or 0)
+    local held = redis.call('HMGET', key, 'spent', 'reserved', 'leased')
+    local spent, reserved = tonumber(held[1] or 0), tonumber(held[2] or 0) + tonumber(held[3] or 0)
+    if wish then reserved = reserved - own('b', key) end
     local least, most = string.match(ARGV[p + 2], '(%d+) (%d+)')
     local left = room - spent - reserved
     if left < tonumber(least) then ok = false end
@@ -498,6 +507,7 @@ for i = 1, n do
     level = text(spent) .. ' ' .. text(reserved)
   else
     level = math.max(0, tonumber(redis.call('GET', key) or 0) - now)
+    if wish then level = math.max(0, level - math.max(0, wish - now)) end
     if level + tonumber(ARGV[p + 2]) > room + 0.5 then ok = false end
     level = string.format('%.3f', level)
   end
@@ -505,20 +515,52 @@ for i = 1, n do
 end
 if not ok then out[1] = 0; return out end
 local gone = budgets and redis.call('HEXISTS', KEYS[n + 1], '~gone')
+local workers = 1
+if wishes then
+  redis.call('ZADD', '{WORKERS}', now + lease, ARGV[6])
+  workers = redis.call('ZCOUNT', '{WORKERS}', now, '+inf')
+end
+-- of what is left when the request has taken its own: nothing that is not good for two more such requests
+local function share(left, room, taken)
+  local part = left / (4 * workers)
+  if left * 10 < room or part < 2 * taken then return 0 end
+  return part
+end
 for i = 1, n do
-  local key, p = KEYS[i], 4 * i + 2
-  local kind = ARGV[p]
+  local key, p = KEYS[i], 5 * i + 2
+  local kind, room, wish = ARGV[p], tonumber(ARGV[p + 1]), tonumber(ARGV[p + 4])
+  out[n + 1 + i] = ''
   if kind == 's' then
     redis.call('ZADD', key, now + lease, op)
     redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
+    if wish then
+      local spare = math.floor(share(room - tonumber(out[i + 1]) - 1, room, 1))
+      local more = wish + spare - own('s', key)
+      if more ~= 0 then redis.call('INCRBY', key .. ':leased', more) end
+      redis.call('HSET', mine, 's' .. key, text(wish + spare))
+      out[n + 1 + i] = text(spare)
+    end
   elseif kind == 'b' then
     -- an operation whose lease ended was charged what it had reserved: what it takes on top is charged too
     local taken = string.sub(ARGV[p + 2], -2) == ' 0' and 0 or grant
     redis.call('HINCRBY', key, gone == 1 and 'spent' or 'reserved', text(taken))
     if ARGV[p + 3] ~= '' then redis.call('PEXPIREAT', key, ARGV[p + 3]) end
     redis.call('HINCRBY', KEYS[n + 1], key, text(taken))
+    if wish then
+      local spent, reserved = string.match(out[i + 1], '(%S+) (%S+)')
+      local part = math.floor(share(room - tonumber(spent) - tonumber(reserved) - taken, room, taken))
+      redis.call('HINCRBY', key, 'leased', text(part - own('b', key)))
+      redis.call('HSET', mine, 'b' .. key, text(part))
+      out[n + 1 + i] = text(part)
+    end
   else
-    local ahead = tonumber(out[i + 1]) + tonumber(ARGV[p + 2])
+    local taken = tonumber(ARGV[p + 2])
+    local ahead = tonumber(out[i + 1]) + taken
+    if wish then
+      local part = math.min(share(room - ahead, room, taken), lease)
+      ahead = ahead + part
+      out[n + 1 + i] = string.format('%.3f', now + part)
+    end
     redis.call('SET', key, string.format('%.3f', now + ahead), 'PX', math.ceil(ahead / 1000) + 1)
   end
 end
@@ -527,40 +569,65 @@ if budgets then
   if ARGV[5] ~= '' then redis.call('HSET', KEYS[n + 1], '~back', '1') end
   if gone == 0 then redis.call('ZADD', KEYS[n + 2], now + lease, op) end
 end
+out[2 * n + 2] = text(now)
 return out
 """
 )
 
-# KEYS: one per rule. ARGV: the time, the lease, then each rule's kind. Returns each rule's level, as text.
+# KEYS: one per rule. ARGV: the time, the lease, the worker, then two per rule: its kind, and what the worker would give
+# back of its lease as for _JUDGE, or ''. Returns each rule's level, as text.
 _PEEK = (
     _TIME
-    + """
-local out = {}
+    + f"""
+local out, mine = {{}}, '{LEASED}' .. ARGV[3]
+local function own(kind, key) return tonumber(redis.call('HGET', mine, kind .. key) or 0) end
 for i, key in ipairs(KEYS) do
-  local kind = ARGV[i + 2]
+  local kind, kept = ARGV[2 * i + 2], tonumber(ARGV[2 * i + 3])
   if kind == 'slots' then
-    out[i] = text(redis.call('ZCOUNT', key, '(' .. text(now), '+inf'))
+    local level = redis.call('ZCOUNT', key, '(' .. text(now), '+inf') + (redis.call('GET', key .. ':leased') or 0)
+    out[i] = text(level + (kept and kept - own('s', key) or 0))
   elseif kind == 'budget' then
-    local held = redis.call('HMGET', key, 'spent', 'reserved')
-    out[i] = text(tonumber(held[1] or 0)) .. ' ' .. text(tonumber(held[2] or 0))
+    local held = redis.call('HMGET', key, 'spent', 'reserved', 'leased')
+    local reserved = tonumber(held[2] or 0) + tonumber(held[3] or 0) - (kept and own('b', key) or 0)
+    out[i] = text(tonumber(held[1] or 0)) .. ' ' .. text(reserved)
   else
-    out[i] = string.format('%.3f', math.max(0, tonumber(redis.call('GET', key) or 0) - now))
+    local level = math.max(0, tonumber(redis.call('GET', key) or 0) - now)
+    out[i] = string.format('%.3f', math.max(0, level - math.max(0, (kept or 0) - now)))
   end
 end
 return out
 """
 )
 
+_GIVE_BACK = f"""
+local function give_back(worker)
+  local fields = redis.call('HGETALL', '{LEASED}' .. worker)
+  for i = 1, #fields, 2 do
+    local kind, key = string.sub(fields[i], 1, 1), string.sub(fields[i], 2)
+    if kind == 'b' then
+      redis.call('HINCRBY', key, 'leased', text(0 - fields[i + 1]))
+    elseif redis.call('DECRBY', key .. ':leased', fields[i + 1]) <= 0 then
+      redis.call('DEL', key .. ':leased')
+    end
+  end
+  redis.call('DEL', '{LEASED}' .. worker)
+end
+"""
+
 # KEYS: one per change. ARGV: the time, the lease, then four per change: its kind, operation, value, and more.
 #   'r' moves a bucket by µs; 's' frees a slot; 'l' renews a slot's lease; 'k' a reservation's.
 #   'b' spends the value of what an operation reserved ('' all). More is 'charge' if it is to be spent also without a
 #   reservation, and how many seconds this is remembered.
 #   'w' records the value as a row.
+#   'a' reserves the value for the operation, of what the worker (more) leased; 'o' leaves the value behind as its row.
+#   'm' gives back a rate's lease that would have melted at the value, 'e' what a worker (the operation) leased of a
+#   budget, 'p' what it leased of slots but for the value, 'x' all that it leased but of rates.
 _SETTLE = (
     _TIME
+    + _GIVE_BACK
     + f"""
-local leases, operation, adjusted, rows, dropped =
-  '{LEASES}', '{OPERATION}', '{ADJUSTED}', '{ROWS}', '{DROPPED}'
+local leases, operation, adjusted, rows, dropped, leased =
+  '{LEASES}', '{OPERATION}', '{ADJUSTED}', '{ROWS}', '{DROPPED}', '{LEASED}'
 """
     + f"""
 for i, key in ipairs(KEYS) do
@@ -580,6 +647,40 @@ for i, key in ipairs(KEYS) do
     redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
   elseif kind == 'k' then
     redis.call('ZADD', key, 'XX', now + lease, op)
+  elseif kind == 'a' then
+    if redis.call('HSETNX', operation .. op, key, value) == 1 then
+      local part = math.min(tonumber(redis.call('HGET', leased .. more, 'b' .. key) or 0), tonumber(value))
+      if part > 0 then
+        redis.call('HINCRBY', leased .. more, 'b' .. key, text(0 - part))
+        redis.call('HINCRBY', key, 'leased', text(0 - part))
+      end
+      redis.call('HINCRBY', key, 'reserved', value)
+      redis.call('ZADD', leases, now + lease, op)
+    end
+  elseif kind == 'm' then
+    local at = tonumber(redis.call('GET', key) or 0) - math.max(0, tonumber(value) - now)
+    if at > now then
+      redis.call('SET', key, string.format('%.3f', at), 'PX', math.ceil((at - now) / 1000) + 1)
+    else
+      redis.call('DEL', key)
+    end
+  elseif kind == 'o' then
+    redis.call('HSET', operation .. op, '~row', value)
+  elseif kind == 'e' then
+    local before = tonumber(redis.call('HGET', leased .. op, 'b' .. key) or 0)
+    if before > 0 then redis.call('HINCRBY', key, 'leased', text(0 - before)) end
+    redis.call('HDEL', leased .. op, 'b' .. key)
+  elseif kind == 'x' then
+    give_back(op)
+  elseif kind == 'p' then
+    local more = tonumber(value) - tonumber(redis.call('HGET', leased .. op, 's' .. key) or 0)
+    if redis.call('INCRBY', key .. ':leased', text(more)) <= 0 then redis.call('DEL', key .. ':leased') end
+    if value == '0' then
+      redis.call('HDEL', leased .. op, 's' .. key)
+    else
+      redis.call('HSET', leased .. op, 's' .. key, value)
+      redis.call('ZADD', '{WORKERS}', now + lease, op)
+    end
   elseif kind == 'w' then
     if redis.call('XLEN', rows) >= {ROWS_LIMIT} then
       redis.call('INCR', dropped)
@@ -617,11 +718,16 @@ return 1
 """
 )
 
-# KEYS: the leases. Spends what dead workers had reserved, or gives it back, and records it. Returns how many operations
-# it found.
+# KEYS: the leases. Gives back what dead workers had leased; spends what they had reserved, or gives it back, and
+# records it. Returns how many operations it found.
 _REAP = (
     _TIME
+    + _GIVE_BACK
     + f"""
+for _, worker in ipairs(redis.call('ZRANGEBYSCORE', '{WORKERS}', '-inf', now)) do
+  give_back(worker)
+  redis.call('ZREM', '{WORKERS}', worker)
+end
 local ended = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, 100)
 for _, op in ipairs(ended) do
   redis.call('ZREM', KEYS[1], op)
@@ -698,23 +804,74 @@ class RedisLedger:
         self.lost = 0  # settlements that never reached Redis
         self._dropped_rows = 0
         self._in_stream = 0  # rows, as the worker that takes them last saw it
+        self._leases: dict[str, Lease] = {}  # by the rule's key
+        self._notes: list[tuple[_Change, ...]] = []  # what was admitted within leases in this pass of the event loop
+        # What was admitted so, and perhaps is not in Redis; until it is settled.
+        self._unsure: dict[str, tuple[_Change, ...]] = {}
+        self._moves: dict[str, float] = {}  # what buckets are to be moved by, in µs
+        self._surplus: set[Lease] = set()  # slots with more free places than are to be kept here
+        self._sweep: asyncio.TimerHandle | None = None
         store.on_return.append(self._on_return)
 
     async def judge(self, op: str, rules: Sequence[Rule], row: bytes = b"", *, give_back: bool = False) -> Verdict:
-        verdict = await self._judge(op, rules, row, give_back)
+        wished = self._wishes(rules) if not give_back and all(rule.lease for rule in rules) else {}
+        verdict = await self._judge(op, rules, row, give_back, wished)
+        own = [lease for r in rules if (lease := self._leases.get(r.key)) is not None and r.key not in wished]
+        if not verdict.allowed and any(lease.asking or lease.spare(self._micros()) for lease in own):
+            # What this worker holds itself must not stand in the way.
+            for lease in own:
+                if lease.asking is not None:
+                    await asyncio.wait([lease.asking])
+            self._end(own)
+            verdict = await self._judge(op, rules, row, give_back, {})
         if not verdict.allowed and any(
             not s.allowed and (r.kind == "slots" or s.reserved) for r, s in zip(rules, verdict, strict=True)
         ):
             # What stands in the way may be over already, and its settlement under way here or in another worker.
             await asyncio.sleep(SETTLE_SECONDS * 1.5)
-            verdict = await self._judge(op, rules, row, give_back)
+            verdict = await self._judge(op, rules, row, give_back, {})
         return verdict
 
-    async def _judge(self, op: str, rules: Sequence[Rule], row: bytes, give_back: bool) -> Verdict:
+    def _wishes(self, rules: Sequence[Rule]) -> dict[str, Lease]:
+        """The leases that a request may bring anew: of rules that were asked for lately."""
+        wished = {}
+        for rule in rules:
+            lease = self._leases.get(rule.key)
+            if lease is None:
+                self._leases[rule.key] = Lease(rule, PREFIX + rule.key, self._micros())
+                self._sweep_later()
+            elif lease.asking is None:
+                wished[rule.key] = lease
+        return wished
+
+    async def _judge(
+        self, op: str, rules: Sequence[Rule], row: bytes, give_back: bool, wished: Mapping[str, Lease]
+    ) -> Verdict:
         if self._store.is_open:
             raise StoreUnavailable
+        self._send_notes()
+        asking = asyncio.get_running_loop().create_future()
+        until = {lease: lease.until for lease in wished.values()}
+        for lease in until:
+            lease.asking, lease.until = asking, 0.0  # what is left of it goes back
+        try:
+            verdict = await self._asked(op, rules, row, give_back, wished)
+            if not verdict.allowed:  # then it does not
+                for lease, before in until.items():
+                    lease.until = before
+            return verdict
+        finally:
+            for lease in until:
+                lease.asking = None
+            asking.set_result(None)
+
+    async def _asked(
+        self, op: str, rules: Sequence[Rule], row: bytes, give_back: bool, wished: Mapping[str, Lease]
+    ) -> Verdict:
         keys, taken = [], []
-        arguments = [self._now(), int(LEASE_SECONDS * 1e6), op, row, "1" if give_back else ""]
+        arguments = [self._now(), int(LEASE_SECONDS * 1e6), op, row, "1" if give_back else "", self._name]
+        kept = {key: lease.kept for key, lease in wished.items()}
+        sent = self._micros()
         for rule in rules:
             key = PREFIX + rule.key
             keys.append(key)
@@ -728,6 +885,7 @@ class RedisLedger:
                 taken.append((LEASES, "k", op))
             else:
                 arguments += ("r", rule.size * rule.unit, rule.amount * rule.unit, "")
+            arguments.append(kept.get(rule.key, ""))
         keys += (OPERATION + op, LEASES)
         try:
             answer = await self._store.script(_JUDGE, keys, arguments)
@@ -748,7 +906,7 @@ class RedisLedger:
             self._held.update(dict.fromkeys(taken))
         levels: list[Level] = []
         grants: list[int] = []
-        for rule, text in zip(rules, answer[1:], strict=True):
+        for rule, text in zip(rules, answer[1 : len(rules) + 1], strict=True):
             if rule.kind != "budget":
                 levels.append(float(text))
                 continue
@@ -756,19 +914,151 @@ class RedisLedger:
             levels.append((int(spent), int(reserved)))
             if rule.amount:
                 grants.append(min(rule.amount, rule.limit - int(spent) - int(reserved)))
+        if allowed and wished:
+            for rule, level, text in zip(rules, levels, answer[len(rules) + 1 : -1], strict=True):
+                if text and rule.key in wished:
+                    lease, now = wished[rule.key], float(answer[-1])
+                    lease.granted(rule, level, kept[rule.key], text, sent=sent, redis_now=now)
         return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
 
     def take(self, op: str, plan: Plan, held: Sequence[Held], row: bytes = b"") -> Admission | None:
-        del op, plan, held, row
-        return None
+        if not plan.leases or not self._leases or self._store.is_open:
+            return None
+        now, leases, found, granted = self._micros(), self._leases, [], ENDLESS
+        for number, rule in plan.rules:
+            lease = leases.get(rule.key)
+            amount = held[number].amount if rule.varies else rule.amount
+            if lease is None or not lease.fits(rule, amount, now):
+                return None
+            if rule.kind == "budget" and amount < granted:
+                granted = amount
+            found.append((lease, rule, amount))
+        levels = [lease.take(r, granted if r.kind == "budget" else amount, op, now) for lease, r, amount in found]
+        if plan.budgets:
+            note = [
+                _Change(lease.key, "a", op, str(granted), self._name)
+                for lease, rule, _ in found
+                if rule.kind == "budget"
+            ]
+            if row:
+                note.append(_Change(LEASES, "o", op, row))
+            self._held[LEASES, "k", op] = None
+            if not self._notes:
+                asyncio.get_running_loop().call_soon(self._send_notes)
+            self._notes.append(tuple(note))
+        return Admission(op, held, levels, granted if plan.budgets else 0, plan)
 
     def give(self, admission: Admission, plan: Plan, used: Sequence[int | None], row: bytes = b"") -> None:
-        raise NotImplementedError
+        op, changes = admission.op, []
+        unsure = self._unsure.pop(op, None) is not None
+        for number, rule in plan.rules:
+            lease, told = self._leases.get(rule.key), plan.told(rule)
+            actual = None if told is None else used[told]
+            if rule.kind == "budget":
+                spent = admission.granted if actual is None else actual
+                changes.append(_Change(PREFIX + rule.key, "b", op, str(spent), "charge" if unsure else ""))
+                if lease is not None:
+                    lease.reserved -= admission.granted
+                    lease.spent += spent
+            elif rule.kind == "slots":
+                if lease is not None and lease.leave(op, self._micros()):
+                    self._surplus.add(lease)
+                    self._later(SETTLE_SECONDS)
+            elif actual is not None and actual != admission.held[number].amount:
+                moved = (actual - admission.held[number].amount) * rule.unit
+                self._moves[PREFIX + rule.key] = self._moves.get(PREFIX + rule.key, 0.0) + moved
+                if lease is not None:
+                    lease.ahead += moved
+                self._later(SETTLE_SECONDS)
+        if plan.budgets:
+            self._held.pop((LEASES, "k", op), None)
+        if row:
+            changes.append(_Change(ROWS, "w", op, row))
+        if changes:
+            self._put(tuple(changes))
+
+    # --- leases ------------------------------------------------------------------------------------------------------
+
+    def _send_notes(self) -> None:
+        """What was admitted within leases, before anything else is asked."""
+        notes, self._notes = self._notes, []
+        if notes:
+            self._tell([change for note in notes for change in note], {note[0].op: note for note in notes})
+
+    def _tell(self, changes: Sequence[_Change], notes: Mapping[str, tuple[_Change, ...]]) -> None:
+        """At once, without waiting. If it fails, nobody knows whether it was done."""
+
+        def done(error: BaseException | None) -> None:
+            if error is not None:
+                # what is over meanwhile was not in there, or is put right by its own settlement
+                self._unsure.update((op, note) for op, note in notes.items() if (LEASES, "k", op) in self._held)
+
+        arguments: list[Any] = [self._now(), int(LEASE_SECONDS * 1e6)]
+        for change in changes:
+            arguments += change[1:]
+        try:
+            self._store.send(_SETTLE, [change.key for change in changes], arguments, done)
+        except StoreUnavailable as error:
+            done(error)
+
+    def _end(self, leases: Iterable[Lease]) -> None:
+        """Given back, but for places that are taken. Not those that are just being asked for."""
+        changes = []
+        self._send_notes()
+        now = self._micros()
+        for lease in leases:
+            if lease.asking is not None or not lease.given:
+                continue
+            if lease.kind == "rate":
+                if lease.spare(now):
+                    changes.append(_Change(lease.key, "m", self._name, lease.kept))
+            else:
+                changes.append(_Change(lease.key, "p" if lease.kind == "slots" else "e", self._name, lease.kept))
+            lease.ended()
+        for start in range(0, len(changes), 500):
+            self._tell(changes[start : start + 500], {})
+
+    def _thin_out(self) -> None:
+        """Places that are free again and not to be kept here."""
+        thinner = [lease for lease in self._surplus if lease.asking is None]
+        self._surplus.difference_update(thinner)
+        for lease in thinner:
+            lease.owned = min(lease.owned, len(lease.ops) + (lease.most if self._micros() < lease.until else 0))
+        if thinner:
+            self._tell([_Change(lease.key, "p", self._name, str(lease.owned)) for lease in thinner], {})
+
+    def _sweep_later(self) -> None:
+        if self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep_leases)
+
+    def _sweep_leases(self) -> None:
+        """Those that have ended are given back, and forgotten if nobody sits in them."""
+        self._sweep = None
+        now = self._micros()
+        over = {key: lease for key, lease in self._leases.items() if lease.asking is None and lease.until <= now}
+        self._end([lease for lease in over.values() if not lease.ops or lease.owned != len(lease.ops)])
+        for key, lease in over.items():
+            if not lease.ops:
+                del self._leases[key]
+        if self._leases:
+            self._sweep_later()
+
+    def _seats(self) -> list[_Change]:
+        """The places that are taken or leased here."""
+        seats = [one for one in self._leases.values() if one.kind == "slots" and one.owned and one.asking is None]
+        return [_Change(one.key, "p", self._name, str(one.owned)) for one in seats]
+
+    def _micros(self) -> float:
+        """As this process counts."""
+        return (time.monotonic() if self._clock is None else self._clock()) * 1e6
 
     async def peek(self, rules: Sequence[Rule]) -> Verdict:
         await self.flush()  # what is over here must not stand in the way
-        keys, kinds = [PREFIX + rule.key for rule in rules], [rule.kind for rule in rules]
-        answer = await self._store.script(_PEEK, keys, (self._now(), 0, *kinds))
+        arguments: list[Any] = [self._now(), 0, self._name]
+        for rule in rules:
+            lease = self._leases.get(rule.key)
+            arguments += (rule.kind, lease.kept if lease is not None and lease.given else "")
+        answer = await self._store.script(_PEEK, [PREFIX + rule.key for rule in rules], arguments)
         levels: list[Level] = []
         for rule, text in zip(rules, answer, strict=True):
             level, _, reserved = text.partition(b" ")
@@ -849,6 +1139,8 @@ class RedisLedger:
         """What this worker holds stays held for another lease, or is held again. Raises StoreUnavailable."""
         # Not while something is settled: it would be held again.
         async with self._flushing:
+            if seats := self._seats():
+                await self._settle(seats)
             held = list(self._held)
             for start in range(0, len(held), 500):
                 await self._settle([_Change(*what) for what in held[start : start + 500] if what in self._held])
@@ -865,6 +1157,9 @@ class RedisLedger:
         finally:
             renewing.cancel()
             self._cancel_timer()
+            if self._sweep is not None:
+                self._sweep.cancel()
+            self._end(self._leases.values())
             await self._tasks.drain(1.0)
             await self.flush()
             self._cancel_timer()
@@ -874,6 +1169,11 @@ class RedisLedger:
     async def flush(self) -> bool:
         """Send what is settled but not yet in Redis."""
         async with self._flushing:
+            self._send_notes()
+            self._thin_out()
+            if self._moves:
+                moves, self._moves = self._moves, {}
+                self._put(tuple(_Change(key, "r", "", repr(moved)) for key, moved in moves.items()))
             left = len(self._pending)  # what comes meanwhile has its own 20 ms
             while left > 0 and not self._store.is_open:
                 size = units = 0
@@ -972,7 +1272,14 @@ class RedisLedger:
         await self._store.script(_SETTLE, [change.key for change in changes], arguments)
 
     async def _on_return(self) -> None:
-        """Leases may have ended meanwhile, though their requests go on."""
+        """Leases may have ended meanwhile, though their requests go on. What was leased ahead is over."""
+        for lease in self._leases.values():
+            lease.ended()
+        notes = [change for note in self._unsure.values() for change in note]
+        unsure = list(self._unsure)
+        await self._settle([_Change(LEASES, "x", self._name), *self._seats(), *notes])
+        for op in unsure:
+            self._unsure.pop(op, None)
         await self.renew()
         self._returned = time.monotonic()
 

@@ -88,6 +88,7 @@ class RedisStore:
         self.client = redis.asyncio.Redis(connection_pool=self._pool)
         self._execute: Callable[..., Awaitable[Any]] = self.client.execute_command  # not typed there
         self._hashes: dict[str, str] = {}
+        self._sent: set[str] = set()  # scripts that the server knows by their hash
         self._line: _Line | None = None
         self._connecting = asyncio.Lock()
         self._tasks = Tasks()
@@ -121,6 +122,31 @@ class RedisStore:
         if isinstance(answer, ResponseError):
             raise self._refused(answer)
         return answer
+
+    def send(
+        self, text: str, keys: Sequence[str], arguments: Sequence[Any], done: Callable[[BaseException | None], None]
+    ) -> None:
+        """Run a script at once, before all that is asked later, without waiting. Raises StoreUnavailable if it was not
+        sent; `done` hears what became of it.
+        """
+        line = self._line
+        if self.is_open or line is None or line.closed:
+            raise StoreUnavailable
+        known = ("EVALSHA", self._hash(text)) if text in self._sent else ("EVAL", text)
+        answer = line.send(*known, len(keys), *keys, *arguments)
+
+        def answered(answer: asyncio.Future[Any]) -> None:
+            error = answer.exception()
+            if error is not None:
+                self._fail(error)
+            else:
+                self._sent.add(text)
+                if isinstance(answer.result(), ResponseError):
+                    self._sent.discard(text)
+                    error = self._refused(answer.result())
+            done(error)
+
+        answer.add_done_callback(answered)
 
     async def call(self, command: Callable[[], Awaitable[Any]]) -> Any:
         """Any use of `client`, through the breaker. Raises StoreUnavailable; StatementError if the command is wrong."""
@@ -236,12 +262,15 @@ class _Line(asyncio.Protocol):
         """The answer, which may be a ResponseError. Raises TimeoutError, OSError."""
         if self.closed:
             raise ConnectionError("The connection was lost.")
+        return await self.send(*command)
+
+    def send(self, *command: Any) -> asyncio.Future[Any]:
         answer = self._loop.create_future()
         self._asked.append(_Asked(self._loop.time(), answer))
         if self._timer is None:
             self._timer = self._loop.call_later(TIMEOUT, self._check)
         self._transport.write(hiredis.pack_command(command))
-        return await answer
+        return answer
 
     def data_received(self, data: bytes) -> None:
         try:

@@ -98,6 +98,11 @@ class Config(BaseModel):
     output_estimate: int = Field(
         1000, ge=0, description="Output tokens assumed for a request that sets no maximum of its own. Default 1000."
     )
+    lease: bool = Field(
+        True,
+        description="On Redis: each worker holds some of a limit ahead for two seconds, so that most requests need not "
+        "ask; nothing of its last tenth. No limit is passed for it. Default true.",
+    )
     on_store_error: Literal["allow", "deny"] = Field(
         "allow", description="While Redis is away: allow requests unlimited, or deny them with 503. Default allow."
     )
@@ -182,6 +187,7 @@ class _Compiled:
             refuse=_refuse,
             per=self.limit.per,
             burst=burst or 0,
+            lease=self._owner.lease,
             varies=unit == "tokens",
             actual=_used if unit == "tokens" else None,
             on_store_error=self._owner.on_store_error,
@@ -201,6 +207,7 @@ class Plugin:
         self._config = config
         self._services = services
         self.on_store_error: Literal["allow", "deny"] = config.on_store_error
+        self.lease = config.lease
         self.refusals = services.metrics.counter(
             "xenios_limit_refusals_total",
             "Requests that a rate limit refused, by its name (`own`: the key's or token's own) and what it limits: "

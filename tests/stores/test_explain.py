@@ -16,11 +16,12 @@ BODY = {"model": "anthropic/claude-haiku-4.5", "messages": [{"role": "user", "co
 
 
 def plugins():
+    """Nothing is held ahead: that would count as taken for whoever asks beside the gateway, and soon come back."""
     key = {"id": "ada", "hash": hash_key(ADA, PEPPER), "limits": {"requests": 3, "per": "1h", "usd": 1}}
     return [
         {"use": "api_keys", "config": {"keys": [key]}},
-        {"use": "rate_limit", "config": {"limits": [{"name": "at-once", "by": [], "concurrent": 5}]}},
-        {"use": "budgets", "config": {"budgets": [{"name": "all", "by": [], "usd": 2}]}},
+        {"use": "rate_limit", "config": {"lease": False, "limits": [{"name": "at-once", "by": [], "concurrent": 5}]}},
+        {"use": "budgets", "config": {"lease": False, "budgets": [{"name": "all", "by": [], "usd": 2}]}},
         "fallback",
     ]
 

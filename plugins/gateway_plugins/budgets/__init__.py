@@ -174,6 +174,7 @@ class _Compiled:
             refuse=_refuse,
             # corrections come within minutes, requests last for hours at most
             until=None if end is None else end + 2 * 86400,
+            lease=self.owner.lease,
             varies=True,
             actual=_actual,
             admitted=self.owner.admitted,
@@ -196,6 +197,7 @@ class Plugin:
         self._config = config
         self._services = services
         self.on_store_error: Literal["allow", "deny"] = config.on_store_error
+        self.lease = config.lease
         self.pricing = Pricing(config, services)
         self._refusals = services.metrics.counter(
             "xenios_budget_refusals_total",

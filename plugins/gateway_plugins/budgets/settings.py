@@ -69,6 +69,11 @@ class Config(BaseModel):
         description="USD to reserve per request of endpoints that have no price per token, such as images/generations "
         "or audio/speech. Default none.",
     )
+    lease: bool = Field(
+        True,
+        description="On Redis: each worker holds some of a budget ahead for two seconds, so that most requests need "
+        "not ask; nothing of its last tenth. No limit is passed for it. Default true.",
+    )
     on_store_error: Literal["allow", "deny"] = Field(
         "deny", description="While Redis is away: allow requests, booked later, or deny them with 503. Default deny."
     )
