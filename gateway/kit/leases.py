@@ -9,9 +9,11 @@ before a request of the same worker is refused. What a dead worker held is there
   what the bucket lacks because of it, and in any span of t seconds at most burst + limit · t / per are admitted, as
   without leases. It is worth `LEASE_SECONDS` at most: by then a dead worker's has come back by itself.
 - Slots are leased as a number of places. Who sits where is known here alone; the number is renewed.
-- Of a budget's lease each admission is told to Redis in the next pass of the event loop, without waiting for an answer;
-  from then on it is a reservation like any. What a worker had admitted in the very pass in which it is killed is lost
-  with it: the budget has that money again, though an upstream may have seen the requests.
+- Of a budget's lease each admission is told to Redis without waiting for an answer, but before its request goes out;
+  from then on it is a reservation like any. So a worker may be killed at any moment: what it wrote to the socket is
+  read all the same, and spent as reserved. But for one case: where Redis is just answering that worker when it dies, it
+  finds the connection gone and reads no further. What was admitted in that fraction of a millisecond is forgotten, and
+  the budget can be passed by it; never by more than the lease.
 """
 
 from __future__ import annotations

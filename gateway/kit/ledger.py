@@ -805,9 +805,8 @@ class RedisLedger:
         self._dropped_rows = 0
         self._in_stream = 0  # rows, as the worker that takes them last saw it
         self._leases: dict[str, Lease] = {}  # by the rule's key
-        self._notes: list[tuple[_Change, ...]] = []  # what was admitted within leases in this pass of the event loop
-        # What was admitted so, and perhaps is not in Redis; until it is settled.
-        self._unsure: dict[str, tuple[_Change, ...]] = {}
+        # What was admitted within leases, and perhaps is not in Redis; until it is settled.
+        self._unsure: dict[str, Sequence[_Change]] = {}
         self._moves: dict[str, float] = {}  # what buckets are to be moved by, in µs
         self._surplus: set[Lease] = set()  # slots with more free places than are to be kept here
         self._sweep: asyncio.TimerHandle | None = None
@@ -849,7 +848,6 @@ class RedisLedger:
     ) -> Verdict:
         if self._store.is_open:
             raise StoreUnavailable
-        self._send_notes()
         asking = asyncio.get_running_loop().create_future()
         until = {lease: lease.until for lease in wished.values()}
         for lease in until:
@@ -933,19 +931,16 @@ class RedisLedger:
             if rule.kind == "budget" and amount < granted:
                 granted = amount
             found.append((lease, rule, amount))
-        levels = [lease.take(r, granted if r.kind == "budget" else amount, op, now) for lease, r, amount in found]
         if plan.budgets:
-            note = [
-                _Change(lease.key, "a", op, str(granted), self._name)
-                for lease, rule, _ in found
-                if rule.kind == "budget"
-            ]
+            budgets = [lease.key for lease, rule, _ in found if rule.kind == "budget"]
+            note = [_Change(key, "a", op, str(granted), self._name) for key in budgets]
             if row:
                 note.append(_Change(LEASES, "o", op, row))
+            # Before the upstream hears of the request: whatever becomes of this process then, Redis knows.
+            if not self._tell(note, op):
+                return None
             self._held[LEASES, "k", op] = None
-            if not self._notes:
-                asyncio.get_running_loop().call_soon(self._send_notes)
-            self._notes.append(tuple(note))
+        levels = [lease.take(r, granted if r.kind == "budget" else amount, op, now) for lease, r, amount in found]
         return Admission(op, held, levels, granted if plan.budgets else 0, plan)
 
     def give(self, admission: Admission, plan: Plan, used: Sequence[int | None], row: bytes = b"") -> None:
@@ -979,32 +974,22 @@ class RedisLedger:
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
-    def _send_notes(self) -> None:
-        """What was admitted within leases, before anything else is asked."""
-        notes, self._notes = self._notes, []
-        if notes:
-            self._tell([change for note in notes for change in note], {note[0].op: note for note in notes})
-
-    def _tell(self, changes: Sequence[_Change], notes: Mapping[str, tuple[_Change, ...]]) -> None:
-        """At once, without waiting. If it fails, nobody knows whether it was done."""
+    def _tell(self, changes: Sequence[_Change], op: str = "") -> bool:
+        """At once, without waiting. False: it can't be. `op`: whose reservation it is."""
 
         def done(error: BaseException | None) -> None:
-            if error is not None:
-                # what is over meanwhile was not in there, or is put right by its own settlement
-                self._unsure.update((op, note) for op, note in notes.items() if (LEASES, "k", op) in self._held)
+            # Was it heard? What is over meanwhile is put right by its own settlement.
+            if error is not None and (LEASES, "k", op) in self._held:
+                self._unsure[op] = changes
 
         arguments: list[Any] = [self._now(), int(LEASE_SECONDS * 1e6)]
         for change in changes:
             arguments += change[1:]
-        try:
-            self._store.send(_SETTLE, [change.key for change in changes], arguments, done)
-        except StoreUnavailable as error:
-            done(error)
+        return self._store.send(_SETTLE, [change.key for change in changes], arguments, done)
 
     def _end(self, leases: Iterable[Lease]) -> None:
         """Given back, but for places that are taken. Not those that are just being asked for."""
         changes = []
-        self._send_notes()
         now = self._micros()
         for lease in leases:
             if lease.asking is not None or not lease.given:
@@ -1016,7 +1001,7 @@ class RedisLedger:
                 changes.append(_Change(lease.key, "p" if lease.kind == "slots" else "e", self._name, lease.kept))
             lease.ended()
         for start in range(0, len(changes), 500):
-            self._tell(changes[start : start + 500], {})
+            self._tell(changes[start : start + 500])
 
     def _thin_out(self) -> None:
         """Places that are free again and not to be kept here."""
@@ -1025,7 +1010,7 @@ class RedisLedger:
         for lease in thinner:
             lease.owned = min(lease.owned, len(lease.ops) + (lease.most if self._micros() < lease.until else 0))
         if thinner:
-            self._tell([_Change(lease.key, "p", self._name, str(lease.owned)) for lease in thinner], {})
+            self._tell([_Change(lease.key, "p", self._name, str(lease.owned)) for lease in thinner])
 
     def _sweep_later(self) -> None:
         if self._sweep is None:
@@ -1169,7 +1154,6 @@ class RedisLedger:
     async def flush(self) -> bool:
         """Send what is settled but not yet in Redis."""
         async with self._flushing:
-            self._send_notes()
             self._thin_out()
             if self._moves:
                 moves, self._moves = self._moves, {}

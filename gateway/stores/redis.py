@@ -125,13 +125,15 @@ class RedisStore:
 
     def send(
         self, text: str, keys: Sequence[str], arguments: Sequence[Any], done: Callable[[BaseException | None], None]
-    ) -> None:
-        """Run a script at once, before all that is asked later, without waiting. Raises StoreUnavailable if it was not
-        sent; `done` hears what became of it.
+    ) -> bool:
+        """Run a script without waiting; `done` hears what became of it. False: it was not sent.
+
+        It has left this process, for the server or the kernel on its way there, when this returns: before all that is
+        written to any socket later.
         """
         line = self._line
-        if self.is_open or line is None or line.closed:
-            raise StoreUnavailable
+        if self.is_open or line is None or line.closed or line.behind:
+            return False
         known = ("EVALSHA", self._hash(text)) if text in self._sent else ("EVAL", text)
         answer = line.send(*known, len(keys), *keys, *arguments)
 
@@ -147,6 +149,7 @@ class RedisStore:
             done(error)
 
         answer.add_done_callback(answered)
+        return True
 
     async def call(self, command: Callable[[], Awaitable[Any]]) -> Any:
         """Any use of `client`, through the breaker. Raises StoreUnavailable; StatementError if the command is wrong."""
@@ -263,6 +266,11 @@ class _Line(asyncio.Protocol):
         if self.closed:
             raise ConnectionError("The connection was lost.")
         return await self.send(*command)
+
+    @property
+    def behind(self) -> bool:
+        """Does anything wait in this process, as the kernel has no room? Else both event loops write at once."""
+        return self._transport.get_write_buffer_size() > 0
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
         answer = self._loop.create_future()

@@ -4,10 +4,15 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import os
 import random
+import signal
+import sys
+import time
 
 import pytest
 import redis.asyncio
+import uvloop
 
 from gateway.errors import RateLimited
 from gateway.kit.leases import USE_SECONDS
@@ -74,8 +79,15 @@ class Worker:
 @contextlib.asynccontextmanager
 async def workers(server, count=1, clock=None):
     """So many on one Valkey, which is empty."""
+    await emptied(server)
+    async with survivors(server, clock, count) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def survivors(server, clock, count=1):
+    """So many on a Valkey that others have used."""
     made = [Worker(RedisStore(server.url), clock) for _ in range(count)]
-    await made[0].store.client.flushall()
     try:
         yield made
     finally:
@@ -188,6 +200,59 @@ async def test_what_a_killed_worker_held_comes_back(server):
         states = await alive.ledger.peek([rule.copy() for rule in rules.rules])
         assert [state.remaining for state in states[1:]] == [99, 959]
         assert states[0].remaining >= 95
+
+
+class Killed(Worker):
+    """A process whose last act is to admit five requests."""
+
+    @classmethod
+    def main(cls, loop, url):
+        with asyncio.Runner(loop_factory={"asyncio": None, "uvloop": uvloop.new_event_loop}[loop]) as runner:
+            runner.run(cls(RedisStore(url)).live())
+
+    async def live(self):
+        rules = RuleSet([budget(10_000)])
+        for _ in range(3):
+            await self.ask(rules, 10, b"before")
+        await asyncio.sleep(0.1)  # what is under way has come
+        print("ready", flush=True)
+        sys.stdin.readline()  # whatever Valkey does until the end, this process does not hear of it
+        for _ in range(5):
+            await self.ask(rules, 10, b"last")
+        if self.alone == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.promise("P4.killed")
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_what_is_admitted_in_the_moment_of_a_kill_is_spent(server, loop):
+    """A process admits requests within its lease and is killed by SIGKILL before it does anything else: Valkey has heard
+    of each, so that they are spent as reserved and leave their rows, as those of any process that was killed.
+    """
+    await emptied(server)
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", f"from tests.stores.test_leases import Killed; Killed.main({loop!r}, {server.url!r})"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert await child.stdout.readline() == b"ready\n"
+    server.freeze()
+    try:
+        child.stdin.write(b"go\n")
+        assert await child.wait() == -signal.SIGKILL
+    finally:
+        server.thaw()
+    clock = Clock()
+    clock.now = time.time() + LEASE_SECONDS + 1
+    async with survivors(server, clock) as [alive]:
+        assert await alive.ledger.budgets(["budget"]) == [(0, 80)]
+        while await alive.ledger.reap():
+            pass
+        assert await alive.ledger.budgets(["budget"]) == [(80, 0)]
+        assert await leased(alive) == 0
+        rows = [(row.payload, row.abandoned) for row in await alive.ledger.rows(10)]
+        assert sorted(rows) == [(b"before", 10)] * 3 + [(b"last", 10)] * 5
 
 
 async def test_what_was_only_slow_is_put_right(server):
