@@ -103,6 +103,7 @@ async def leased(worker, key="{xenios}:ledger:budget"):
     return int(await worker.store.client.hget(key, "leased") or 0)
 
 
+@pytest.mark.promise("P4.leased")
 async def test_four_workers_never_pass_a_limit(server):
     """Whatever they lease, use, keep and give back: in no span more than the rate allows, never more at once than there
     are places, never more spent and reserved than the budget; and most of it without asking.
@@ -179,6 +180,7 @@ async def test_of_the_last_tenth_nothing_is_held_ahead(server):
         assert await one.ledger.budgets(["budget"]) == [(0, 1000)]
 
 
+@pytest.mark.promise("P4.leased")
 async def test_what_a_killed_worker_held_comes_back(server):
     """After 15 seconds: what it only held ahead is there again, what it had admitted is spent, with the rows it left."""
     clock = Clock()
@@ -223,7 +225,7 @@ class Killed(Worker):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.promise("P4.killed")
+@pytest.mark.promise("P4.leased")
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 async def test_what_is_admitted_in_the_moment_of_a_kill_is_spent(server, loop):
     """A process admits requests within its lease and is killed by SIGKILL before it does anything else: Valkey has heard

@@ -8,6 +8,7 @@ import signal
 
 import aiohttp
 import pytest
+import redis.asyncio
 
 from gateway.kit.ledger import RedisLedger
 from gateway.kit.upstream import MODEL, Json, ScriptedUpstream, Slow, chat_completion
@@ -155,6 +156,59 @@ async def test_killed_workers_leave_no_money_behind(tmp_path, server, postgres):
         assert 1 <= outcomes["abandoned"] <= lost
         assert cost == outcomes["ok"] * RESERVED // 2 + outcomes["abandoned"] * RESERVED
         assert count >= statuses.count(200)
+
+
+async def held_ahead(valkey):
+    """What each worker holds of the budget, in micro-USD."""
+    found = []
+    async for worker in valkey.scan_iter("{xenios}:ledger:leased:*"):
+        found += [int(amount) for amount in await valkey.hvals(worker)]
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.promise("P4.leased")
+async def test_money_that_killed_workers_held_ahead_is_spent_once(tmp_path, server, postgres):
+    """Workers that hold some of a budget ahead are killed by SIGKILL under load: others spend what those had not used,
+    all of it, and no upstream has seen a request more than the budget pays for.
+    """
+    pays_for = 600
+    upstream = ScriptedUpstream(default=Slow(Json(chat_completion(cost=RESERVED / 1e6)), 0.15))
+    usd = str(pays_for * RESERVED / 1e6)
+    async with (
+        upstream,
+        four_workers(tmp_path, upstream, server, postgres, usd) as (running, client, sums),
+        redis.asyncio.Redis.from_url(server.url) as valkey,
+    ):
+        served = 0
+
+        async def load():
+            nonlocal served
+            while (status := await ask(running, client)) != 429:
+                served += status == 200
+
+        tasks = Tasks()
+        clients = [tasks.spawn(load(), "client") for _ in range(24)]
+        for wanted in (60, 160):
+            async with asyncio.timeout(40):
+                while served < wanted or sum(amount > 0 for amount in await held_ahead(valkey)) < 4:
+                    await asyncio.sleep(0.005)
+            os.kill(workers(xenios_pid(tmp_path))[0], signal.SIGKILL)
+        await asyncio.gather(*clients)
+        # what they held, and had admitted, is put right after 15 seconds
+        async with asyncio.timeout(60):
+            while (await sums())[1] or any(await held_ahead(valkey)):
+                await asyncio.sleep(0.2)
+            while (await sums())[0] < pays_for * RESERVED:
+                await ask(running, client)
+        assert await ask(running, client) == 429
+        async with asyncio.timeout(20):
+            while (await rows(running, client))[1] < pays_for * RESERVED:
+                await asyncio.sleep(0.2)
+        outcomes = (await rows(running, client))[2]
+        assert outcomes["ok"] + outcomes["abandoned"] == pays_for
+        assert await sums() == (pays_for * RESERVED, 0)
+        assert outcomes["ok"] <= len(upstream.seen) <= pays_for
 
 
 async def patiently(running, client, **headers):
