@@ -617,7 +617,7 @@ end
 # KEYS: one per change. ARGV: the time, the lease, then four per change: its kind, operation, value, and more.
 #   'r' moves a bucket by µs; 's' frees a slot; 'l' renews a slot's lease; 'k' a reservation's.
 #   'b' spends the value of what an operation reserved ('' all). More is 'charge' if it is to be spent also without a
-#   reservation, and how many seconds this is remembered.
+#   reservation, once: that is remembered for a day.
 #   'w' records the value as a row.
 #   'a' reserves the value for the operation, of what the worker (more) leased; 'o' leaves the value behind as its row.
 #   'm' gives back a rate's lease that would have melted at the value, 'e' what a worker (the operation) leased of a
@@ -648,7 +648,10 @@ for i, key in ipairs(KEYS) do
   elseif kind == 'k' then
     redis.call('ZADD', key, 'XX', now + lease, op)
   elseif kind == 'a' then
-    if redis.call('HSETNX', operation .. op, key, value) == 1 then
+    -- not if it is heard so late that its settlement has been charged
+    if redis.call('EXISTS', adjusted .. op .. ':' .. key) == 0
+      and redis.call('HSETNX', operation .. op, key, value) == 1
+    then
       local part = math.min(tonumber(redis.call('HGET', leased .. more, 'b' .. key) or 0), tonumber(value))
       if part > 0 then
         redis.call('HINCRBY', leased .. more, 'b' .. key, text(0 - part))
@@ -705,13 +708,10 @@ for i, key in ipairs(KEYS) do
         redis.call('DEL', held)
         redis.call('ZREM', leases, op)
       end
-    elseif string.sub(more, 1, 6) == 'charge' then
-      local mark = adjusted .. op .. ':' .. key
-      if redis.call('EXISTS', mark) == 0 then
-        redis.call('HINCRBY', key, 'spent', text(tonumber(value)))
-        redis.call('SET', mark, '1', 'EX', 86400)
-      end
+    elseif more == 'charge' and redis.call('EXISTS', adjusted .. op .. ':' .. key) == 0 then
+      redis.call('HINCRBY', key, 'spent', text(tonumber(value)))
     end
+    if more == 'charge' then redis.call('SET', adjusted .. op .. ':' .. key, '1', 'EX', 86400) end
   end
 end
 return 1

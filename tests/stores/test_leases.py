@@ -342,6 +342,34 @@ async def test_a_store_that_goes_away_during_a_lease(server):
         assert (await worker.ledger.budgets(["budget"]))[0] == (20, 10)
 
 
+async def test_what_is_heard_twice_or_late_counts_once(server):
+    """Valkey got what was admitted within a lease, and its answer was lost, twice: all is spent once, nothing reserved."""
+    cap = RuleSet([budget(1000)])
+    async with workers(server) as [worker]:
+        for _ in range(3):
+            (await worker.ask(cap, 10))(10)
+        tell, told = worker.store.send, []
+
+        def unheard(text, keys, arguments, done):
+            told.append((text, keys, arguments))
+            return tell(text, keys, arguments, lambda _: done(StoreUnavailable()))
+
+        worker.store.send = unheard
+        end = await worker.ask(cap, 10)
+        async with asyncio.timeout(5):
+            while not worker.ledger._unsure:
+                await asyncio.sleep(0)
+        end(7)
+        again = list(worker.ledger._pending)
+        await worker.ledger.flush()
+        for unit in again:
+            await worker.ledger._settle(unit)
+        assert await worker.ledger.budgets(["budget"]) == [(37, 0)]
+        [note] = told
+        await worker.store.script(*note)
+        assert await worker.ledger.budgets(["budget"]) == [(37, 0)]
+
+
 async def test_the_end_of_a_process_gives_back(server):
     """Whoever comes next has all that was not used."""
     async with workers(server, 2) as (worker, _):
