@@ -177,7 +177,8 @@ async def kill_one_that_holds_some(valkey, processes):
         return True
     finally:
         for process in processes:
-            os.kill(process, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
 
 @pytest.mark.full
