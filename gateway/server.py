@@ -204,12 +204,16 @@ class _Connection(RequestHandler):
         """
         request_id = new_id()
         told: GatewayError = GatewayError()
-        if status >= 500:
+        if isinstance(error, ContentEncodingError):
+            told = UnsupportedMedia("Send the body as it is, or compressed with gzip.")
+        elif status < 500:
+            told = BadRequest("The request is not valid HTTP.", status=status)
+        if self.transport is not None and not begun:
+            body = PLAIN_DIALECT.error_body(told, "")
+            self.transport.write(_bare(told.status_code, "Content-Type: application/json\r\n", body, request_id))
+        if told.status_code >= 500:
             log.error("request_crashed", exc_info=error, request_id=request_id)
         else:
-            told = BadRequest("The request is not valid HTTP.", status=status)
-            if isinstance(error, ContentEncodingError):
-                told = UnsupportedMedia("Send the body as it is, or compressed with gzip.")
             log.warning(
                 "bad_http_request",
                 status=told.status_code,
@@ -217,9 +221,6 @@ class _Connection(RequestHandler):
                 remote=self.peer[0] if isinstance(self.peer, tuple) else self.peer,
                 request_id=request_id,
             )
-        if self.transport is not None and not begun:
-            body = PLAIN_DIALECT.error_body(told, "")
-            self.transport.write(_bare(told.status_code, "Content-Type: application/json\r\n", body, request_id))
         self.served(keep_alive=False)
 
 
