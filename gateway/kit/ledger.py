@@ -48,6 +48,7 @@ ENDLESS = 10**15  # micro-USD: the limit of a budget that refuses nobody
 LEASE_SECONDS = 15.0
 RENEW_SECONDS = 5.0
 SETTLE_SECONDS = 0.02
+NOTE_SECONDS = 0.2  # so long a note may be on its way
 PENDING_LIMIT = 100_000  # settlements kept while Redis is away
 ROWS_LIMIT = 100_000  # rows that nobody has taken yet
 MOVER_SECONDS = 10.0  # a worker that takes rows and isn't heard of for so long has died
@@ -461,6 +462,7 @@ ROWS = PREFIX + "rows"  # stream
 DROPPED = PREFIX + "dropped"  # how many rows found no place in it
 MOVER = PREFIX + "mover"  # the worker that takes rows
 WORKERS = PREFIX + "workers"  # sorted set: worker → when what it leased is given back
+HEARD = PREFIX + "heard:"  # of one worker: how many of its notes
 LEASED = PREFIX + "leased:"  # hash of one worker: `b` or `s` and the rule's key → micro-USD, or places
 
 _TIME = """
@@ -468,6 +470,16 @@ local now = tonumber(ARGV[1])
 if now == 0 then local t = redis.call('TIME'); now = t[1] * 1000000 + t[2] end
 local lease = tonumber(ARGV[2])
 local function text(n) return string.format('%.0f', n) end
+"""
+
+# What a worker admits within leases it only notes (_NOTE), on another connection. So that nothing overtakes a note, the
+# last of KEYS is how many Redis has heard of, and the last of ARGV how many there must be. Returns -1 and how many, or
+# goes on.
+_AFTER_NOTES = """
+if ARGV[#ARGV] ~= '0' then
+  local heard = tonumber(redis.call('GET', KEYS[#KEYS]) or 0)
+  if heard < tonumber(ARGV[#ARGV]) then return {-1, heard} end
+end
 """
 
 # KEYS: one per rule, then the operation's and the leases. ARGV: the time in µs (0: Redis's own), the lease in µs, the
@@ -480,8 +492,9 @@ local function text(n) return string.format('%.0f', n) end
 # Returns 1 or 0, then each rule's level before, as text, each rule's lease likewise, and the time.
 _JUDGE = (
     _TIME
+    + _AFTER_NOTES
     + f"""
-local op, n, mine = ARGV[3], #KEYS - 2, '{LEASED}' .. ARGV[6]
+local op, n, mine = ARGV[3], #KEYS - 3, '{LEASED}' .. ARGV[6]
 local out, ok, grant, budgets, wishes = {{1}}, true, nil, false, false
 local function own(kind, key) return tonumber(redis.call('HGET', mine, kind .. key) or 0) end
 for i = 1, n do
@@ -618,19 +631,19 @@ end
 #   'b' spends the value of what an operation reserved ('' all). More is 'charge' if it is to be spent also without a
 #   reservation, once: that is remembered for a day.
 #   'w' records the value as a row.
-#   'a' reserves the value for the operation, of what the worker (more) leased; 'o' leaves the value behind as its row.
 #   'm' gives back a rate's lease that would have melted at the value, 'e' what a worker (the operation) leased of a
 #   budget, 'p' what it leased of slots but for the value, 'x' all that it leased but of rates.
 _SETTLE = (
     _TIME
+    + _AFTER_NOTES
     + _GIVE_BACK
     + f"""
 local leases, operation, adjusted, rows, dropped, leased =
   '{LEASES}', '{OPERATION}', '{ADJUSTED}', '{ROWS}', '{DROPPED}', '{LEASED}'
 """
     + f"""
-for i, key in ipairs(KEYS) do
-  local p = 4 * i - 1
+for i = 1, #KEYS - 1 do
+  local key, p = KEYS[i], 4 * i - 1
   local kind, op, value, more = ARGV[p], ARGV[p + 1], ARGV[p + 2], ARGV[p + 3]
   if kind == 'r' then
     local ahead = math.max(0, tonumber(redis.call('GET', key) or 0) - now) + tonumber(value)
@@ -646,19 +659,6 @@ for i, key in ipairs(KEYS) do
     redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
   elseif kind == 'k' then
     redis.call('ZADD', key, 'XX', now + lease, op)
-  elseif kind == 'a' then
-    -- not if it is heard so late that its settlement has been charged
-    if redis.call('EXISTS', adjusted .. op .. ':' .. key) == 0
-      and redis.call('HSETNX', operation .. op, key, value) == 1
-    then
-      local part = math.min(tonumber(redis.call('HGET', leased .. more, 'b' .. key) or 0), tonumber(value))
-      if part > 0 then
-        redis.call('HINCRBY', leased .. more, 'b' .. key, text(0 - part))
-        redis.call('HINCRBY', key, 'leased', text(0 - part))
-      end
-      redis.call('HINCRBY', key, 'reserved', value)
-      redis.call('ZADD', leases, now + lease, op)
-    end
   elseif kind == 'm' then
     local at = tonumber(redis.call('GET', key) or 0) - math.max(0, tonumber(value) - now)
     if at > now then
@@ -666,8 +666,6 @@ for i, key in ipairs(KEYS) do
     else
       redis.call('DEL', key)
     end
-  elseif kind == 'o' then
-    redis.call('HSET', operation .. op, '~row', value)
   elseif kind == 'e' then
     local before = tonumber(redis.call('HGET', leased .. op, 'b' .. key) or 0)
     if before > 0 then redis.call('HINCRBY', key, 'leased', text(0 - before)) end
@@ -716,6 +714,36 @@ end
 return 1
 """
 )
+
+# What a worker admitted within its leases, in the order of their numbers: one that follows on a lost one is lost too.
+# KEYS: how many it has noted, the leases, the operation's, the budgets. ARGV: the time, the lease, the worker, the
+# note's number ('' if it is told again), the operation, what it reserves, its row.
+_NOTE = (
+    _TIME
+    + f"""
+local number, op, value, mine = tonumber(ARGV[4]), ARGV[5], ARGV[6], '{LEASED}' .. ARGV[3]
+if number and tonumber(redis.call('GET', KEYS[1]) or 0) ~= number - 1 then return 0 end
+for i = 4, #KEYS do
+  local key = KEYS[i]
+  -- not if it is heard so late that its settlement has been charged
+  if redis.call('EXISTS', '{ADJUSTED}' .. op .. ':' .. key) == 0 and redis.call('HSETNX', KEYS[3], key, value) == 1 then
+    local part = math.min(tonumber(redis.call('HGET', mine, 'b' .. key) or 0), tonumber(value))
+    if part > 0 then
+      redis.call('HINCRBY', mine, 'b' .. key, text(0 - part))
+      redis.call('HINCRBY', key, 'leased', text(0 - part))
+    end
+    redis.call('HINCRBY', key, 'reserved', value)
+    redis.call('ZADD', KEYS[2], now + lease, op)
+    if ARGV[7] ~= '' then redis.call('HSET', KEYS[3], '~row', ARGV[7]) end
+  end
+end
+if number then redis.call('SET', KEYS[1], ARGV[4], 'EX', 86400) end
+return 1
+"""
+)
+
+# KEYS: how many of its notes a worker was heard. Returns that.
+_HEARD = "return tonumber(redis.call('GET', KEYS[1]) or 0)"
 
 # KEYS: the leases. Gives back what dead workers had leased; spends what they had reserved, or gives it back, and
 # records it. Returns how many operations it found.
@@ -782,6 +810,16 @@ class _Change(NamedTuple):
     more: str = ""
 
 
+class _Note(NamedTuple):
+    """Of an admission within leases."""
+
+    number: int
+    op: str
+    budgets: Sequence[str]  # their keys
+    reserved: int
+    row: bytes
+
+
 class RedisLedger:
     """Exact over all workers and gateways that share the Redis."""
 
@@ -804,8 +842,13 @@ class RedisLedger:
         self._dropped_rows = 0
         self._in_stream = 0  # rows, as the worker that takes them last saw it
         self._leases: dict[str, Lease] = {}  # by the rule's key
-        # What was admitted within leases, and perhaps is not in Redis; until it is settled.
-        self._unsure: dict[str, Sequence[_Change]] = {}
+        # What was admitted within leases: all that Redis is not known to have heard of, oldest first; what it perhaps
+        # never hears of, by operation, until it is settled.
+        self._notes: deque[_Note] = deque()
+        self._noted = 0
+        self._heard = HEARD + self._name
+        self._unsure: dict[str, _Note] = {}
+        self._ending: set[str] = set()  # the keys of budgets whose lease is to be given back
         self._moves: dict[str, float] = {}  # what buckets are to be moved by, in µs
         self._surplus: set[Lease] = set()  # slots with more free places than are to be kept here
         self._sweep: asyncio.TimerHandle | None = None
@@ -821,6 +864,7 @@ class RedisLedger:
                 if lease.asking is not None:
                     await asyncio.wait([lease.asking])
             self._end(own)
+            await self.flush()
             verdict = await self._judge(op, rules, row, give_back, {})
         if not verdict.allowed and any(
             not s.allowed and (r.kind == "slots" or s.reserved) for r, s in zip(rules, verdict, strict=True)
@@ -838,7 +882,7 @@ class RedisLedger:
             if lease is None:
                 self._leases[rule.key] = Lease(rule, PREFIX + rule.key, self._micros())
                 self._sweep_later()
-            elif lease.asking is None:
+            elif lease.asking is None and lease.key not in self._ending:
                 wished[rule.key] = lease
         return wished
 
@@ -850,7 +894,7 @@ class RedisLedger:
         asking = asyncio.get_running_loop().create_future()
         until = {lease: lease.until for lease in wished.values()}
         for lease in until:
-            lease.asking, lease.until = asking, 0.0  # what is left of it goes back
+            lease.asking, lease.until, lease.given = asking, 0.0, True  # what is left of it goes back
         try:
             verdict = await self._asked(op, rules, row, give_back, wished)
             if not verdict.allowed:  # then it does not
@@ -866,6 +910,8 @@ class RedisLedger:
         self, op: str, rules: Sequence[Rule], row: bytes, give_back: bool, wished: Mapping[str, Lease]
     ) -> Verdict:
         keys, taken = [], []
+        if any(one.kind == "budget" for one in wished.values()) and not await self._store.post_opened(_NOTE):
+            wished = {key: lease for key, lease in wished.items() if lease.kind != "budget"}
         arguments = [self._now(), int(LEASE_SECONDS * 1e6), op, row, "1" if give_back else "", self._name]
         kept = {key: lease.kept for key, lease in wished.items()}
         sent = self._micros()
@@ -885,7 +931,7 @@ class RedisLedger:
             arguments.append(kept.get(rule.key, ""))
         keys += (OPERATION + op, LEASES)
         try:
-            answer = await self._store.script(_JUDGE, keys, arguments)
+            answer = await self._answer(keys, arguments, after_notes=bool(wished))
         except BaseException as error:
             # Whether Redis took it is unknown: give it back, which harms nothing if it didn't. What was taken for
             # an earlier attempt stays: its settlement ends both.
@@ -918,6 +964,15 @@ class RedisLedger:
                     lease.granted(rule, level, kept[rule.key], text, sent=sent, redis_now=now)
         return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
 
+    async def _answer(self, keys: Sequence[str], arguments: Sequence[Any], *, after_notes: bool) -> Any:
+        while True:
+            heard, noted = self._heard, self._noted if after_notes and self._notes else 0
+            answer = await self._store.script(_JUDGE, (*keys, heard), (*arguments, noted))
+            if answer[0] >= 0:
+                return answer
+            async with self._flushing:
+                await self._hear()
+
     def take(self, op: str, plan: Plan, held: Sequence[Held], row: bytes = b"") -> Admission | None:
         if not plan.leases or not self._leases or self._store.is_open:
             return None
@@ -932,25 +987,24 @@ class RedisLedger:
             found.append((lease, rule, amount))
         if plan.budgets:
             budgets = [lease.key for lease, rule, _ in found if rule.kind == "budget"]
-            note = [_Change(key, "a", op, str(granted), self._name) for key in budgets]
-            if row:
-                note.append(_Change(LEASES, "o", op, row))
             # Before the upstream hears of the request: whatever becomes of this process then, Redis knows.
-            if not self._tell(note, op):
+            note = _Note(self._noted + 1, op, budgets, granted, row)
+            if not self._store.post(_NOTE, *self._said(note, note.number)):
                 return None
+            self._noted = note.number
+            self._notes.append(note)
             self._held[LEASES, "k", op] = None
         levels = [lease.take(r, granted if r.kind == "budget" else amount, op, now) for lease, r, amount in found]
         return Admission(op, held, levels, granted if plan.budgets else 0, plan)
 
     def give(self, admission: Admission, plan: Plan, used: Sequence[int | None], row: bytes = b"") -> None:
         op, changes = admission.op, []
-        unsure = self._unsure.pop(op, None) is not None
         for number, rule in plan.rules:
             lease, told = self._leases.get(rule.key), plan.told(rule)
             actual = None if told is None else used[told]
             if rule.kind == "budget":
                 spent = admission.granted if actual is None else actual
-                changes.append(_Change(PREFIX + rule.key, "b", op, str(spent), "charge" if unsure else ""))
+                changes.append(_Change(PREFIX + rule.key, "b", op, str(spent)))
                 if lease is not None:
                     lease.reserved -= admission.granted
                     lease.spent += spent
@@ -973,18 +1027,42 @@ class RedisLedger:
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
-    def _tell(self, changes: Sequence[_Change], op: str = "") -> bool:
-        """At once, without waiting. False: it can't be. `op`: whose reservation it is."""
+    def _said(self, note: _Note, number: int | str) -> tuple[Sequence[str], Sequence[Any]]:
+        keys = (self._heard, LEASES, OPERATION + note.op, *note.budgets)
+        return keys, (
+            self._now(), int(LEASE_SECONDS * 1e6), self._name, number, note.op, str(note.reserved), note.row
+        )  # fmt: skip
 
-        def done(error: BaseException | None) -> None:
-            # Was it heard? What is over meanwhile is put right by its own settlement.
-            if error is not None and (LEASES, "k", op) in self._held:
-                self._unsure[op] = changes
+    def _know(self, heard: int) -> None:
+        while self._notes and self._notes[0].number <= heard:
+            self._notes.popleft()
 
-        arguments: list[Any] = [self._now(), int(LEASE_SECONDS * 1e6)]
-        for change in changes:
-            arguments += change[1:]
-        return self._store.send(_SETTLE, [change.key for change in changes], arguments, done)
+    async def _hear(self) -> None:
+        """Until Redis has heard of all notes, or they were given up. While nothing is being settled."""
+        wanted, until = self._noted, time.monotonic() + NOTE_SECONDS
+        while self._notes and self._notes[0].number <= wanted:
+            self._know(int(await self._store.script(_HEARD, (self._heard,), ())))
+            if time.monotonic() > until:
+                await self._give_up_notes()
+            elif self._notes:
+                await asyncio.sleep(0.002)
+
+    async def _give_up_notes(self) -> None:
+        """Redis may hear of these yet, or never: it is told again, and their settlement is charged in any case."""
+        self._store.close_post()
+        for lease in self._leases.values():
+            if lease.kind == "budget":
+                lease.until, lease.left = 0.0, 0
+        for note in self._notes:
+            self._unsure[note.op] = note
+        await self._note_again()
+        self._notes.clear()
+        self._noted, self._heard = 0, HEARD + secrets.token_hex(8)
+
+    async def _note_again(self) -> None:
+        for note in list(self._unsure.values()):
+            with contextlib.suppress(StatementError):
+                await self._store.script(_NOTE, *self._said(note, ""))
 
     def _end(self, leases: Iterable[Lease]) -> None:
         """Given back, but for places that are taken. Not those that are just being asked for."""
@@ -993,14 +1071,19 @@ class RedisLedger:
         for lease in leases:
             if lease.asking is not None or not lease.given:
                 continue
-            if lease.kind == "rate":
-                if lease.spare(now):
-                    changes.append(_Change(lease.key, "m", self._name, lease.kept))
-            else:
-                changes.append(_Change(lease.key, "p" if lease.kind == "slots" else "e", self._name, lease.kept))
+            if lease.kind == "budget":
+                self._ending.add(lease.key)
+                self._later(SETTLE_SECONDS)
+            elif lease.kind == "slots":
+                changes.append(_Change(lease.key, "p", self._name, lease.kept))
+            elif lease.spare(now):
+                changes.append(_Change(lease.key, "m", self._name, lease.kept))
             lease.ended()
         for start in range(0, len(changes), 500):
-            self._tell(changes[start : start + 500])
+            self._send_now(changes[start : start + 500])
+
+    def _send_now(self, changes: Sequence[_Change]) -> None:
+        self._store.send(_SETTLE, *self._settling(changes, 0))
 
     def _thin_out(self) -> None:
         """Places that are free again and not to be kept here."""
@@ -1009,7 +1092,7 @@ class RedisLedger:
         for lease in thinner:
             lease.owned = min(lease.owned, len(lease.ops) + (lease.most if self._micros() < lease.until else 0))
         if thinner:
-            self._tell([_Change(lease.key, "p", self._name, str(lease.owned)) for lease in thinner])
+            self._send_now([_Change(lease.key, "p", self._name, str(lease.owned)) for lease in thinner])
 
     def _sweep_later(self) -> None:
         if self._sweep is None:
@@ -1158,7 +1241,8 @@ class RedisLedger:
                 moves, self._moves = self._moves, {}
                 self._put(tuple(_Change(key, "r", "", repr(moved)) for key, moved in moves.items()))
             left = len(self._pending)  # what comes meanwhile has its own 20 ms
-            while left > 0 and not self._store.is_open:
+            given_back = not self._ending or await self._give_back()
+            while left > 0 and given_back and not self._store.is_open:
                 size = units = 0
                 for unit in self._pending:
                     if size and size + len(unit) > 500:
@@ -1171,9 +1255,21 @@ class RedisLedger:
                 except StoreUnavailable:
                     left = 1  # for later
                     break
-        if left > 0:
+        if left > 0 or not given_back:
             self._later(RETRY_SECONDS)
-        return left <= 0
+            return False
+        return True
+
+    async def _give_back(self) -> bool:
+        ending = list(self._ending)[:500]
+        try:
+            await self._settle([_Change(key, "e", self._name) for key in ending])
+        except StoreUnavailable:
+            return False  # all that is leased is, once it is back
+        except StatementError as error:
+            log.error("ledger_refused", message=str(error), keys=ending)  # noqa: TRY400 - it says it all
+        self._ending.difference_update(ending)
+        return True
 
     async def _send(self, units: Sequence[tuple[_Change, ...]]) -> None:
         """In one call. Raises StoreUnavailable; what can be sent again is then pending again."""
@@ -1249,20 +1345,37 @@ class RedisLedger:
                     del self._freed[change.key]
 
     async def _settle(self, changes: Sequence[_Change]) -> None:
+        """When Redis has heard of all that is noted here. One at a time."""
+        while True:
+            noted = self._noted if self._notes else 0
+            answer = await self._store.script(_SETTLE, *self._settling(changes, noted))
+            if answer == 1:
+                break
+            await self._hear()
+        self._know(noted)
+        if self._unsure:
+            for change in changes:
+                if change.kind == "b":
+                    self._unsure.pop(change.op, None)
+
+    def _settling(self, changes: Sequence[_Change], noted: int) -> tuple[Sequence[str], Sequence[Any]]:
         arguments: list[Any] = [self._now(), int(LEASE_SECONDS * 1e6)]
         for change in changes:
             arguments += change[1:]
-        await self._store.script(_SETTLE, [change.key for change in changes], arguments)
+            if self._unsure and change.kind == "b" and change.op in self._unsure:
+                arguments[-1] = "charge"
+        arguments.append(noted)
+        return [*(change.key for change in changes), self._heard], arguments
 
     async def _on_return(self) -> None:
         """Leases may have ended meanwhile, though their requests go on. What was leased ahead is over."""
-        for lease in self._leases.values():
-            lease.ended()
-        notes = [change for note in self._unsure.values() for change in note]
-        unsure = list(self._unsure)
-        await self._settle([_Change(LEASES, "x", self._name), *self._seats(), *notes])
-        for op in unsure:
-            self._unsure.pop(op, None)
+        async with self._flushing:
+            await self._hear()
+            for lease in self._leases.values():
+                lease.ended()
+            self._ending.clear()
+            await self._note_again()
+            await self._settle([_Change(LEASES, "x", self._name), *self._seats()])
         await self.renew()
         self._returned = time.monotonic()
 

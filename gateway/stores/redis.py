@@ -45,6 +45,7 @@ TIMEOUT = 0.2
 # Where it was this process that was late, the answer is there already and only wants to be read.
 GRACE = 0.05
 PROBE_SECONDS = 0.5
+POST_RETRY_SECONDS = 5.0
 MAX_CONNECTIONS = 50
 PROBE_KEY = "{xenios}:probe"
 
@@ -89,6 +90,8 @@ class RedisStore:
         self._hashes: dict[str, str] = {}
         self._sent: set[str] = set()  # scripts that the server knows by their hash
         self._line: _Line | None = None
+        self._post: _Post | None = None
+        self._post_not_before = 0.0
         self._connecting = asyncio.Lock()
         self._tasks = Tasks()
         self._probe: asyncio.Task[None] | None = None
@@ -122,17 +125,11 @@ class RedisStore:
             raise self._refused(answer)
         return answer
 
-    def send(
-        self, text: str, keys: Sequence[str], arguments: Sequence[Any], done: Callable[[BaseException | None], None]
-    ) -> bool:
-        """Run a script without waiting; `done` hears what became of it. False: it was not sent.
-
-        It has left this process, for the server or the kernel on its way there, when this returns: before all that is
-        written to any socket later.
-        """
+    def send(self, text: str, keys: Sequence[str], arguments: Sequence[Any]) -> None:
+        """Run a script without waiting, before any that is run later; not if that can't be done at once."""
         line = self._line
-        if self.is_open or line is None or line.closed or line.behind:
-            return False
+        if self.is_open or line is None or line.closed:
+            return
         known = ("EVALSHA", self._hash(text)) if text in self._sent else ("EVAL", text)
         answer = line.send(*known, len(keys), *keys, *arguments)
 
@@ -140,15 +137,42 @@ class RedisStore:
             error = answer.exception()
             if error is not None:
                 self._fail(error)
+            elif isinstance(answer.result(), ResponseError):
+                self._sent.discard(text)
+                self._refused(answer.result())
             else:
                 self._sent.add(text)
-                if isinstance(answer.result(), ResponseError):
-                    self._sent.discard(text)
-                    error = self._refused(answer.result())
-            done(error)
 
         answer.add_done_callback(answered)
+
+    async def post_opened(self, text: str) -> bool:
+        """Can this script be posted now?"""
+        if self._post is None or self._post.closed:
+            async with self._connecting:
+                if time.monotonic() < self._post_not_before:
+                    return False
+                if self._post is None or self._post.closed:
+                    try:
+                        self._post = await _in_time(lambda: self._connect_post(text))
+                    except (RedisError, OSError, TimeoutError) as error:
+                        self._post_not_before = time.monotonic() + POST_RETRY_SECONDS
+                        log.warning("redis_no_post", error=type(error).__name__, message=scrub(str(error)))
+                        return False
         return True
+
+    def post(self, text: str, keys: Sequence[str], arguments: Sequence[Any]) -> bool:
+        """Run a script whose answer nobody hears. False: it was not sent.
+
+        It has left this process when this returns, and the server reads it even if this process is killed then: having
+        nothing to answer, it can't find the connection gone before it has read all.
+        """
+        if self.is_open or self._post is None:
+            return False
+        return self._post.write("EVALSHA", self._hash(text), len(keys), *keys, *arguments)
+
+    def close_post(self) -> None:
+        if self._post is not None:
+            self._post.close()
 
     async def call(self, command: Callable[[], Awaitable[Any]]) -> Any:
         """Any use of `client`, through the breaker. Raises StoreUnavailable; StatementError if the command is wrong."""
@@ -180,6 +204,7 @@ class RedisStore:
         await self._tasks.drain(0)
         if self._line is not None:
             self._line.close()
+        self.close_post()
         await self.client.aclose()
         await self._pool.disconnect()
 
@@ -208,6 +233,19 @@ class RedisStore:
         connection: Any = self._pool.make_connection()  # type: ignore[no-untyped-call]
         await connection.connect()
         return _Line(connection)
+
+    async def _connect_post(self, text: str) -> _Post:
+        connection: Any = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        await connection.connect()
+        try:
+            for command in (("SCRIPT", "LOAD", text), ("CLIENT", "REPLY", "ON")):  # does it know the command?
+                await connection.send_command(*command)
+                await connection.read_response()
+            await connection.send_command("CLIENT", "REPLY", "OFF")
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return _Post(connection)
 
     async def _look(self) -> None:
         """A PING would succeed where nothing can be written."""
@@ -266,11 +304,6 @@ class _Line(asyncio.Protocol):
             raise ConnectionError("The connection was lost.")
         return await self.send(*command)
 
-    @property
-    def behind(self) -> bool:
-        """Does anything wait in this process, as the kernel has no room? Else both event loops write at once."""
-        return self._transport.get_write_buffer_size() > 0
-
     def send(self, *command: Any) -> asyncio.Future[Any]:
         answer = self._loop.create_future()
         self._asked.append(_Asked(self._loop.time(), answer))
@@ -323,6 +356,38 @@ class _Line(asyncio.Protocol):
             answer = self._asked.popleft().answer
             if not answer.done():
                 answer.set_exception(error)
+
+
+class _Post(asyncio.Protocol):
+    """A connection on which the server was told to answer nothing."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._transport: asyncio.Transport = connection._writer.transport  # noqa: SLF001 - as for _Line
+        self._transport.set_protocol(self)
+        self.closed = False
+
+    def write(self, *command: Any) -> bool:
+        """False if it is gone, or something waits in this process for room in the kernel; else both loops write now."""
+        if self.closed or self._transport.get_write_buffer_size() > 0:
+            return False
+        self._transport.write(hiredis.pack_command(command))
+        return True
+
+    def data_received(self, data: bytes) -> None:
+        del data
+        self.close()  # it was to say nothing
+
+    def connection_lost(self, error: Exception | None) -> None:
+        del error
+        self.close()
+
+    def close(self) -> None:
+        """What was written still goes out."""
+        if not self.closed:
+            self.closed = True
+            self._transport.close()
+            self._connection._reader = self._connection._writer = None  # noqa: SLF001 - as for _Line
 
 
 def _code(error: Exception) -> str:

@@ -210,7 +210,8 @@ class Killed(Worker):
     @classmethod
     def main(cls, loop, url):
         with asyncio.Runner(loop_factory={"asyncio": None, "uvloop": uvloop.new_event_loop}[loop]) as runner:
-            runner.run(cls(RedisStore(url)).live())
+            now = time.time()
+            runner.run(cls(RedisStore(url), lambda: now).live())  # its lease lasts
 
     async def live(self):
         rules = RuleSet([budget(10_000)])
@@ -219,6 +220,8 @@ class Killed(Worker):
         await asyncio.sleep(0.1)  # what is under way has come
         print("ready", flush=True)
         sys.stdin.readline()  # whatever Valkey does until the end, this process does not hear of it
+        self.ledger._tasks.spawn(self.ledger.peek([]), "what Valkey will find nobody to answer")
+        await asyncio.sleep(0)
         for _ in range(5):
             await self.ask(rules, 10, b"last")
         if self.alone == 6:
@@ -228,8 +231,9 @@ class Killed(Worker):
 @pytest.mark.promise("P4.leased")
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 async def test_what_is_admitted_in_the_moment_of_a_kill_is_spent(server, loop):
-    """A process admits requests within its lease and is killed by SIGKILL before it does anything else: Valkey has heard
-    of each, so that they are spent as reserved and leave their rows, as those of any process that was killed.
+    """A process admits requests within its lease and is killed by SIGKILL before it does anything else: Valkey hears of
+    each, though it finds nobody to give an answer that it owes; so that they are spent as reserved and leave their
+    rows, as those of any process that was killed.
     """
     await emptied(server)
     child = await asyncio.create_subprocess_exec(
@@ -238,13 +242,16 @@ async def test_what_is_admitted_in_the_moment_of_a_kill_is_spent(server, loop):
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert await child.stdout.readline() == b"ready\n"
-    server.freeze()
     try:
+        assert await child.stdout.readline() == b"ready\n"
+        server.freeze()
         child.stdin.write(b"go\n")
         assert await child.wait() == -signal.SIGKILL
     finally:
         server.thaw()
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
     clock = Clock()
     clock.now = time.time() + LEASE_SECONDS + 1
     async with survivors(server, clock) as [alive]:
@@ -342,32 +349,72 @@ async def test_a_store_that_goes_away_during_a_lease(server):
         assert (await worker.ledger.budgets(["budget"]))[0] == (20, 10)
 
 
-async def test_what_is_heard_twice_or_late_counts_once(server):
-    """Valkey got what was admitted within a lease, and its answer was lost, twice: all is spent once, nothing reserved."""
+@pytest.mark.promise("P4.leased")
+@pytest.mark.parametrize("arrives", [False, True], ids=["never", "late"])
+async def test_a_note_that_does_not_arrive_is_told_again(server, arrives):
+    """The connection on which a worker notes what it admits breaks, or is slow by seconds: nothing more is admitted on
+    it, what was is reserved and spent as any, once, whenever the note still comes.
+    """
     cap = RuleSet([budget(1000)])
-    async with workers(server) as [worker]:
+    async with workers(server, 2) as (worker, other):
         for _ in range(3):
             (await worker.ask(cap, 10))(10)
-        tell, told = worker.store.send, []
-
-        def unheard(text, keys, arguments, done):
-            told.append((text, keys, arguments))
-            return tell(text, keys, arguments, lambda _: done(StoreUnavailable()))
-
-        worker.store.send = unheard
-        end = await worker.ask(cap, 10)
-        async with asyncio.timeout(5):
-            while not worker.ledger._unsure:
-                await asyncio.sleep(0)
-        end(7)
-        again = list(worker.ledger._pending)
+        post, unheard = worker.store.post, []
+        worker.store.post = lambda *note: unheard.append(note) or True
+        long, short = await worker.ask(cap, 10), await worker.ask(cap, 20)
+        assert len(unheard) == 2
+        worker.store.post = post
+        short(7)
         await worker.ledger.flush()
-        for unit in again:
-            await worker.ledger._settle(unit)
-        assert await worker.ledger.budgets(["budget"]) == [(37, 0)]
-        [note] = told
-        await worker.store.script(*note)
-        assert await worker.ledger.budgets(["budget"]) == [(37, 0)]
+        assert await other.ledger.budgets(["budget"]) == [(37, 10)]
+        assert await worker.ask(cap, 954) is None
+        worker.ledger._sweep_leases()
+        await worker.ledger.flush()
+        assert await leased(worker) == 0
+        if arrives:
+            for note in unheard:
+                await other.store.script(*note)
+        long(8)
+        await worker.ledger.flush()
+        assert not worker.ledger._unsure
+        if arrives:
+            for note in unheard:
+                await other.store.script(*note)
+        assert await other.ledger.budgets(["budget"]) == [(45, 0)]
+        for _ in range(3):
+            (await worker.ask(cap, 10))(10)
+        assert worker.alone > 3
+        await worker.ledger.flush()
+        assert await other.ledger.budgets(["budget"]) == [(75, 0)]
+
+
+async def test_a_settlement_waits_for_its_note(server):
+    """What is over before Valkey has read that it was admitted is spent once it has."""
+    cap = RuleSet([budget(1000)])
+    async with workers(server, 2) as (worker, other):
+        for _ in range(3):
+            (await worker.ask(cap, 10))(10)
+        post, later = worker.store.post, []
+        worker.store.post = lambda *note: later.append(note) or True
+        (await worker.ask(cap, 10))(7)
+        worker.store.post = post
+        over = worker.ledger._tasks.spawn(worker.ledger.flush(), "settles")
+        await asyncio.sleep(0.05)
+        assert not over.done()
+        assert post(*later[0])
+        assert await over
+        assert not worker.ledger._unsure
+        assert await other.ledger.budgets(["budget"]) == [(37, 0)]
+
+
+async def test_where_nothing_can_be_noted_each_request_asks(server):
+    """A server that knows no CLIENT REPLY: budgets work as without leases."""
+    cap = RuleSet([budget(100)])
+    async with workers(server) as [worker]:
+        worker.store._post_not_before = float("inf")
+        assert sum([await worker.ask(cap) is not None for _ in range(110)]) == 100
+        assert not worker.alone
+        assert await leased(worker) == 0
 
 
 async def test_the_end_of_a_process_gives_back(server):
