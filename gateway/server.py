@@ -82,7 +82,7 @@ class _Sent:
 class _Connection(RequestHandler):
     """One client connection, with a time limit for each request's head, and quiet about malformed input."""
 
-    __slots__ = ("_head_timer", "_limits", "on_room", "peer")
+    __slots__ = ("_head_timer", "_limits", "full", "on_room", "peer")
 
     def __init__(
         self,
@@ -97,6 +97,7 @@ class _Connection(RequestHandler):
         self._limits = limits
         self._head_timer: asyncio.TimerHandle | None = None
         self.peer: tuple[Any, ...] | str | None = None
+        self.full = False  # `writing_paused`, which is a call
         self.on_room: Callable[[], None] | None = None
 
     def resume_reading(self, resume_parser: bool = True) -> None:
@@ -104,8 +105,13 @@ class _Connection(RequestHandler):
         if self._reading_paused or self._buffer_paused:
             super().resume_reading(resume_parser)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.full = True
+
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.full = False
         if self.on_room is not None:
             self.on_room()
 
@@ -385,7 +391,7 @@ class _Client(DirectClient):
             raise ClientGone
         if data:
             transport.write(data)
-        return not connection.writing_paused
+        return not connection.full
 
     def when_room(self, call: Callable[[], None] | None) -> None:
         self._connection.on_room = call
