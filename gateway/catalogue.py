@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
 
 import msgspec
-import structlog
 
 from gateway.exchange import UNKNOWN_COST, Cost, Source, Usage
+from gateway.logs import get_logger
 from gateway.problems import Concern
 from gateway.tasks import Tasks
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from gateway.settings import CatalogueSettings, ModelOverride
 
-log = structlog.get_logger("gateway.catalogue")
+log = get_logger("gateway.catalogue")
 
 Origin = Literal["bundled", "cache", "upstream", "override"]
 

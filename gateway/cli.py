@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -13,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from gateway._version import __version__
+from gateway.begin import begin
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from gateway.catalogue import Catalogue, Price
@@ -58,6 +57,7 @@ BUILT_IN = frozenset({"serve", "check", "explain", "plugins", "models", "simulat
 
 def main() -> None:
     """Run the command line. Commands of plugins are looked for when a name is not one of ours."""
+    begin()
     arguments = sys.argv[1:]
     config, others = _without_config(arguments)
     name = next((word for word in others if not word.startswith("-")), None)
@@ -128,6 +128,8 @@ def check(
 
 
 def _check_live(loaded: Loaded, blueprints: Sequence[Blueprint]) -> int:
+    import asyncio
+
     from gateway.checks import live
 
     cache = loaded.settings.server.data_dir / "catalogue"
@@ -351,6 +353,8 @@ def schema(
 @app.command(short_help="Print the version.")
 def version() -> None:
     """Print the version."""
+    from gateway import __version__
+
     typer.echo(f"xenios {__version__} (Python {sys.version.split()[0]})")
 
 
@@ -470,6 +474,8 @@ def _greet(**about: Any) -> None:
 
 def stop_signals(at_second: Callable[[], None] | None = None) -> asyncio.Event:
     """Set by TERM or INT; a second one ends the process at once, after `at_second`."""
+    import asyncio
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -487,6 +493,8 @@ def stop_signals(at_second: Callable[[], None] | None = None) -> asyncio.Event:
 
 def on_hangup(reload: Callable[[], None], stop: Callable[[], None]) -> None:
     """SIGHUP: reload; but stop if it means that the terminal was closed, as a program without a reload would."""
+    import asyncio
+
     terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
 
     def on_signal() -> None:
@@ -499,6 +507,10 @@ def on_hangup(reload: Callable[[], None], stop: Callable[[], None]) -> None:
 def _banner(
     *, settings: Settings, port: int, simulated: bool, has_task: bool, key: str | None, key_file: str | None
 ) -> str:
+    import shlex
+
+    from gateway import __version__
+
     host = settings.server.host if settings.server.host not in {"0.0.0.0", "::"} else "127.0.0.1"
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     lines = [f"Xenios {__version__} at {url}"]
@@ -542,6 +554,8 @@ def run_loop(main_coroutine: Any) -> None:
     try:
         import uvloop
     except ImportError:
+        import asyncio
+
         asyncio.run(main_coroutine)
     else:
         uvloop.run(main_coroutine)
@@ -660,6 +674,8 @@ def _asked(request: Path, principal: str | None, endpoint: str, headers: Sequenc
 
 def _explained(config: Path | None, url: str | None, asked: Asked) -> dict[str, Any]:
     """The explanation, or exit 1; exit 2 if the configuration has mistakes."""
+    import asyncio
+
     from gateway import logs
     from gateway.errors import GatewayError, StartError
     from gateway.explain_command import by_configuration, by_gateway
@@ -799,6 +815,8 @@ class _Unstarted:
 
     def with_database(self, use: Callable[[Database], Coroutine[Any, Any, T]]) -> T:
         """What `use(database)` returns. Ends the command with a message if the database is away or its tables old."""
+        import asyncio
+
         from gateway.errors import StartError, StoreUnavailable
         from gateway.stores import open_database
         from gateway.supervisor import DataDirError, make_data_dir

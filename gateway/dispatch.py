@@ -9,10 +9,9 @@ import asyncio
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-import structlog
-
 from gateway.errors import GatewayError, PluginError, StartError
 from gateway.exchange import Finding, Principal
+from gateway.logs import get_logger
 from gateway.metrics import Cell
 from gateway.timing import timed, timed_sync
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from gateway.exchange import Correction, Exchange
     from gateway.watch import Watch
 
-log = structlog.get_logger("gateway.plugins")
+log = get_logger("gateway.plugins")
 
 FINISH_SECONDS = 5.0
 

@@ -10,12 +10,12 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import structlog
 from multidict import istr
 
 from gateway.errors import PluginError
 from gateway.exchange import Attempt, Limits
 from gateway.incoming import json_form_value
+from gateway.logs import get_logger
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange, Form, JsonObject, Target
@@ -35,7 +35,7 @@ _OPENROUTER_ONLY = (
 )
 _REQUEST_ID = istr("X-Request-Id")
 _encode = msgspec.json.encode
-log = structlog.get_logger("gateway.outgoing")
+log = get_logger("gateway.outgoing")
 
 
 def attempt_for(exchange: Exchange, target: Target) -> Attempt:

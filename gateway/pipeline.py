@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import msgspec
-import structlog
 from multidict import CIMultiDict, istr
 
 from gateway import dispatch, explain, logs, timing, watch
@@ -62,7 +61,7 @@ if TYPE_CHECKING:
     from gateway.tasks import Tasks
     from gateway.upstream import UpstreamClient, UpstreamResponse
 
-log = structlog.get_logger("gateway.pipeline")
+log = logs.get_logger("gateway.pipeline")
 
 _REQUEST_ID, _ATTEMPTS, _MODEL = istr("x-request-id"), istr("x-xenios-attempts"), istr("x-xenios-model")
 _RULE, _SERVER_TIMING = istr("x-xenios-rule"), istr("Server-Timing")

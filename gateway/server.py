@@ -15,7 +15,6 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from aiohttp import hdrs, web
 from aiohttp.client_exceptions import ClientConnectionError
 from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
@@ -26,7 +25,7 @@ from gateway.client import ClientGone, DirectClient
 from gateway.dialects import PLAIN_DIALECT
 from gateway.errors import BadRequest, GatewayError, RequestTimeout, TooLarge, UnsupportedMedia
 from gateway.exchange import Credentials, Exchange, RequestView, new_id
-from gateway.logs import looks_like_key
+from gateway.logs import get_logger, looks_like_key
 from gateway.pipeline import Run
 from gateway.routes import Route
 from gateway.watch import SHUTDOWN
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from gateway.snapshot import Snapshot
     from gateway.tasks import Tasks
 
-log = structlog.get_logger("gateway.server")
+log = get_logger("gateway.server")
 
 SERVER_NAME = "xenios"
 _X_REQUEST_ID, _X_API_KEY, _API_KEY = istr("X-Request-Id"), istr("X-Api-Key"), istr("Api-Key")

@@ -16,7 +16,6 @@ import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from aiohttp import hdrs
 from multidict import istr
 
@@ -60,12 +59,10 @@ if TYPE_CHECKING:
     from gateway.supervisor import Identity
     from gateway.upstream import Transport
 
-log = structlog.get_logger("gateway.worker")
+log = logs.get_logger("gateway.worker")
 
 STALL_SECONDS = 0.2
 CLOSE_SECONDS = 10.0  # for old configurations that are being closed when the process ends
-# Requests make few cycles: collecting after each 700 new objects costs more than it frees.
-GC_THRESHOLD = (20_000, 20, 50)
 
 
 class Worker:
@@ -170,7 +167,6 @@ class Worker:
             # Not after a reload: it would stop all streams for a while, and what is frozen is never collected.
             gc.collect()
             gc.freeze()
-            gc.set_threshold(*GC_THRESHOLD)
             stack.enter_context(watchdog(asyncio.get_running_loop(), self._count_slow, self._lag))
             yield self
 
