@@ -40,7 +40,6 @@ class Watch:
         "_loop",
         "_next_beat",
         "_on_beat",
-        "_seen",
         "_since",
         "_stall",
         "_task",
@@ -50,12 +49,13 @@ class Watch:
         "exchange",
         "expired",
         "flowing",
+        "seen",
     )
 
     def __init__(self, seconds: float = _FAR, exchange: Exchange | None = None) -> None:
         """`seconds` until the deadline of all. Belongs to the running task; `close` it."""
         self.exchange = exchange  # whose hooks run in this task
-        self._seen: tuple[str, str] | None = None
+        self.seen: tuple[str, str] | None = None  # the hook that ran in it when the wheel came by
         self._loop = loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         if task is None:  # pragma: no cover - a coroutine always runs in one
@@ -141,13 +141,11 @@ class Watch:
         self._wheel.remove(self)
         self._on_beat = None
 
-    def look(self, now: float, slow: SlowCalls) -> None:
-        """Which hook runs, and since when, as far as one can see from turn to turn."""
-        exchange = self.exchange
-        running = None if exchange is None else exchange.running
-        if running is not self._seen:
-            self._seen, self._since = running, now
-        elif exchange is not None and running is not None and slow.seen(exchange, running, self._since, now):
+    def look(self, running: tuple[str, str] | None, now: float, slow: SlowCalls) -> None:
+        """This hook runs: since when, as far as one can see from turn to turn."""
+        if running is not self.seen:
+            self.seen, self._since = running, now
+        elif running is not None and self.exchange is not None and slow.seen(self.exchange, running, self._since, now):
             self._since = _FAR  # said once
 
     def runs(self, task: asyncio.Task[Any] | None) -> tuple[str, str] | None:
@@ -200,7 +198,9 @@ class _Wheel:
     def _turn(self) -> None:
         now = self._loop.time()
         for watch in self._watches:
-            watch.look(now, self._slow)
+            running = None if watch.exchange is None else watch.exchange.running
+            if running is not watch.seen or running is not None:  # thousands are streams, in which no hook runs
+                watch.look(running, now, self._slow)
         for watch in [w for w in self._watches if w.is_due(now)]:
             watch.fire(now)
         self._turning = bool(self._watches)
