@@ -91,7 +91,8 @@ def target_body(exchange: Exchange, target: Target, upstream: UpstreamClient) ->
 def _headers(exchange: Exchange, upstream: UpstreamClient) -> dict[str, str]:
     headers = dict(upstream.headers)
     sent = exchange.request.pick(exchange.snapshot.derived.forwarded[exchange.dialect.endpoint])
-    headers.update({name: value for name, value in sent.items() if _sendable(value)})
+    if sent:
+        headers.update({name: value for name, value in sent.items() if value.isascii() or _sendable(value)})
     if exchange.snapshot.settings.upstream.send_request_id:
         headers[_REQUEST_ID] = exchange.request_id
     if exchange.stream:

@@ -361,12 +361,12 @@ class _Asker(DirectClient):
             self._write(head)
             view = memoryview(body)
             for start in range(0, len(body), PIECE):
-                if start:
-                    progress()
                 self._write(view[start : start + PIECE])
                 if connection.writing_paused:
+                    progress()
                     await self._room()
         if connection.writing_paused:
+            progress()
             await self._room()
 
     async def start(self, status: int, headers: CIMultiDict[str]) -> None:
