@@ -155,7 +155,8 @@ class RedisStore:
                     try:
                         self._post = await _in_time(lambda: self._connect_post(text))
                     except (RedisError, OSError, TimeoutError) as error:
-                        self._post_not_before = time.monotonic() + POST_RETRY_SECONDS
+                        said_no = isinstance(error, ResponseError)
+                        self._post_not_before = time.monotonic() + POST_RETRY_SECONDS * (60 if said_no else 1)
                         log.warning("redis_no_post", error=type(error).__name__, message=scrub(str(error)))
                         return False
         return True
