@@ -931,7 +931,8 @@ class RedisLedger:
             arguments.append(kept.get(rule.key, ""))
         keys += (OPERATION + op, LEASES)
         try:
-            answer = await self._answer(keys, arguments, after_notes=bool(wished))
+            known = (LEASES, "k", op) in self._held  # it takes more
+            answer = await self._answer(keys, arguments, after_notes=bool(wished) or known)
         except BaseException as error:
             # Whether Redis took it is unknown: give it back, which harms nothing if it didn't. What was taken for
             # an earlier attempt stays: its settlement ends both.
