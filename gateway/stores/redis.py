@@ -45,9 +45,9 @@ TIMEOUT = 0.2
 # Where it was this process that was late, the answer is there already and only wants to be read.
 GRACE = 0.05
 PROBE_SECONDS = 0.5
-POST_RETRY_SECONDS = 5.0
 MAX_CONNECTIONS = 50
 PROBE_KEY = "{xenios}:probe"
+POST_RETRY_SECONDS = 5.0
 
 # The server answers, but can't do what it is asked, whoever asks: no memory, no disk, a replica, loading, no rights.
 _UNABLE = frozenset(
