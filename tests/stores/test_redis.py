@@ -240,6 +240,51 @@ async def test_a_certificate_that_nobody_signed_is_said():
     assert "ssl_ca_certs" in said["hint"]
 
 
+@pytest.mark.parametrize("tls", [False, True])
+async def test_what_is_posted_is_done_and_nothing_answered(server, tmp_path, tls):
+    """Scripts whose answer nobody hears run in their order; a server that goes away is noticed, and found again."""
+    certificate, authority = certificate_for("localhost", tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    answered, writers = [], []
+
+    async def pipe(reader, writer, seen):
+        writers.append(writer)
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                seen.append(data)
+                writer.write(data)
+        writer.close()
+
+    async def front(reader, writer):
+        behind = await asyncio.open_unix_connection(server.socket)
+        await asyncio.gather(pipe(reader, behind[1], []), pipe(behind[0], writer, answered))
+
+    listening = await asyncio.start_server(front, "localhost", 0, ssl=context if tls else None)
+    port = listening.sockets[0].getsockname()[1]
+    url = f"rediss://localhost:{port}/0?ssl_ca_certs={authority}" if tls else f"redis://localhost:{port}/0"
+    add = "return redis.call('APPEND', KEYS[1], ARGV[1])"
+    await emptied(server)
+    async with listening, opened(url) as store, redis.asyncio.Redis.from_url(server.url) as valkey:
+        for said in ("abc", "def"):
+            assert not store.post(add, ["k"], ["lost"])
+            async with asyncio.timeout(10):
+                while not await store.post_opened(add):
+                    store._post_not_before = 0.0  # a machine that is busy
+            answered.clear()
+            before = await valkey.get("k") or b""
+            assert all(store.post(add, ["k"], [letter]) for letter in said)
+            async with asyncio.timeout(5):
+                while await valkey.get("k") != before + said.encode():
+                    await asyncio.sleep(0.01)
+            assert not answered
+            for writer in writers:
+                writer.transport.abort()
+            async with asyncio.timeout(5):
+                while store.post(add, ["other"], ["x"]):
+                    await asyncio.sleep(0.01)
+
+
 async def test_limits_hold_over_tls(server, tmp_path):
     """rediss:// from the real process: counted as without TLS; cut off and back, its policy holds and then it counts."""
     certificate, authority = certificate_for("localhost", tmp_path)
