@@ -159,9 +159,9 @@ class Tls(_Section):
     """A certificate, for clients that come without a proxy in between. A reload reads the files again."""
 
     cert_file: Annotated[Path, AfterValidator(_beside_config)]
-    """PEM file of the certificate and the intermediate ones after it, relative to this file."""
+    """PEM file of the certificate and the intermediate ones after it, relative to this file. Required."""
     key_file: Annotated[Path, AfterValidator(_beside_config)]
-    """PEM file of its private key, without a password, relative to this file."""
+    """PEM file of its private key, without a password, relative to this file. Required."""
 
 
 class ServerSettings(_Section):
@@ -175,7 +175,7 @@ class ServerSettings(_Section):
     """Socket file to listen on instead of host and port, for a proxy on the same machine; relative to this file.
     Default none."""
     unix_socket_mode: str = Field("0660", pattern=r"^0[0-7]{3}$")
-    """Who may connect to `unix_socket`: its file's mode, quoted. Default "0660"."""
+    """Who may connect to `unix_socket`: its file's mode, in quotes. Default 0660."""
     tls: Tls | None = None
     """Speak HTTPS. Default none: plain HTTP, for loopback or behind a proxy."""
     workers: int = Field(1, ge=1, le=256)
