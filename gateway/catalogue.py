@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
 
 import msgspec
-import structlog
 
 from gateway.exchange import UNKNOWN_COST, Cost, Source, Usage
+from gateway.logs import get_logger
 from gateway.problems import Concern
 from gateway.tasks import Tasks
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from gateway.settings import CatalogueSettings, ModelOverride
 
-log = structlog.get_logger("gateway.catalogue")
+log = get_logger("gateway.catalogue")
 
 Origin = Literal["bundled", "cache", "upstream", "override"]
 
@@ -102,15 +102,15 @@ class Price:
         given, written = usage.input_tokens, usage.output_tokens
         if given is None and (self.tiers or (written is None and self.request)):
             return None
-        price = self.at(given or 0)
+        price = self.at(given or 0) if self.tiers else self
         read, write = usage.cache_read_tokens or 0, usage.cache_write_tokens or 0
         thought = min(usage.reasoning_tokens or 0, written or 0)
         parts = (
             (None if given is None else max(0, given - read - write), price.input),
-            (read, _first(price.cache_read, price.input)),
-            (write, _first(price.cache_write, price.input)),
+            (read, price.input if price.cache_read is None else price.cache_read),
+            (write, price.input if price.cache_write is None else price.cache_write),
             (None if written is None else written - thought, price.output),
-            (thought, _first(price.reasoning, price.output)),
+            (thought, price.output if price.reasoning is None else price.reasoning),
         )
         total = price.request or 0
         for tokens, rate in parts:

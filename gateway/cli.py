@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -13,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from gateway._version import __version__
+from gateway.begin import begin
 
 if TYPE_CHECKING:
+    import asyncio
     import socket
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
@@ -62,6 +61,7 @@ BUILT_IN = frozenset({"serve", "check", "explain", "plugins", "models", "simulat
 
 def main() -> None:
     """Run the command line. Commands of plugins are looked for when a name is not one of ours."""
+    begin()
     arguments = sys.argv[1:]
     config, others = _without_config(arguments)
     name = next((word for word in others if not word.startswith("-")), None)
@@ -141,6 +141,8 @@ def check(
 
 
 def _check_live(loaded: Loaded, blueprints: Sequence[Blueprint]) -> int:
+    import asyncio
+
     from gateway.checks import live
 
     cache = loaded.settings.server.data_dir / "catalogue"
@@ -364,6 +366,8 @@ def schema(
 @app.command(short_help="Print the version.")
 def version() -> None:
     """Print the version."""
+    from gateway import __version__
+
     typer.echo(f"xenios {__version__} (Python {sys.version.split()[0]})")
 
 
@@ -511,6 +515,8 @@ def _greet(**about: Any) -> None:
 
 def stop_signals(at_second: Callable[[], None] | None = None) -> asyncio.Event:
     """Set by TERM or INT; a second one ends the process at once, after `at_second`."""
+    import asyncio
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -528,6 +534,8 @@ def stop_signals(at_second: Callable[[], None] | None = None) -> asyncio.Event:
 
 def on_hangup(reload: Callable[[], None], stop: Callable[[], None]) -> None:
     """SIGHUP: reload; but stop if it means that the terminal was closed, as a program without a reload would."""
+    import asyncio
+
     terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
 
     def on_signal() -> None:
@@ -540,6 +548,10 @@ def on_hangup(reload: Callable[[], None], stop: Callable[[], None]) -> None:
 def _banner(
     *, settings: Settings, port: int, simulated: bool, has_task: bool, key: str | None, key_file: str | None
 ) -> str:
+    import shlex
+
+    from gateway import __version__
+
     server = settings.server.model_copy(update={"port": port})
     url, place = _url(server), _place(server)
     lines = [f"Xenios {__version__} at {place if server.unix_socket else url}"]
@@ -601,6 +613,8 @@ def run_loop(main_coroutine: Any) -> None:
     try:
         import uvloop
     except ImportError:
+        import asyncio
+
         asyncio.run(main_coroutine)
     else:
         uvloop.run(main_coroutine)
@@ -719,6 +733,8 @@ def _asked(request: Path, principal: str | None, endpoint: str, headers: Sequenc
 
 def _explained(config: Path | None, url: str | None, asked: Asked) -> dict[str, Any]:
     """The explanation, or exit 1; exit 2 if the configuration has mistakes."""
+    import asyncio
+
     from gateway import logs
     from gateway.errors import GatewayError, StartError
     from gateway.explain_command import by_configuration, by_gateway
@@ -858,6 +874,8 @@ class _Unstarted:
 
     def with_database(self, use: Callable[[Database], Coroutine[Any, Any, T]]) -> T:
         """What `use(database)` returns. Ends the command with a message if the database is away or its tables old."""
+        import asyncio
+
         from gateway.errors import StartError, StoreUnavailable
         from gateway.stores import open_database
         from gateway.supervisor import DataDirError, make_data_dir

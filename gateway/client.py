@@ -19,7 +19,7 @@ class Client(Protocol):
     """Where the answer goes. Each method raises ClientGone once the client left."""
 
     async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
-        """A whole reply; `progress` is called whenever the client has taken some of a large one."""
+        """A whole reply; `progress` is called whenever the client has to be waited for anew."""
 
     async def start(self, status: int, headers: CIMultiDict[str]) -> None:
         """The head of a streamed reply."""

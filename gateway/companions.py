@@ -1,6 +1,6 @@
 """Processes that are kept running beside a gateway: commands of plugins, such as `xenios worker`.
 
-    xenios serve ── python -m gateway.companions   one for each plugin of the configuration that wants one
+    xenios serve ── python -m gateway.begin gateway.companions   one for each plugin of the configuration that wants one
 
 A plugin's class says which: `companion = staticmethod(config → arguments of an xenios command, or None)`. The command
 begins once the gateway is ready, ends with it, however that ended (its standard input does), and is started again when
@@ -22,8 +22,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
+from gateway.logs import get_logger
 from gateway.plugins import read_plugins
 from gateway.processes import Waits, lines, loaded_of, text_of
 from gateway.tasks import Tasks
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from gateway.settings import Loaded
 
-log = structlog.get_logger("gateway.companions")
+log = get_logger("gateway.companions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +97,7 @@ class Kept:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
+            "gateway.begin",
             "gateway.companions",
             stdin=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the parent, which passes it on once
@@ -236,7 +236,3 @@ def main() -> None:
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # its configuration comes from its parent
     main_as_told(order)
-
-
-if __name__ == "__main__":
-    main()

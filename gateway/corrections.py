@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import structlog
 
 from gateway import dispatch
 from gateway.errors import GatewayError
 from gateway.exchange import Correction, Cost, Source, Usage
-from gateway.logs import worth_a_line
+from gateway.logs import get_logger, worth_a_line
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from gateway.exchange import AttemptRecord, Exchange
     from gateway.snapshot import Snapshot
 
-log = structlog.get_logger("gateway.corrections")
+log = get_logger("gateway.corrections")
 
 WAITING = 10_000  # look-ups that are wanted at the same time
 AT_ONCE = 20

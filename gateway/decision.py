@@ -44,7 +44,7 @@ async def decide(exchange: Exchange) -> None:
     snapshot = exchange.snapshot
     decision: Decision | None = await dispatch.run_first(exchange, snapshot.hooks.choose_targets, returns=Decision)
     if decision is None:
-        asked = asked_models(exchange.body)[0]
+        asked = exchange.body.get("model") or asked_models(exchange.body)[0]
         decision = _undecided(asked, snapshot.derived.served_by.get(asked, snapshot.settings.upstream.default))
     for target in decision.targets:
         if target.upstream not in snapshot.upstreams:

@@ -215,6 +215,7 @@ def _typed_error(error: GatewayError, _last: bytes, _request_id: str) -> bytes:
 
 # --- usage --------------------------------------------------------------------------------------------------------
 
+_NO_DETAILS: dict[str, Any] = {}
 _ABSURD = 10**9  # tokens; no model reads or writes as much in one call
 
 
@@ -228,7 +229,7 @@ def read_usage(raw: Mapping[str, Any] | None, *, cached_apart: bool = False) -> 
     get = raw.get
     details_in = get("prompt_tokens_details") or get("input_tokens_details")
     details_out = get("completion_tokens_details") or get("output_tokens_details")
-    detail_in = details_in.get if isinstance(details_in, dict) else _nothing
+    detail_in = (details_in if isinstance(details_in, dict) else _NO_DETAILS).get
     read = _count(get("cache_read_input_tokens", detail_in("cached_tokens")))
     write = _count(get("cache_creation_input_tokens", detail_in("cache_write_tokens")))
     given = _count(get("prompt_tokens", get("input_tokens")))
@@ -240,10 +241,6 @@ def read_usage(raw: Mapping[str, Any] | None, *, cached_apart: bool = False) -> 
     source = Source.UNKNOWN if given is None and written is None else Source.UPSTREAM
     reasoning = _count(details_out.get("reasoning_tokens")) if isinstance(details_out, dict) else None
     return Usage(given, written, read, write, reasoning, source)
-
-
-def _nothing(_: str) -> None:
-    return None
 
 
 def read_cost(raw: Mapping[str, Any] | None) -> int | None:

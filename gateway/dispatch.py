@@ -9,10 +9,9 @@ import asyncio
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-import structlog
-
 from gateway.errors import GatewayError, PluginError, StartError
 from gateway.exchange import Finding, Principal
+from gateway.logs import get_logger
 from gateway.metrics import Cell
 from gateway.timing import timed, timed_sync
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from gateway.exchange import Correction, Exchange
     from gateway.watch import Watch
 
-log = structlog.get_logger("gateway.plugins")
+log = get_logger("gateway.plugins")
 
 FINISH_SECONDS = 5.0
 
@@ -147,7 +146,8 @@ async def run_first(exchange: Exchange, impls: Impls, *, ignorable: bool = False
         try:
             answer = await (impl.call if exchange.timings is None else timed(exchange.timings, impl))(exchange)
             if answer is not None:
-                _check(answer, returns)
+                if returns is not None and not isinstance(answer, returns):
+                    raise _wrong(answer, returns)
                 exchange.running = None
                 return answer
         except GatewayError:
@@ -186,7 +186,8 @@ def first_sync(exchange: Exchange, impls: Impls, *arguments: Any, returns: type 
             call = impl.call if exchange.timings is None else timed_sync(exchange.timings, impl)
             answer = call(exchange, *arguments)
             if answer is not None:
-                _check(answer, returns)
+                if returns is not None and not isinstance(answer, returns):
+                    raise _wrong(answer, returns)
                 return answer
         except FAILURES as error:
             impl.failed(error, exchange)
@@ -232,7 +233,8 @@ async def restore_principal(impls: Impls, reference: str, kept: Principal | None
         try:
             principal: Principal | None = await impl.call(reference, kept)
             if principal is not None:
-                _check(principal, Principal)
+                if not isinstance(principal, Principal):
+                    raise _wrong(principal, Principal)
                 return principal
         except (GatewayError, StartError):  # the second says what to do about it
             raise
@@ -273,9 +275,8 @@ def _text(finding: Any) -> str:
     return finding
 
 
-def _check(answer: Any, returns: type | None) -> None:
-    if returns is not None and not isinstance(answer, returns):
-        raise TypeError(f"returned {type(answer).__name__} where {returns.__name__} or None is due")
+def _wrong(answer: Any, returns: type) -> TypeError:
+    return TypeError(f"returned {type(answer).__name__} where {returns.__name__} or None is due")
 
 
 def _blame(exchange: Exchange, impl: Impl) -> None:

@@ -455,137 +455,87 @@ def new_id() -> str:
     return f"req_{_prefix}{next(_numbers):08x}"
 
 
-class Exchange:
+class Exchange(msgspec.Struct, eq=False, weakref=True):
     """One request and everything that becomes of it. Every hook gets it."""
 
-    __slots__ = (
-        "_context",
-        "_upload",
-        "admission",
-        "attempts",
-        "body",
-        "charge_abandoned",
-        "client_started",
-        "cost",
-        "credentials",
-        "deadline",
-        "decision",
-        "dialect",
-        "error",
-        "error_by",
-        "explained",
-        "finished",
-        "first_content",
-        "form",
-        "held",
-        "id",
-        "late",
-        "outcome",
-        "parent",
-        "phase",
-        "principal",
-        "raw_body",
-        "record",
-        "reply",
-        "reply_headers",
-        "request",
-        "request_id",
-        "route",
-        "running",
-        "scope_memo",
-        "settlement",
-        "skipped",
-        "snapshot",
-        "started",
-        "started_at",
-        "status",
-        "stream",
-        "streamed",
-        "timings",
-        "trace_id",
-        "traceparent",
-        "usage",
-    )
+    # Ours and unique: what is billed hangs on it. `request_id` is what the client may have chosen.
+    id: str
+    request: RequestView
+    snapshot: Snapshot
+    route: Route
+    phase: Phase = "live"
+    request_id: str = ""
+    dialect: Dialect = None  # type: ignore[assignment]  # the route's, whatever is given
+    # The exchange whose handler makes this model call by `services.submit`.
+    parent: Exchange | None = None
+    # Of the trace that this request belongs to, 32 hex digits; set by a tracing plugin in `request_received` where
+    # somebody else may know the trace. The access log's line has it.
+    trace_id: str | None = None
+    # This request's own place in its trace, as W3C's header says it: set by a tracing plugin in `request_received`,
+    # kept with a job. In phase `run` it is there before any hook: the place of the request that was accepted.
+    traceparent: str | None = None
+    # In phase `run`: what was kept, who pays if this worker dies, and, once it is over, what is to be settled
+    # (`services.settle_late`).
+    late: LateRequest | None = None
+    charge_abandoned: Abandoned = "tenant"
+    settlement: list[Any] | None = None
+    credentials: Credentials | None = None
+    principal: Principal | None = None
+    raw_body: bytes = b""
+    # The parsed JSON body; for multipart its plain fields, the files stay in `form`.
+    body: JsonObject = {}
+    form: Form | None = None
+    decision: Decision | None = None
+    attempts: list[AttemptRecord] = []
+    # Targets that were passed over since their circuit is open.
+    skipped: list[Target] = []
+    reply: Reply | None = None
+    # Headers that the reply will carry, whatever it is.
+    reply_headers: CIMultiDict[str] = msgspec.field(default_factory=CIMultiDict)
+    # The client asked for a stream; known once the body is.
+    stream: bool = False
+    streamed: bool = False
+    client_started: bool = False
+    status: int | None = None
+    outcome: Outcome | None = None
+    error: GatewayError | None = None
+    error_by: str | None = None
+    # Answered by an explanation of what would become of it.
+    explained: bool = False
+    # What the request counts for, named by plugins in `check_request`; what came of it, once all were asked.
+    held: list[Held] | None = None
+    admission: Admission | None = None
+    # What is to be stored of this request, asked for at its end with what the ledger settles (both or neither),
+    # and at admission for the case that its worker dies. One plugin may set it in `request_received`.
+    record: Callable[[Exchange], bytes] | None = None
+    usage: Usage = UNKNOWN_USAGE
+    cost: Cost = UNKNOWN_COST
+    started: float = msgspec.field(default_factory=time.monotonic)
+    started_at: float = msgspec.field(default_factory=time.time)
+    # When the answer must be complete, as `started` counts; a decision may bring it nearer.
+    deadline: float = float("inf")
+    first_content: float | None = None
+    finished: float | None = None
+    # (plugin id, hook) that is running: what a deadline that fires will name.
+    running: tuple[str, str] | None = None
+    # When each plugin's hooks ran, where this request is measured; None: it is not. A plugin that wants to know
+    # sets a list in `request_received` if there is none. A layer of `around_upstream` has a piece for each stretch
+    # outside of `call_next`, a tap one for the whole stream, as long as all its calls together.
+    timings: list[Timing] | None = None
+    scope_memo: dict[int, bool] = {}
+    _upload: AsyncIterator[bytes] | None = None
+    _context: dict[ContextKey[Any], Any] = {}
 
-    def __init__(
-        self,
-        exchange_id: str,
-        request: RequestView,
-        snapshot: Snapshot,
-        route: Route,
-        *,
-        phase: Phase = "live",
-    ) -> None:
-        # Ours and unique: what is billed hangs on it. `request_id` is what the client may have chosen.
-        self.id = exchange_id
-        self.request_id = exchange_id
-        self.request = request
-        self.snapshot = snapshot
-        self.route = route
-        self.dialect: Dialect = route.dialect
-        self.phase = phase
-        # The exchange whose handler makes this model call by `services.submit`.
-        self.parent: Exchange | None = None
-        # Of the trace that this request belongs to, 32 hex digits; set by a tracing plugin in `request_received` where
-        # somebody else may know the trace. The access log's line has it.
-        self.trace_id: str | None = None
-        # This request's own place in its trace, as W3C's header says it: set by a tracing plugin in `request_received`,
-        # kept with a job. In phase `run` it is there before any hook: the place of the request that was accepted.
-        self.traceparent: str | None = None
-        # In phase `run`: what was kept, who pays if this worker dies, and, once it is over, what is to be settled
-        # (`services.settle_late`).
-        self.late: LateRequest | None = None
-        self.charge_abandoned: Abandoned = "tenant"
-        self.settlement: list[Any] | None = None
-        self.credentials: Credentials | None = None
-        self.principal: Principal | None = None
-        self.raw_body = b""
-        # The parsed JSON body; for multipart its plain fields, the files stay in `form`.
-        self.body: JsonObject = {}
-        self.form: Form | None = None
-        self.decision: Decision | None = None
-        self.attempts: list[AttemptRecord] = []
-        # Targets that were passed over since their circuit is open.
-        self.skipped: list[Target] = []
-        self.reply: Reply | None = None
-        # Headers that the reply will carry, whatever it is.
-        self.reply_headers: CIMultiDict[str] = CIMultiDict()
-        # The client asked for a stream; known once the body is.
-        self.stream = False
-        self.streamed = False
-        self.client_started = False
-        self.status: int | None = None
-        self.outcome: Outcome | None = None
-        self.error: GatewayError | None = None
-        self.error_by: str | None = None
-        # Answered by an explanation of what would become of it.
-        self.explained = False
-        # What the request counts for, named by plugins in `check_request`; what came of it, once all were asked.
-        self.held: list[Held] | None = None
-        self.admission: Admission | None = None
-        # What is to be stored of this request, asked for at its end with what the ledger settles (both or neither),
-        # and at admission for the case that its worker dies. One plugin may set it in `request_received`.
-        self.record: Callable[[Exchange], bytes] | None = None
-        self.usage = UNKNOWN_USAGE
-        self.cost = UNKNOWN_COST
-        self.started = time.monotonic()
-        self.started_at = time.time()
-        # When the answer must be complete, as `started` counts; a decision may bring it nearer.
-        self.deadline = float("inf")
-        self.first_content: float | None = None
-        self.finished: float | None = None
-        # (plugin id, hook) that is running: what a deadline that fires will name.
-        self.running: tuple[str, str] | None = None
-        # When each plugin's hooks ran, where this request is measured; None: it is not. A plugin that wants to know
-        # sets a list in `request_received` if there is none. A layer of `around_upstream` has a piece for each stretch
-        # outside of `call_next`, a tap one for the whole stream, as long as all its calls together.
-        self.timings: list[Timing] | None = None
-        self.scope_memo: dict[int, bool] = {}
-        self._upload: AsyncIterator[bytes] | None = None
-        self._context: dict[ContextKey[Any], Any] = {}
+    def __post_init__(self) -> None:
+        self.request_id = self.request_id or self.id
+        self.dialect = self.route.dialect
+
+    def __repr__(self) -> str:
+        return f"<Exchange {self.id}>"  # all that it holds would be prompts and secrets
 
     def get(self, key: ContextKey[T], default: T | None = None) -> T | None:
-        return cast("T | None", self._context.get(key, default))
+        found: T | None = self._context.get(key, default)
+        return found
 
     def set(self, key: ContextKey[T], value: T) -> T:
         self._context[key] = value
@@ -639,7 +589,7 @@ class Exchange:
         """The target whose reply the client got or is getting; None if none answered."""
         for record in reversed(self.attempts):
             if record.first_content is not None:
-                return record.served
+                return record.attempt.target if record.answered_by is None else record.served
         return None
 
 

@@ -17,8 +17,6 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import structlog
-
 from gateway import logs
 from gateway.errors import StartError
 from gateway.metric_files import number_beside
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from gateway.settings import Loaded
     from gateway.snapshot import Snapshot
 
-log = structlog.get_logger("gateway.headless")
+log = logs.get_logger("gateway.headless")
 
 Run: TypeAlias = "Callable[[Any, asyncio.Event], Coroutine[Any, Any, None]]"
 
@@ -65,7 +63,7 @@ def main(loaded: Loaded, plugin: str, run: Run, read: Callable[[], Loaded], *, o
             )
         folder = make_data_dir(loaded.settings)
         with number_beside(folder / "metrics") as number:
-            structlog.contextvars.bind_contextvars(worker=number)
+            logs.bind_contextvars(worker=number)
             worker = Worker(loaded, identity_beside(folder, loaded.settings), folder, number=number, serves=False)
             run_loop(_Headless(worker, loaded, plugin, run).work(read, ordered=ordered))
     except (StartError, PluginStartError, DataDirError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -61,8 +62,7 @@ _AUTO = re.compile(r"(openrouter/(auto|bodybuilder|pareto)\b|.*/auto$)")
 
 def parse_body(exchange: Exchange, content_type: str) -> None:
     """Fill `exchange.body`, `form` and `stream` from `raw_body`. Raises BadRequest, UnsupportedMedia, TooLarge."""
-    kind, _, parameters = content_type.partition(";")
-    kind = kind.strip().lower()
+    kind, parameters = _media_type(content_type)
     if kind == "application/json" or not kind or kind.endswith("+json"):
         exchange.body = parse_object(exchange.raw_body)
     elif kind == "multipart/form-data" and exchange.dialect.request == "multipart":
@@ -72,6 +72,13 @@ def parse_body(exchange: Exchange, content_type: str) -> None:
         forms = "multipart/form-data or " if exchange.dialect.request == "multipart" else ""
         raise UnsupportedMedia(f"Send Content-Type: {forms}application/json; this request says {kind[:100]!r}.")
     exchange.stream = exchange.dialect.wants_stream(exchange.body)
+
+
+@functools.lru_cache(maxsize=256)
+def _media_type(content_type: str) -> tuple[str, str]:
+    """The type itself, and its parameters."""
+    kind, _, parameters = content_type.partition(";")
+    return kind.strip().lower(), parameters
 
 
 def parse_object(raw: bytes) -> JsonObject:
@@ -157,19 +164,13 @@ def admit_body(exchange: Exchange) -> None:
 
     Raises BadRequest.
     """
-    body, dialect = exchange.body, exchange.dialect
-    may = exchange.snapshot.settings.upstream.client_may
-    closed = body.keys() & exchange.snapshot.derived.closed_fields
-    if closed:
-        for name in closed:
-            del body[name]
-        exchange.reply_headers["x-xenios-removed"] = ", ".join(sorted(closed))
-    models = body.get("models")
-    if models is not None and not _is_list_of_strings(models):
-        raise BadRequest("`models` must be a list of model names.", param="models")
-    if body.get("fallbacks") is not None:
-        _check_fallbacks(body["fallbacks"])
-    for name in dialect.required:
+    body, snapshot = exchange.body, exchange.snapshot
+    closed, may = snapshot.derived.closed_fields, snapshot.settings.upstream.client_may
+    if not closed.isdisjoint(body):
+        _take_out(exchange, closed)
+    names_others = not _CHOOSES_MODEL.isdisjoint(body)
+    models = _listed_models(body) if names_others else None
+    for name in exchange.dialect.required:
         # OpenRouter's clients may name several models instead of one
         if body.get(name) in _MISSING and not (name == "model" and models):
             raise BadRequest(f"The field `{name}` is missing.", param=name, code="missing_required_parameter")
@@ -183,13 +184,31 @@ def admit_body(exchange: Exchange) -> None:
             body["models"] = others
         else:
             del body["models"]
-    every = asked_models(body)
+    every = asked_models(body) if names_others else [model] if model else ()
     if len(every) > MOST_MODELS:
         raise BadRequest(f"A request may name {MOST_MODELS} models at most.", param="models")
     for asked in every:
         if len(asked) > LONGEST_MODEL:
             raise BadRequest(f"A model's name has {LONGEST_MODEL} characters at most.", param="model")
         _check_special(asked, may)
+
+
+def _take_out(exchange: Exchange, names: frozenset[str]) -> None:
+    body = exchange.body
+    closed = sorted(body.keys() & names)
+    for name in closed:
+        del body[name]
+    exchange.reply_headers["x-xenios-removed"] = ", ".join(closed)
+
+
+def _listed_models(body: JsonObject) -> list[str] | None:
+    """OpenRouter's `models`. Raises BadRequest if it, or `fallbacks`, is not what it should be."""
+    models = body.get("models")
+    if models is not None and not _is_list_of_strings(models):
+        raise BadRequest("`models` must be a list of model names.", param="models")
+    if body.get("fallbacks") is not None:
+        _check_fallbacks(body["fallbacks"])
+    return models
 
 
 def check_refused(exchange: Exchange) -> None:
@@ -243,7 +262,8 @@ def may_choose(body: JsonObject, target: Target) -> bool:
 _CHOOSES_MODEL = frozenset({"models", "fallbacks", "preset"})
 
 
-def _check_special(model: str, may: Sequence[str]) -> None:
+@functools.lru_cache(maxsize=1024)
+def _check_special(model: str, may: tuple[str, ...]) -> None:
     """A preset or an auto-router lets its owner choose model and price; a variant is another way to write a field."""
     if ":" in model:
         for variant in model.lower().split(":")[1:]:

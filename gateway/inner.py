@@ -6,7 +6,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import msgspec
-import structlog
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway import late as late_work
@@ -16,6 +15,7 @@ from gateway.dialects import DIALECTS
 from gateway.errors import BadRequest
 from gateway.exchange import Exchange, Reply, RequestView, new_id
 from gateway.kit import ledger
+from gateway.logs import get_logger
 from gateway.pipeline import Run
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gateway.snapshot import Snapshot
     from gateway.tasks import Tasks
 
-log = structlog.get_logger("gateway.inner")
+log = get_logger("gateway.inner")
 
 
 class InnerCalls:

@@ -17,9 +17,9 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
 
 import msgspec
-import structlog
 
 from gateway.errors import StoreUnavailable
+from gateway.logs import get_logger
 from gateway.metric_files import BEFORE
 from gateway.tasks import Tasks
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-log = structlog.get_logger("gateway.metrics")
+log = get_logger("gateway.metrics")
 
 Kind = Literal["counter", "gauge", "histogram"]
 Merge = Literal["sum", "max", "min", "worker"]

@@ -10,12 +10,12 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import structlog
 from multidict import istr
 
 from gateway.errors import PluginError
 from gateway.exchange import Attempt, Limits
 from gateway.incoming import json_form_value
+from gateway.logs import get_logger
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange, Form, JsonObject, Target
@@ -35,7 +35,7 @@ _OPENROUTER_ONLY = (
 )
 _REQUEST_ID = istr("X-Request-Id")
 _encode = msgspec.json.encode
-log = structlog.get_logger("gateway.outgoing")
+log = get_logger("gateway.outgoing")
 
 
 def attempt_for(exchange: Exchange, target: Target) -> Attempt:
@@ -91,7 +91,8 @@ def target_body(exchange: Exchange, target: Target, upstream: UpstreamClient) ->
 def _headers(exchange: Exchange, upstream: UpstreamClient) -> dict[str, str]:
     headers = dict(upstream.headers)
     sent = exchange.request.pick(exchange.snapshot.derived.forwarded[exchange.dialect.endpoint])
-    headers.update({name: value for name, value in sent.items() if _sendable(value)})
+    if sent:
+        headers.update({name: value for name, value in sent.items() if value.isascii() or _sendable(value)})
     if exchange.snapshot.settings.upstream.send_request_id:
         headers[_REQUEST_ID] = exchange.request_id
     if exchange.stream:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import msgspec
-import structlog
 from multidict import CIMultiDict, istr
 
-from gateway import dispatch, explain, logs, timing, watch
+from gateway import dispatch, explain, logs, outgoing, timing, watch
 from gateway.access import check_bearer, check_route
 from gateway.client import ClientGone, DirectClient
 from gateway.decision import decide, prepare
-from gateway.dialects import PLAIN_EVENTS, read_cost
+from gateway.dialects import PLAIN_EVENTS, read_cost, read_usage
 from gateway.errors import (
     Cause,
     DeadlineExceeded,
@@ -62,7 +61,7 @@ if TYPE_CHECKING:
     from gateway.tasks import Tasks
     from gateway.upstream import UpstreamClient, UpstreamResponse
 
-log = structlog.get_logger("gateway.pipeline")
+log = logs.get_logger("gateway.pipeline")
 
 _REQUEST_ID, _ATTEMPTS, _MODEL = istr("x-request-id"), istr("x-xenios-attempts"), istr("x-xenios-model")
 _RULE, _SERVER_TIMING = istr("x-xenios-rule"), istr("Server-Timing")
@@ -215,9 +214,11 @@ class Run:
         if reply.stream is not None:
             await self._relay(reply.stream, _client_headers(reply.headers))
             return
-        exchange.reply = Reply(reply.status, reply.body, _client_headers(reply.headers))
+        exchange.reply = answer = Reply(reply.status, reply.body, _client_headers(reply.headers))
         self._end_attempt()
-        await self._answer_whole(exchange.reply)
+        if hooks.transform_response:
+            answer = await self._transformed(answer)
+        await self._send_whole(answer)
 
     async def _handle(self, handler: Handler) -> Reply:
         """A route's own handler: what fails, or takes too long, is named as a hook would be."""
@@ -305,25 +306,27 @@ class Run:
         exchange = self.exchange
         call_next: Callable[[Attempt], Awaitable[UpstreamReply]] = self._call_upstream
         for impl in reversed(self.hooks.around_upstream):
-            if impl.applies(exchange):
+            if impl.when is None or impl.applies(exchange):
                 call_next = _layer(exchange, impl, call_next)
         if exchange.stream:
             self._beat(exchange.snapshot.settings.server.stream_commit_after)
         if exchange.decision is None or not exchange.decision.targets:
             raise PluginError("The decision names no target.")
-        return await call_next(exchange.attempt(exchange.decision.targets[0]))
+        return await call_next(outgoing.attempt_for(exchange, exchange.decision.targets[0]))
 
     async def _call_upstream(self, attempt: Attempt) -> UpstreamReply:
         """One attempt, to the whole reply or to a stream's first content. Raises UpstreamError."""
         exchange = self.exchange
-        self._give_up_attempt(Cause.ABANDONED)
-        if exchange.attempts and exchange.admission is not None:
-            await ledger.admit_again(exchange.snapshot.services.ledger, exchange, exchange.admission)
+        if exchange.attempts:
+            self._give_up_attempt(Cause.ABANDONED)
+            if exchange.admission is not None:
+                await ledger.admit_again(exchange.snapshot.services.ledger, exchange, exchange.admission)
         upstream = exchange.snapshot.upstreams[attempt.target.upstream]
         record = AttemptRecord(attempt, len(exchange.attempts) + 1, time.monotonic())
         exchange.attempts.append(record)
         self._record = record
-        dispatch.run_sync(exchange, self.hooks.attempt_started, record)
+        if self.hooks.attempt_started:
+            dispatch.run_sync(exchange, self.hooks.attempt_started, record)
         # While the upstream is waited for no plugin runs; afterwards the layer that called does again.
         layer, exchange.running = exchange.running, None
         self.watch.wait(watch.FIRST_EVENT, attempt.limits.first_event)
@@ -384,10 +387,12 @@ class Run:
         ):
             shown = kind if _MEDIA_TYPE.fullmatch(kind) else "no content type"
             raise UpstreamError(Cause.BAD_REPLY, f"The upstream answered a stream with {shown}.")
-        elif kind.startswith("text/") and kind != "text/html" and self._wants_text():
-            reply.body = self._passable(await self._read_whole(response), secret)
         else:
-            reply.body = await self._whole_body(response, record, secret)
+            body = await response.read(self.exchange.snapshot.settings.upstream.max_reply, self._heard)
+            is_text = kind.startswith("text/") and kind != "text/html" and self._wants_text()
+            reply.body = body if is_text else self._whole_body(body.lstrip(), record, secret)
+            if secret and secret.encode() in body:
+                raise UpstreamError(Cause.BAD_REPLY, "The upstream's reply held what must not be passed on.")
         return reply
 
     def _wants_text(self) -> bool:
@@ -406,8 +411,8 @@ class Run:
             secret=secret,
         )
 
-    async def _whole_body(self, response: UpstreamResponse, record: AttemptRecord, secret: str) -> bytes:
-        body = (await self._read_whole(response)).lstrip()
+    def _whole_body(self, body: bytes, record: AttemptRecord, secret: str) -> bytes:
+        """What is read of a whole reply is read. Raises UpstreamError if it is none, or tells of a failure."""
         try:
             head = _read_head(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -420,7 +425,7 @@ class Run:
         }
         error = self.exchange.dialect.reply_error(data)
         usage = head.usage if isinstance(head.usage, dict) else None
-        if may_choose(self.exchange.body, record.target):
+        if may_choose(self.exchange.body, record.attempt.target):
             self._note_model(record, head.model)
         self._meter(record, usage)
         if error is not None:
@@ -428,15 +433,6 @@ class Run:
         grammar = self.exchange.dialect.grammar
         if self.exchange.stream and grammar is not None and not grammar.whole_is_fine:
             raise UpstreamError(Cause.BAD_REPLY, "The upstream answered a stream with a whole body.")
-        return self._passable(body, secret)
-
-    async def _read_whole(self, response: UpstreamResponse) -> bytes:
-        return await response.read(self.exchange.snapshot.settings.upstream.max_reply, self._heard)
-
-    def _passable(self, body: bytes, secret: str) -> bytes:
-        """An upstream that repeats our own key is not passed on."""
-        if secret and secret.encode() in body:
-            raise UpstreamError(Cause.BAD_REPLY, "The upstream's reply held what must not be passed on.")
         return body
 
     def _note_model(self, record: AttemptRecord, model: Any) -> None:
@@ -452,13 +448,13 @@ class Run:
 
     def _meter(self, record: AttemptRecord, raw: Mapping[str, Any] | None) -> None:
         """Usage and cost of an attempt, each with its source."""
-        record.usage = self.exchange.dialect.usage(raw)
+        record.usage = usage = read_usage(raw, cached_apart=self.exchange.dialect.anthropic)
         cost = read_cost(raw)
         if cost is not None:
             record.cost = Cost(cost, Source.UPSTREAM)
-        elif record.usage.source is not Source.UNKNOWN:
-            catalogue = self.exchange.snapshot.services.catalogue
-            record.cost = catalogue.cost(record.target.upstream, record.served.model, record.usage)
+        elif usage.source is not Source.UNKNOWN:
+            target, catalogue = record.attempt.target, self.exchange.snapshot.services.catalogue
+            record.cost = catalogue.cost(target.upstream, record.answered_by or target.model, usage)
 
     def _fail_attempt(self, error: UpstreamError) -> None:
         if self._record is not None:
@@ -491,7 +487,8 @@ class Run:
                 self._estimate(record, stream)
         if cause is not None and record.status == 200 and record.cost.source in _UNSURE:
             self._correct_later(record)
-        dispatch.run_sync(self.exchange, self.hooks.attempt_finished, record)
+        if self.hooks.attempt_finished:
+            dispatch.run_sync(self.exchange, self.hooks.attempt_finished, record)
 
     def _estimate(self, record: AttemptRecord, stream: ReplyStream | None) -> None:
         """A stream cut before its last usage came: what was told and seen, until the upstream tells the truth."""
@@ -527,12 +524,13 @@ class Run:
             await self._relay(stream, hit.headers)
             return
         exchange.reply = hit
-        await self._answer_whole(hit)
+        if self.hooks.transform_response and exchange.phase != "accept":  # then it is no model's answer
+            hit = await self._transformed(hit)
+        await self._send_whole(hit)
 
-    async def _answer_whole(self, reply: Reply) -> None:
-        if self.hooks.transform_response and self.exchange.phase != "accept":  # then it is no model's answer
-            await dispatch.run_all(self.exchange, self.hooks.transform_response)
-        await self._send_whole(self.exchange.reply or reply)
+    async def _transformed(self, reply: Reply) -> Reply:
+        await dispatch.run_all(self.exchange, self.hooks.transform_response)
+        return self.exchange.reply or reply
 
     async def _send_whole(self, reply: Reply) -> None:
         exchange = self.exchange
@@ -542,7 +540,11 @@ class Run:
             return
         headers = self._head(reply.status, reply.headers)
         exchange.client_started = True
-        await self._deliver(reply.status, headers, body)
+        await self.client.send(reply.status, headers, body, self._on_progress)
+
+    def _on_progress(self) -> None:
+        """A client that has to be waited for gets its time anew with each piece that it takes."""
+        self.watch.wait(watch.WRITE, self._patience)
 
     async def _send(self, reply: Reply, by: tuple[str, str]) -> None:
         """What a plugin answers by itself."""
@@ -710,8 +712,9 @@ class Run:
             out["request-id"] = exchange.request_id
         if exchange.route.proxied:
             self._say(out, answered=answered)
-        dispatch.run_sync(exchange, self.hooks.response_started)
-        out = exchange.reply_headers
+        if self.hooks.response_started:
+            dispatch.run_sync(exchange, self.hooks.response_started)
+            out = exchange.reply_headers
         if self._phases is not None and self._may_time():
             out[_SERVER_TIMING] = timing.header(exchange, self._phases)
         if not _sound(out):
@@ -824,13 +827,7 @@ class Run:
             reply.headers["x-should-retry"] = "true" if should_retry else "false"
         headers = self._head(reply.status, reply.headers)
         exchange.client_started = True
-        await self._deliver(reply.status, headers, reply.body)
-
-    async def _deliver(self, status: int, headers: CIMultiDict[str], body: bytes) -> None:
-        seconds = self._patience
-        self.watch.wait(watch.WRITE, seconds)
-        await self.client.send(status, headers, body, lambda: self.watch.wait(watch.WRITE, seconds))
-        self.watch.rest()
+        await self.client.send(reply.status, headers, reply.body, self._on_progress)
 
     @property
     def _patience(self) -> float | None:
@@ -841,8 +838,9 @@ class Run:
         """Nothing of the exchange is left open; `request_finished` runs in a task that the drain awaits."""
         exchange = self.exchange
         self.watch.close()
-        gone = exchange.outcome is Outcome.CLIENT_DISCONNECT
-        self._give_up_attempt(Cause.CLIENT_DISCONNECT if gone else Cause.ABANDONED)
+        if self._record is not None and self._record.finished is None:
+            gone = exchange.outcome is Outcome.CLIENT_DISCONNECT
+            self._end_attempt(Cause.CLIENT_DISCONNECT if gone else Cause.ABANDONED)
         if self._response is not None:
             self._response.close()
         if self._taps is not None:
@@ -966,12 +964,20 @@ def _last_event(chunk: bytes) -> bytes:
 def _sound(headers: CIMultiDict[str]) -> bool:
     """Each can be written as a header: a plugin may have put anything there."""
     try:
+        values = "".join(headers.values())
+        if values.isascii() and values.isprintable():
+            return _sound_names(tuple(headers))  # nearly always
         values = "\n".join(headers.values())
         values.encode()
     except (TypeError, UnicodeEncodeError):
         return False
     clean = values.count("\n") < max(1, len(headers)) and _CONTROL.search(values) is None
-    return clean and "" not in headers and _NAMES.fullmatch("".join(headers)) is not None
+    return clean and _sound_names(tuple(headers))
+
+
+@functools.lru_cache(maxsize=512)
+def _sound_names(names: tuple[str, ...]) -> bool:
+    return "" not in names and _NAMES.fullmatch("".join(names)) is not None
 
 
 def _drop_unsound(exchange: Exchange, headers: CIMultiDict[str]) -> None:
@@ -989,6 +995,7 @@ def _drop_unsound(exchange: Exchange, headers: CIMultiDict[str]) -> None:
             )
 
 
+@functools.lru_cache(maxsize=1024)
 def _header_text(text: str) -> str:
     """A name that a client may have invented, as a header can carry it: no control character, not a megabyte of it."""
     return text if len(text) <= 200 and text.isascii() and text.isprintable() else quote(text[:200], safe="/:@ ")
@@ -1007,7 +1014,7 @@ def _tries(exchange: Exchange) -> str:
 
 def _client_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """Of an upstream's reply headers those that a client may see."""
-    passed = CIMultiDict((name, value) for name, value in headers.items() if _passes(name))
+    passed = CIMultiDict([item for item in headers.items() if _passes(item[0])])
     if _CONNECTION in headers:
         for name in headers[_CONNECTION].split(","):
             passed.popall(name.strip(), None)

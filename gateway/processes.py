@@ -1,8 +1,8 @@
 """Several workers: a parent that holds the socket and what they share, and starts again what dies.
 
     xenios serve ── parent: listening sockets, locked data_dir, embedded Valkey
-                     ├─ python -m gateway.processes   worker 1: gateway/worker.py
-                     └─ python -m gateway.processes   worker 2 …
+                     ├─ python -m gateway.begin gateway.processes   worker 1: gateway/worker.py
+                     └─ python -m gateway.begin gateway.processes   worker 2 …
 
 A worker is a fresh interpreter: no thread, lock or event loop of the parent's is copied half-way. It gets the
 configuration's text and the sockets from the parent, says on a pipe when it accepts, and stops when its standard input
@@ -36,7 +36,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from pydantic import SecretStr
 
 from gateway import logs
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
     from gateway.settings import Loaded, Settings
     from gateway.worker import Worker
 
-log = structlog.get_logger("gateway.processes")
+log = logs.get_logger("gateway.processes")
 
 QUICK = 5.0  # a worker that lived shorter makes the next wait
 WAITS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -255,6 +254,7 @@ class Group:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
+            "gateway.begin",
             "gateway.processes",
             stdin=asyncio.subprocess.PIPE,
             pass_fds=[*fds, write],
@@ -389,7 +389,7 @@ def main() -> int:
     try:
         loaded = _as_told(order["config"], order)
         logs.setup(loaded.settings.log)
-        structlog.contextvars.bind_contextvars(worker=order["number"])
+        logs.bind_contextvars(worker=order["number"])
         run_loop(_work(loaded, order))
     except (ConfigError, PluginStartError, StartError) as error:
         sys.stderr.write(f"xenios: {error}\n")
@@ -516,7 +516,3 @@ class _Parent:
     def _note(self, state: dict[str, Any]) -> None:
         self.done, self.refused = state["done"], state["refused"]
         self.last = Reload.from_json(state["last"]) if state["last"] else None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,11 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import structlog
 from pydantic import BaseModel
 
 from gateway.errors import StartError
-from gateway.logs import scrub
+from gateway.logs import get_logger, scrub
 from gateway.plugins import PluginStartError, file_of, read_entries
 from gateway.problems import ConfigError, Problem
 from gateway.settings import Loaded, examine, examine_source, without_passwords
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from gateway.settings import Examined, Settings
     from gateway.yaml_source import Source
 
-log = structlog.get_logger("gateway.reload")
+log = get_logger("gateway.reload")
 
 Code = Literal["config_invalid", "restart_needed", "reload_failed"]
 

@@ -1,13 +1,15 @@
 """The aiohttp server: sockets, limits, time-outs; adapts its requests to the pipeline's `Client` and `Inbound`.
 
 aiohttp has no time limit for headers or bodies, and logs and echoes malformed input: that is added or replaced here.
-The low-level server is used, and its writer directly: the pipeline knows the whole head before it is sent.
+Its protocol and parser are used, and nothing of what it makes of a request: the pipeline needs neither its request
+nor its response, and knows the whole head before it is sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import re
 import time
@@ -16,9 +18,9 @@ from http import HTTPStatus
 from socket import AF_UNIX
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from aiohttp import hdrs, web
 from aiohttp.client_exceptions import ClientConnectionError
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 from multidict import istr
@@ -28,7 +30,7 @@ from gateway.dialects import PLAIN_DIALECT
 from gateway.errors import BadRequest, GatewayError, RequestTimeout, TooLarge, UnsupportedMedia
 from gateway.exchange import Credentials, Exchange, RequestView, new_id
 from gateway.listening import BACKLOG
-from gateway.logs import looks_like_key
+from gateway.logs import get_logger, looks_like_key
 from gateway.pipeline import Run
 from gateway.routes import Route
 from gateway.watch import SHUTDOWN
@@ -36,8 +38,9 @@ from gateway.watch import SHUTDOWN
 if TYPE_CHECKING:
     import socket
     import ssl
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 
+    from aiohttp.streams import StreamReader
     from multidict import CIMultiDict
 
     from gateway.exchange import Reply
@@ -47,11 +50,13 @@ if TYPE_CHECKING:
     from gateway.snapshot import Snapshot
     from gateway.tasks import Tasks
 
-log = structlog.get_logger("gateway.server")
+    Serve = Callable[["_Connection", RawRequestMessage, StreamReader], Coroutine[Any, Any, None]]
+
+log = get_logger("gateway.server")
 
 SERVER_NAME = "xenios"
 _X_REQUEST_ID, _X_API_KEY, _API_KEY = istr("X-Request-Id"), istr("X-Api-Key"), istr("Api-Key")
-_ONCE = (hdrs.AUTHORIZATION, _X_API_KEY, _API_KEY, hdrs.HOST)
+_ONCE = (hdrs.AUTHORIZATION, _X_API_KEY, _API_KEY)
 LINGER_SECONDS = 3.0
 PIECE = 256 * 1024
 JOINED = 64 * 1024  # smaller bodies are cheaper copied behind their head than written beside it
@@ -63,41 +68,27 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
-def _bare(status: HTTPStatus, extra: str = "") -> bytes:
+def _bare(status: int, extra: str = "", body: bytes = b"", request_id: str = "") -> bytes:
     """A reply to a connection on which no request could be read."""
-    head = f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\nX-Request-Id: {new_id()}\r\n{extra}"
-    return f"{head}Content-Length: 0\r\n\r\n".encode()
-
-
-class _Sent:
-    """What aiohttp's protocol wants back from a handler: the reply is out already, only keep-alive is left to say."""
-
-    __slots__ = ("keep_alive",)
-
-    def __init__(self, *, keep_alive: bool) -> None:
-        self.keep_alive = keep_alive
-
-    async def prepare(self, request: web.BaseRequest) -> None: ...
-
-    async def write_eof(self) -> None: ...
+    head = f"{_status_line((1, 1), status)}{_now()}Connection: close\r\nX-Request-Id: {request_id or new_id()}\r\n"
+    return f"{head}{extra}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 class _Connection(RequestHandler):
-    """One client connection, with a time limit for each request's head, and quiet about malformed input."""
+    """One client connection: a task for each request, one after the other.
 
-    __slots__ = ("_head_timer", "_limits", "on_room", "peer")
+    It has a time limit for each request's head, and is quiet about malformed input.
+    """
 
-    def __init__(
-        self,
-        manager: _Listener,
-        *,
-        loop: asyncio.AbstractEventLoop,
-        limits: Callable[[], ServerSettings],
-        **kwargs: Any,
-    ) -> None:
+    __slots__ = ("_context", "_head_timer", "_limits", "_serve", "_serving", "on_room", "peer")
+
+    def __init__(self, manager: _Listener, *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
         # those of aiohttp's own are for the connection's life, ours are asked for anew
-        super().__init__(manager, loop=loop, keepalive_timeout=limits().keepalive_timeout, **kwargs)
-        self._limits = limits
+        super().__init__(manager, loop=loop, keepalive_timeout=manager.limits().keepalive_timeout, **kwargs)
+        self._limits = manager.limits
+        self._serve = manager.serve
+        self._serving = False
+        self._context = manager.context
         self._head_timer: asyncio.TimerHandle | None = None
         self.peer: tuple[Any, ...] | str | None = None
         self.on_room: Callable[[], None] | None = None
@@ -117,32 +108,89 @@ class _Connection(RequestHandler):
         self.peer = transport.get_extra_info("peername")
         manager = self._manager
         if manager is not None and len(manager.connections) > self._limits().max_connections:
-            transport.write(_bare(HTTPStatus.SERVICE_UNAVAILABLE, "Retry-After: 1\r\n"))  # type: ignore[attr-defined]  # a stream transport
+            transport.write(_bare(503, "Retry-After: 1\r\n"))  # type: ignore[attr-defined]  # a stream transport
             self.force_close()
             return
         self._head_timer = self._loop.call_later(self._limits().header_timeout, self._head_late)
 
+    async def start(self) -> None:
+        """Aiohttp's own waits here for the connection's requests; ours begin as they come."""
+
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._messages or self._current_request is not None or self._payload_parser is not None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
-        elif self._head_timer is None and self._waiter is not None:
+        super().data_received(data)  # parses
+        if self._serving:
+            return
+        if self._messages:
+            self._next()
+        elif data and self._head_timer is None and self.transport is not None:
             # a head has begun on an idle connection, and is not complete
             self._head_timer = self._loop.call_later(self._limits().header_timeout, self._head_late)
 
+    def _next(self) -> None:
+        """Begin with the next request."""
+        self._serving = True
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        message, payload = self._messages.popleft()
+        if self._parser is not None:
+            self._parser.message_consumed()
+        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+            self._resume_reading_if_drained()
+        if isinstance(message, RawRequestMessage):
+            serve = self._serve(self, message, payload)
+            self._task_handler = self._loop.create_task(serve, context=self._context.copy())
+        else:
+            self.refuse(message.status, message.exc)
+
+    def served(self, *, keep_alive: bool) -> None:
+        """A request has been answered, and no byte of it is left."""
+        if not keep_alive or self._close or self._force_close:
+            self._serving = False
+            self.close()
+            return
+        if self._upgraded and not self._messages:
+            self._go_on_in_http()
+        if self._messages:
+            self._next()
+            return
+        self._serving = False
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if self._keepalive_handle is None:
+            self._wait_for_more()
+
+    def _wait_for_more(self) -> None:
+        self._keepalive_handle = self._loop.call_at(
+            self._next_keepalive_close_time, self._process_keepalive, context=self._context
+        )
+
+    def _go_on_in_http(self) -> None:
+        """An upgrade was offered, and declined: what has come behind that request was not parsed yet."""
+        tail, self._message_tail = self._message_tail, b""
+        self._upgraded = False
+        if self._parser is not None:
+            self._parser.set_upgraded(False)
+        super().data_received(tail)
+        if self._buffer_paused:
+            self._resume_reading_if_drained()
+
+    def _process_keepalive(self) -> None:
+        self._keepalive_handle = None
+        if self._loop.time() < self._next_keepalive_close_time:
+            self._wait_for_more()
+        elif not self._serving:
+            self.force_close()
+
     def _head_late(self) -> None:
         self._head_timer = None
-        if self.transport is not None and self._current_request is None and not self._messages:
-            self.transport.write(_bare(HTTPStatus.REQUEST_TIMEOUT))
+        if self.transport is not None and not self._serving:
+            self.transport.write(_bare(408))
             self.force_close()
 
     def close(self) -> None:
         """No further request. An idle connection is closed now: aiohttp's own leaves it open until the process ends."""
-        idle = self._waiter is not None
         super().close()
-        if idle and self.transport is not None:
+        if not self._serving and self.transport is not None:
             self.transport.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -151,103 +199,104 @@ class _Connection(RequestHandler):
             self._head_timer = None
         super().connection_lost(exc)
 
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """A request that is not HTTP. aiohttp's own page and log line hold the input, secrets included."""
-        del message
+    def refuse(self, status: int, error: BaseException, *, begun: bool = False) -> None:
+        """The end of a request that is not HTTP, or that we failed at; `begun`: its reply.
+
+        aiohttp's own page and log line hold the input, secrets included.
+        """
         request_id = new_id()
-        unknown_coding = isinstance(exc, ContentEncodingError)
-        if unknown_coding:
-            status = 415
-        if status >= 500:
-            log.error("request_crashed", exc_info=exc, request_id=request_id)
+        told: GatewayError = GatewayError()
+        if isinstance(error, ContentEncodingError):
+            told = UnsupportedMedia("Send the body as it is, or compressed with gzip.")
+        elif status < 500:
+            told = BadRequest("The request is not valid HTTP.", status=status)
+        if self.transport is not None and not begun:
+            body = PLAIN_DIALECT.error_body(told, "")
+            self.transport.write(_bare(told.status_code, "Content-Type: application/json\r\n", body, request_id))
+        if told.status_code >= 500:
+            log.error("request_crashed", exc_info=error, request_id=request_id)
         else:
-            error_type = type(exc).__name__
             log.warning(
-                "bad_http_request", status=status, error=error_type, remote=request.remote, request_id=request_id
+                "bad_http_request",
+                status=told.status_code,
+                error=type(error).__name__,
+                remote=self.peer[0] if isinstance(self.peer, tuple) else self.peer,
+                request_id=request_id,
             )
-        if request.writer.output_size > 0:
-            raise ConnectionError
-        if status >= 500:
-            error = GatewayError()
-        elif unknown_coding:
-            error = UnsupportedMedia("Send the body as it is, or compressed with gzip.")
-        else:
-            error = BadRequest("The request is not valid HTTP.", status=status)
-        response = web.Response(
-            status=status,
-            body=PLAIN_DIALECT.error_body(error, ""),
-            content_type="application/json",
-            headers={"Server": SERVER_NAME, "X-Request-Id": request_id},
-        )
-        response.force_close()
-        return response
-
-    def log_exception(self, *_: Any, **kw: Any) -> None:
-        error = kw.get("exc_info")
-        if isinstance(error, web.RequestPayloadError):
-            return  # the client was told; aiohttp meets it again when it drains the body
-        log.error("connection_failed", error=type(error).__name__ if error else None, exc_info=error or None)
-
-    def log_debug(self, *args: Any, **kw: Any) -> None: ...
+        self.served(keep_alive=False)
 
 
 class _Listener(web.Server):
-    def __init__(
-        self, handler: Callable[[web.BaseRequest], Awaitable[Any]], limits: Callable[[], ServerSettings]
-    ) -> None:
+    def __init__(self, serve: Serve, limits: Callable[[], ServerSettings]) -> None:
         super().__init__(
-            handler,
+            serve,  # type: ignore[arg-type]  # by `_Connection` alone
             handler_cancellation=True,
             access_log=None,
-            lingering_time=LINGER_SECONDS,
             max_line_size=16 * 1024,
             max_field_size=32 * 1024,
         )
-        self._limits = limits
+        self.serve = serve
+        self.limits = limits
+        self.context = contextvars.copy_context()  # what one request's task leaves in its own is not the next one's
 
     def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, limits=self._limits, **self._kwargs)
+        return _Connection(self, loop=self._loop, **self._kwargs)
 
 
-class _Inbound:
-    """The request's body, not read yet."""
+class _Asker(DirectClient):
+    """One request's two ends on its connection: the pipeline's `Inbound`, and its `Client`, each call of which is one
+    write to the transport.
+    """
 
-    __slots__ = ("_request", "_seconds", "content_type")
+    __slots__ = (
+        "_chunked", "_connection", "_head", "_message", "_payload", "_seconds", "begun", "content_type", "keep_alive",
+    )  # fmt: skip
 
-    def __init__(self, request: web.BaseRequest, seconds: float) -> None:
-        self._request = request
+    def __init__(
+        self,
+        connection: _Connection,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        *,
+        seconds: float,
+        closing: bool,
+    ) -> None:
+        """`seconds`: for the body."""
+        self._connection = connection
+        self._message = message
+        self._payload = payload
         self._seconds = seconds
-        self.content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
+        self._chunked = False
+        self._head = b""  # not sent yet
+        self.begun = False  # the reply
+        self.keep_alive = not (message.should_close or closing)
+        self.content_type = message.headers.get(hdrs.CONTENT_TYPE, "")
+
+    # --- what it says --------------------------------------------------------------------------------------------
 
     async def read(self, limit: int) -> bytes:
         """The whole body. Raises TooLarge, RequestTimeout, BadRequest or ClientGone."""
+        headers, payload = self._message.headers, self._payload
+        if payload.is_eof() and hdrs.EXPECT not in headers and hdrs.CONTENT_ENCODING not in headers:
+            return _within(payload.read_nowait(), limit)  # it came with its head
         self._check(limit)
-        content = self._request.content
-        if content.is_eof() and content.exception() is None and hdrs.EXPECT not in self._request.headers:
-            return _within(content.read_nowait(), limit)  # it came with its head
         with _body_errors():
-            await self._continue()
+            self._continue()
             async with asyncio.timeout(self._seconds):
                 return await self._read(limit)
 
     async def pieces(self, limit: int) -> AsyncIterator[bytes]:
         """The body as it comes, which may take as long as enough comes of it. Raises as `read`, also in the middle."""
         self._check(limit)
-        content, loop = self._request.content, asyncio.get_running_loop()
+        payload, loop = self._payload, asyncio.get_running_loop()
         size, enough, left = 0, PROGRESS, self._seconds
         with _body_errors():
-            await self._continue()
+            self._continue()
         while True:
             began = loop.time()
             with _body_errors():
                 async with asyncio.timeout(left):
-                    piece = await content.readany()
+                    piece = await payload.readany()
             if not piece:
                 return
             size += len(piece)
@@ -258,67 +307,50 @@ class _Inbound:
 
     def _check(self, limit: int) -> None:
         """What the head says of the body."""
-        length = self._request.content_length
-        if length is not None and length > limit:
+        headers = self._message.headers
+        length = headers.get(hdrs.CONTENT_LENGTH)
+        if length is not None and int(length) > limit:
             raise TooLarge(f"The body has {length} bytes; this gateway takes {limit}.")
-        encoding = self._request.headers.get("Content-Encoding")
+        encoding = headers.get(hdrs.CONTENT_ENCODING)
         if encoding is not None and encoding.strip().lower() not in _ENCODINGS:
             raise UnsupportedMedia(f"Send the body as it is, or compressed with gzip; not {encoding[:100]!r}.")
 
     async def _read(self, limit: int) -> bytes:
         parts: list[bytes] = []
         size = 0
-        while chunk := await self._request.content.readany():
+        while chunk := await self._payload.readany():
             size += len(chunk)
             parts.append(_within(chunk, limit, size))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _continue(self) -> None:
+    def _continue(self) -> None:
         """Clients with large bodies ask before they send (curl above 1 MiB)."""
-        expect = self._request.headers.get(hdrs.EXPECT)
+        expect = self._message.headers.get(hdrs.EXPECT)
         if expect is None:
             return
         if expect.lower() != "100-continue":
             raise BadRequest("Expect: only 100-continue is known.", status=417)
-        await self._request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._request.writer.output_size = 0  # aiohttp takes any output for a begun reply
+        transport = self._connection.transport
+        if transport is None:
+            raise ClientGone
+        transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
+    async def end_of_body(self) -> None:
+        """What of the body nobody read is thrown away, for some seconds: a client that still sends would not get to
+        read its reply if the connection was closed.
+        """
+        payload = self._payload
+        with contextlib.suppress(TimeoutError, web.RequestPayloadError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while not payload.is_eof() and self._connection.transport is not None:
+                    await payload.readany()
 
-@contextlib.contextmanager
-def _body_errors() -> Iterator[None]:
-    """Aiohttp's errors become ours."""
-    try:
-        yield
-    except TimeoutError:
-        raise RequestTimeout("The request's body did not arrive in time.") from None
-    except ConnectionError:
-        raise ClientGone from None
-    except (HttpProcessingError, ValueError, web.RequestPayloadError) as error:
-        raise BadRequest(f"The request's body can't be read: {type(error).__name__}.") from None
-
-
-def _within(chunk: bytes, limit: int, size: int | None = None) -> bytes:
-    if (len(chunk) if size is None else size) > limit:
-        raise TooLarge(f"The body is larger than the {limit} bytes that this gateway takes.")
-    return chunk
-
-
-class _Client(DirectClient):
-    """The pipeline's `Client` on the connection: each call is one write to its transport."""
-
-    __slots__ = ("_chunked", "_connection", "_head", "_request", "keep_alive")
-
-    def __init__(self, request: web.BaseRequest, connection: _Connection, *, closing: bool) -> None:
-        self._request = request
-        self._connection = connection
-        self._chunked = False
-        self._head = b""  # not sent yet
-        self.keep_alive = request.keep_alive and not closing
+    # --- what it is told -----------------------------------------------------------------------------------------
 
     async def send(self, status: int, headers: CIMultiDict[str], body: bytes, progress: Callable[[], None]) -> None:
         head = self._made(status, headers, len(body))
         connection = self._connection
-        if self._request.method == "HEAD":
+        if self._message.method == "HEAD":
             body = b""
         if len(body) <= JOINED:
             self._write(head + body)
@@ -326,12 +358,12 @@ class _Client(DirectClient):
             self._write(head)
             view = memoryview(body)
             for start in range(0, len(body), PIECE):
-                if start:
-                    progress()
                 self._write(view[start : start + PIECE])
                 if connection.writing_paused:
+                    progress()
                     await self._room()
         if connection.writing_paused:
+            progress()
             await self._room()
 
     async def start(self, status: int, headers: CIMultiDict[str]) -> None:
@@ -342,9 +374,9 @@ class _Client(DirectClient):
         if hdrs.CONTENT_LENGTH not in headers:
             headers[hdrs.CACHE_CONTROL] = "no-cache"
             headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
-            if self._request.method == "HEAD":
+            if self._message.method == "HEAD":
                 pass  # no body, so that nothing need tell its end
-            elif self._request.version >= (1, 1):
+            elif self._message.version >= (1, 1):
                 self._chunked = True
                 headers[hdrs.TRANSFER_ENCODING] = "chunked"
             else:
@@ -353,18 +385,18 @@ class _Client(DirectClient):
 
     def _made(self, status: int, headers: CIMultiDict[str], length: int | None = None) -> bytes:
         """The head, of headers that were found sound."""
-        request = self._request
-        if hdrs.CONNECTION in headers or not request.content.is_eof():
+        version = self._message.version
+        if hdrs.CONNECTION in headers or not self._payload.is_eof():
             # refused for its framing, or before its body came: what follows on this connection is no request
             self.keep_alive = False
         if not self.keep_alive:
             headers[hdrs.CONNECTION] = "close"
-        elif request.version < (1, 1):
+        elif version < (1, 1):
             headers[hdrs.CONNECTION] = "keep-alive"
         for name in _OURS if length is None else _OURS_OF_WHOLE:
             if name in headers:
                 del headers[name]
-        lines = [_status_line(request.version, status), _now()]
+        lines = [_status_line(version, status), _now()]
         lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
         lines.append("\r\n" if length is None else f"Content-Length: {length}\r\n\r\n")
         return "".join(lines).encode()
@@ -373,7 +405,7 @@ class _Client(DirectClient):
         transport = self._connection.transport
         if transport is None or transport.is_closing():
             raise ClientGone
-        self._request.writer.output_size = 1  # for aiohttp, and `handle_error`: the reply has begun
+        self.begun = True
         transport.write(data)
 
     def put(self, data: bytes) -> bool:
@@ -381,7 +413,7 @@ class _Client(DirectClient):
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._head:
             data, self._head = self._head + data, b""
-            self._request.writer.output_size = 1  # for aiohttp, and `handle_error`: the reply has begun
+            self.begun = True
         connection = self._connection
         transport = connection.transport
         if transport is None or transport.is_closing():
@@ -416,6 +448,25 @@ class _Client(DirectClient):
         self.keep_alive = False
         if self._connection.transport is not None:
             self._connection.transport.abort()
+
+
+@contextlib.contextmanager
+def _body_errors() -> Iterator[None]:
+    """Aiohttp's errors become ours."""
+    try:
+        yield
+    except TimeoutError:
+        raise RequestTimeout("The request's body did not arrive in time.") from None
+    except ConnectionError:
+        raise ClientGone from None
+    except (HttpProcessingError, ValueError, web.RequestPayloadError) as error:
+        raise BadRequest(f"The request's body can't be read: {type(error).__name__}.") from None
+
+
+def _within(chunk: bytes, limit: int, size: int | None = None) -> bytes:
+    if (len(chunk) if size is None else size) > limit:
+        raise TooLarge(f"The body is larger than the {limit} bytes that this gateway takes.")
+    return chunk
 
 
 @functools.lru_cache(maxsize=256)
@@ -457,7 +508,7 @@ class Server:
 
     async def start(self, sockets: Sequence[socket.socket], tls: ssl.SSLContext | None = None) -> None:
         """Accept connections from sockets that listen."""
-        self._listener = _Listener(self._handle, lambda: self._current().settings.server)
+        self._listener = _Listener(self._serve, lambda: self._current().settings.server)
         loop = asyncio.get_running_loop()
         seconds = self._current().settings.server.header_timeout if tls else None
         for sock in sockets:
@@ -484,98 +535,97 @@ class Server:
             await self._listener.shutdown(5.0)
         return cut
 
-    async def _handle(self, request: web.BaseRequest) -> _Sent:
+    async def _serve(self, connection: _Connection, message: RawRequestMessage, payload: StreamReader) -> None:
+        """One request, from its head to the end of its reply."""
         snapshot = self._current()
-        method, raw_path, fault = request.method, request.raw_path, None
-        path = raw_path
-        params: dict[str, str] = {}
-        route = snapshot.routes.exact(method, raw_path) if _is_sound(request) else None
-        if route is None:
-            path = request.path
-            route, params, fault = _route(snapshot, request)
-        view = RequestView(
-            method,
-            path,
-            request.headers,
-            query_string=raw_path.partition("?")[2] if "?" in raw_path else "",
-            remote=getattr(request.protocol, "peer", None),
-            http_version=request.version,
-        )
-        view.path_params = params
-        exchange = Exchange(new_id(), view, snapshot, route)
-        asked_id = request.headers.get(_X_REQUEST_ID)
-        if asked_id is not None and _REQUEST_ID.fullmatch(asked_id) and not looks_like_key(asked_id):
-            exchange.request_id = asked_id
-        if fault is None:
-            exchange.credentials = _credentials(request)
-        connection = request.protocol
-        if not isinstance(connection, _Connection):  # pragma: no cover - the listener makes no others
-            raise TypeError(type(connection).__name__)
-        client = _Client(request, connection, closing=self.draining)
-        run = Run(
-            exchange,
-            client,
-            _Inbound(request, snapshot.settings.server.body_timeout),
-            tasks=self._tasks,
-            finisher=self._finisher,
-            correct=self._correct,
+        asker = _Asker(
+            connection,
+            message,
+            payload,
+            seconds=snapshot.settings.server.body_timeout,
+            closing=self.draining,
         )
         snapshot.users.enter()
-        self._runs.add(run)
         try:
-            await run.run()
+            run = Run(
+                _exchange(snapshot, connection, message),
+                asker,
+                asker,
+                tasks=self._tasks,
+                finisher=self._finisher,
+                correct=self._correct,
+            )
+            self._runs.add(run)
+            try:
+                await run.run()
+            finally:
+                self._runs.discard(run)
+                if self.draining and not self._runs:
+                    self._idle.set()
+            if not payload.is_eof():
+                await asker.end_of_body()
+        except asyncio.CancelledError:
+            connection.force_close()
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client is told, and it is logged
+            connection.refuse(500, error, begun=asker.begun)
+        else:
+            connection.served(keep_alive=asker.keep_alive)
         finally:
             snapshot.users.leave()
-            self._runs.discard(run)
-            if not self._runs:
-                self._idle.set()
-        return _Sent(keep_alive=client.keep_alive)
 
 
-def _route(snapshot: Snapshot, request: web.BaseRequest) -> tuple[Route, dict[str, str], GatewayError | None]:
-    """The matched route; for a request that can't be served one that says why, through the pipeline all the same."""
-    fault: GatewayError | None = None
+def _exchange(snapshot: Snapshot, connection: _Connection, message: RawRequestMessage) -> Exchange:
+    """Of a request's head. One that can't be served gets a route that says why, through the pipeline all the same."""
+    method, path = message.method, message.path
+    params: dict[str, str] = {}
+    credentials: Credentials | None = None
     try:
-        _check_head(request)
-        route, params = snapshot.routes.match(request.method, request.path)
+        credentials = _credentials(message)
+        route = snapshot.routes.exact(method, path)
+        if route is None:
+            path = message.url.path
+            route, params = snapshot.routes.match(method, path)
     except GatewayError as error:
-        fault = error
-    else:
-        return route, params, None
+        path, route, credentials = message.url.path, _refusing(error), None
+    view = RequestView(
+        method,
+        path,
+        message.headers,
+        query_string=message.path.partition("?")[2],
+        remote=connection.peer,
+        http_version=message.version,
+    )
+    view.path_params = params
+    exchange = Exchange(new_id(), view, snapshot, route)
+    exchange.credentials = credentials
+    asked_id = message.headers.get(_X_REQUEST_ID)
+    if asked_id is not None and _REQUEST_ID.fullmatch(asked_id) and not looks_like_key(asked_id):
+        exchange.request_id = asked_id
+    return exchange
 
+
+def _refusing(error: GatewayError) -> Route:
     async def refuse(_: Exchange) -> Reply:
-        raise fault
+        raise error
 
     path = "unmatched"
-    return Route("ANY", path, path, PLAIN_DIALECT, refuse, access="public", body="none"), {}, fault
+    return Route("ANY", path, path, PLAIN_DIALECT, refuse, access="public", body="none")
 
 
-def _is_sound(request: web.BaseRequest) -> bool:
-    """Nothing in the head that `_check_head` would refuse."""
-    getall = request.headers.getall
+def _credentials(message: RawRequestMessage) -> Credentials:
+    """What the client shows. Raises BadRequest for a head that two servers could read in two ways."""
+    headers = message.headers
     for name in _ONCE:
-        if len(getall(name, ())) > 1:
-            return False
-    return hdrs.TRANSFER_ENCODING not in request.headers
-
-
-def _check_head(request: web.BaseRequest) -> None:
-    headers = request.headers
-    for name in _ONCE:
-        if len(headers.getall(name, ())) > 1:
+        if name in headers and len(headers.getall(name)) > 1:
             raise BadRequest(f"The header {name} stands twice.")
-    coding = headers.get(hdrs.TRANSFER_ENCODING)
-    if coding is not None and coding.lower() != "chunked":
+    if hdrs.TRANSFER_ENCODING in headers and headers[hdrs.TRANSFER_ENCODING].lower() != "chunked":
         close = {"Connection": "close"}
         raise BadRequest("Transfer-Encoding: only chunked is known.", status=501, headers=close)
-
-
-def _credentials(request: web.BaseRequest) -> Credentials:
-    authorization = request.headers.get(hdrs.AUTHORIZATION, "")
-    scheme, _, token = authorization.partition(" ")
+    scheme, _, token = headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
-    api_key = (request.headers.get(_X_API_KEY) or request.headers.get(_API_KEY) or "").strip()
-    return Credentials(bearer=_usable(bearer), api_key=_usable(api_key))
+    api_key = (headers.get(_X_API_KEY) or headers.get(_API_KEY) or "").strip()
+    return Credentials(_usable(bearer), _usable(api_key))
 
 
 def _usable(token: str) -> str | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import structlog
-
 from gateway.kit.ledger import MemoryLedger
 from gateway.late import settle
+from gateway.logs import get_logger
 from gateway.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Services:
     def of(self, plugin_id: str) -> Services:
         """The same services, with a log that names the plugin."""
         # not bound now: the level that is set when it is used counts
-        return replace(self, plugin_id=plugin_id, log=structlog.get_logger("gateway.plugin", plugin=plugin_id))
+        return replace(self, plugin_id=plugin_id, log=get_logger("gateway.plugin", plugin=plugin_id))
 
     @property
     def database(self) -> Database:

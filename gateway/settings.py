@@ -1,5 +1,7 @@
 """What the YAML file may say: typed, frozen settings; every mistake in it is told at once."""
 
+import ast
+import inspect
 import ipaddress
 import json
 import os
@@ -8,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -19,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     SecretStr,
     Strict,
     StringConstraints,
@@ -144,7 +148,7 @@ HeaderValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0a-\x1f\x
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -153,6 +157,28 @@ class _Section(BaseModel):
         if isinstance(value, dict):
             return {key: item for key, item in value.items() if item is not None or key not in cls.model_fields}
         return {} if value is None else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Each field's docstring describes it: pydantic's own way would read them at each start."""
+        schema = handler(core_schema)
+        shown = handler.resolve_ref_schema(schema)["properties"]
+        for name, text in _docstrings(cls).items():
+            shown[cls.model_fields[name].alias or name]["description"] = text
+        return schema
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """By the name of the attribute that they stand below."""
+    [written] = ast.parse(inspect.getsource(cls)).body
+    return {
+        field.target.id: inspect.cleandoc(str(text.value.value))
+        for field, text in pairwise(written.body if isinstance(written, ast.ClassDef) else ())
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
 
 
 class Tls(_Section):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import structlog
+from gateway.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-log = structlog.get_logger("gateway.tasks")
+log = get_logger("gateway.tasks")
 
 
 class Tasks:

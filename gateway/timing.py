@@ -11,7 +11,7 @@ import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import structlog
+from gateway.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gateway.hookspecs import Tap
     from gateway.metrics import Metrics
 
-log = structlog.get_logger("gateway.plugins")
+log = get_logger("gateway.plugins")
 
 ONE_OF = 31  # requests is measured; a prime, so that none of several kinds that take turns is always missed
 SLOW_SECONDS = 1.0

@@ -80,13 +80,13 @@ class UpstreamClient:
     settings: UpstreamSettings
     transport: Transport
     simulated: bool = False
+    kind: str = field(init=False)
     # (dialect endpoint) → the headers that every request of it carries
     headers: Mapping[str, str] = field(default_factory=dict)
     secret: str = field(default="", repr=False)
 
-    @property
-    def kind(self) -> str:
-        return self.settings.kind
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", self.settings.kind)
 
 
 class UpstreamReply(msgspec.Struct, eq=False):

@@ -16,7 +16,6 @@ import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from aiohttp import hdrs
 from multidict import istr
 
@@ -37,7 +36,6 @@ from gateway.plugins import close_all, needs_database, open_all, read_plugins, s
 from gateway.server import Server
 from gateway.services import Services
 from gateway.settings import secrets_of
-from gateway.simulator import Simulator
 from gateway.snapshot import build
 from gateway.stores import open_database, open_redis
 from gateway.tasks import Tasks
@@ -55,18 +53,17 @@ if TYPE_CHECKING:
     from gateway.routes import Router
     from gateway.settings import Loaded, Settings
     from gateway.settings import Upstream as UpstreamSettings
+    from gateway.simulator import Simulator
     from gateway.snapshot import Snapshot
     from gateway.stores.database import Database
     from gateway.stores.redis import RedisStore
     from gateway.supervisor import Identity
     from gateway.upstream import Transport
 
-log = structlog.get_logger("gateway.worker")
+log = logs.get_logger("gateway.worker")
 
 STALL_SECONDS = 0.2
 CLOSE_SECONDS = 10.0  # for old configurations that are being closed when the process ends
-# Requests make few cycles: collecting after each 700 new objects costs more than it frees.
-GC_THRESHOLD = (20_000, 20, 50)
 
 
 class Worker:
@@ -177,7 +174,6 @@ class Worker:
             # Not after a reload: it would stop all streams for a while, and what is frozen is never collected.
             gc.collect()
             gc.freeze()
-            gc.set_threshold(*GC_THRESHOLD)
             stack.enter_context(watchdog(asyncio.get_running_loop(), self._count_slow, self._lag))
             yield self
 
@@ -299,6 +295,8 @@ class Worker:
 
     async def _simulate(self, settings: Settings) -> None:
         if self._simulator is None and any(_simulates(u) for u in settings.upstreams.values()):
+            from gateway.simulator import Simulator  # noqa: PLC0415 - who has keys needs none
+
             simulator = Simulator()
             await simulator.start()
             self._simulator = simulator

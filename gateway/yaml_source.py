@@ -114,7 +114,7 @@ class Source:
 # --- Reading ----------------------------------------------------------------------------------------------
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_UNREADABLE: Final = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_UNREADABLE: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 # Leading zeros stay text, and so do numbers too large for Python's int() or float().
 _INTEGER: Final = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,99})")
 _FLOAT: Final = re.compile(rf"(?:[-+]?\.[0-9]+|{_INTEGER.pattern}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]{{1,2}})?")

@@ -161,10 +161,8 @@ class Breakers:
         self.policy = policy
         self._changed = changed
         self._all: dict[str, Breaker] = {}
+        self.find: Callable[[str], Breaker | None] = self._all.get
         self._full_until = 0.0
-
-    def find(self, name: str) -> Breaker | None:
-        return self._all.get(name)
 
     def of(self, name: str, now: float) -> Breaker | None:
         """Made when it is needed; None while there are too many already."""

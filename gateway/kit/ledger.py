@@ -27,12 +27,11 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
-import structlog
 
 from gateway.errors import StatementError, StoreUnavailable
 from gateway.kit.passes import passes
 from gateway.limits import Admission, Held, Level, Plan, Rule, State, Verdict, weighed
-from gateway.logs import worth_a_line
+from gateway.logs import get_logger, worth_a_line
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from gateway.exchange import Exchange
     from gateway.stores.redis import RedisStore
 
-log = structlog.get_logger("gateway.ledger")
+log = get_logger("gateway.ledger")
 
 ENDLESS = 10**15  # micro-USD: the limit of a budget that refuses nobody
 LEASE_SECONDS = 15.0

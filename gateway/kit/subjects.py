@@ -9,11 +9,11 @@ from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
-import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gateway.errors import Forbidden
 from gateway.exchange import ContextKey
+from gateway.logs import get_logger
 from gateway.settings import When
 from gateway.units import Duration
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from gateway.exchange import Exchange, Principal
 
-log = structlog.get_logger("gateway.limits")
+log = get_logger("gateway.limits")
 
 Period = Literal["hour", "day", "week", "month", "total"]
 Subject = Literal["key", "tenant", "team", "role", "user", "model", "endpoint"]

@@ -11,10 +11,8 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-import structlog
-
 from gateway.errors import StartError, StatementError, StoreUnavailable
-from gateway.logs import scrub
+from gateway.logs import get_logger, scrub
 from gateway.stores.counts import StoreCounts
 from gateway.tasks import Tasks
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from gateway.kit.schema import Schema
     from gateway.metrics import Metrics
 
-log = structlog.get_logger("gateway.database")
+log = get_logger("gateway.database")
 T = TypeVar("T")
 
 Row = dict[str, Any]

@@ -12,15 +12,14 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import structlog
-
 from gateway.errors import StartError
+from gateway.logs import get_logger
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-log = structlog.get_logger("gateway.embedded")
+log = get_logger("gateway.embedded")
 
 START_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hiredis
 import redis.asyncio
-import structlog
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -31,7 +30,7 @@ from redis.exceptions import (
 )
 
 from gateway.errors import StatementError, StoreUnavailable
-from gateway.logs import hide, scrub
+from gateway.logs import get_logger, hide, scrub
 from gateway.stores.counts import StoreCounts
 from gateway.tasks import Tasks
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
     from gateway.metrics import Metrics
 
-log = structlog.get_logger("gateway.redis")
+log = get_logger("gateway.redis")
 
 TIMEOUT = 0.2
 # Where it was this process that was late, the answer is there already and only wants to be read.

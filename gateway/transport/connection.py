@@ -193,7 +193,8 @@ class Connection(asyncio.Protocol):
     def _finish(self, reply: Reply) -> None:
         self._reply = None
         reply.finish()
-        self.resume()
+        if self._paused:
+            self.resume()
         if self.uses == 1:
             self._pool.proven(self)
         if self._keep and not self.sending:

@@ -104,7 +104,8 @@ async def _ask(connection: Connection, head: bytes, body: bytes | None) -> Reply
     """Returns when the head is there or can't come any more."""
     reply = connection.ask(head, body)
     try:
-        await reply.begun()
+        if not reply.status and reply.error is None:
+            await reply.more()
     except BaseException:
         reply.close()
         raise

@@ -67,10 +67,10 @@ class Reply:
         elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def begun(self) -> None:
-        """Wait for the head, or for what stands in its way."""
-        if not self.status and self.error is None:
-            await self._wait()
+    def more(self) -> asyncio.Future[None]:
+        """What is to be waited for: that something arrives, the head, more of the body, or what stands in its way."""
+        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        return waiter
 
     @property
     def pushed(self) -> bool:
@@ -91,7 +91,7 @@ class Reply:
                 if self._inflate is not None and (error := self._inflate.cut_off()) is not None:
                     raise error
                 return b""
-            await self._wait()
+            await self.more()
 
     async def read(self, limit: int, heard: Callable[[bytes], None] | None = None) -> bytes:
         if self.complete and self._inflate is None:
@@ -122,13 +122,6 @@ class Reply:
             self.connection.drop()
 
     # --- within --------------------------------------------------------------------------------------------------
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
 
     def _take(self) -> bytes:
         """All that has arrived, as one piece."""

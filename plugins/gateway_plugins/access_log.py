@@ -140,16 +140,20 @@ class Plugin:
         started, decision, principal = exchange.started, exchange.decision, exchange.principal
         finished = exchange.finished or started
         served, usage, cost, tries = exchange.served, exchange.usage, exchange.cost, exchange.attempts
-        error = exchange.error
+        route, method, error = exchange.route, exchange.request.method, exchange.error
+        upstream = 0.0
+        for one in tries:
+            if one.finished is not None:
+                upstream += one.finished - one.started
         fields: dict[str, Any] = {
             "ts": self._time(exchange.started_at + finished - started),
             "level": level,
             "event": "request",
             "request_id": exchange.id if exchange.request_id == exchange.id else cleaned(exchange.request_id),
             "id": exchange.id,
-            "method": clean(exchange.request.method),
-            "endpoint": exchange.endpoint,
-            "path": exchange.route.path,
+            "method": method if method == route.method else clean(method),
+            "endpoint": route.endpoint,
+            "path": route.path,
             "status": exchange.status,
             "outcome": outcome,
             "error_code": clean(error.error_code) if error is not None else None,
@@ -170,7 +174,7 @@ class Plugin:
             "cost_source": cost.source,
             "duration_ms": round((finished - started) * 1000, 1),
             "first_content_ms": _ms(started, exchange.first_content),
-            "upstream_ms": round(sum(t.duration or 0.0 for t in tries) * 1000, 1) if tries else None,
+            "upstream_ms": round(upstream * 1000, 1) if tries else None,
             "principal": clean(principal.id) if principal is not None else None,
             "tenant": clean(principal.tenant) if principal is not None else None,
             "team": clean(principal.team) if principal is not None and principal.team else None,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gzip
 import json
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from structlog.testing import capture_logs
 
+from gateway import hookimpl
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Answer, Json, ScriptedUpstream, Stream, chat_completion, chat_events
 from tests.faults.raw import CHAT, connect, exchange, head, request
@@ -530,6 +533,45 @@ async def test_pipelined_requests_are_answered_in_order(gw):
         await raw.send(b"".join(request(gw, {**CHAT, "model": name}) for name in names))
         assert [(await raw.reply()).headers["x-xenios-model"] for _ in names] == names
     assert [seen.model for seen in gw.upstream.seen] == names
+
+
+class Marks:
+    """Leaves a mark in each request's context, and notes the mark that it finds there."""
+
+    reads_settings = ()
+
+    def __init__(self, config, services):
+        self.found = []
+        self.mark = contextvars.ContextVar("mark", default=None)
+
+    @hookimpl
+    async def request_received(self, exchange):
+        self.found.append(self.mark.get())
+        self.mark.set(exchange.id)
+
+
+async def test_requests_of_a_connection_share_no_context():
+    """What a plugin sets in a context variable is gone with its request, on a kept connection and in a pipeline."""
+    async with Gateway.test(plugins=[Marks]) as gateway, connect(gateway) as raw:
+        for _ in range(2):
+            await raw.send(request(gateway) * 2)
+            assert [(await raw.reply()).status for _ in range(2)] == [200, 200]
+        assert gateway.plugin("Marks").found == [None] * 4
+
+
+async def test_a_mistake_of_ours_is_a_500_and_an_end(gw, monkeypatch):
+    """A request that breaks the server itself is answered in JSON, logged with its id, and the next client is served."""
+    with monkeypatch.context() as broken, capture_logs() as logged:
+        broken.setattr("gateway.server.RequestView", None)
+        async with connect(gw) as raw:
+            await raw.send(request(gw))
+            reply = await raw.reply()
+            assert (reply.status, reply.headers["connection"]) == (500, "close")
+            assert reply.data["error"]["type"] == "server_error"
+            assert await raw.ended()
+    [line] = [entry for entry in logged if entry["event"] == "request_crashed"]
+    assert line["request_id"] == reply.headers["x-request-id"]
+    assert (await exchange(gw, request(gw))).status == 200
 
 
 async def test_errors_leave_the_connection_usable(gw):

@@ -76,7 +76,7 @@ async def test_an_outage_longer_than_the_lease_runs_nothing_twice(server):
             await asyncio.sleep(8)
             server.thaw()
             await asyncio.sleep(8)
-            assert waits.begun == ["a", "b", "c"]
+            assert sorted(waits.begun) == ["a", "b", "c"]
             waits.going.set()
             with client(server.url) as connection:
                 await until(lambda: not started(connection))
@@ -112,7 +112,7 @@ async def test_a_redis_that_comes_back_empty_is_told_what_runs(server, how):
             waits.going.set()
             await until(lambda: len(waits.ended) == 3)
             assert worker is not None
-        assert waits.begun == ["a", "b", "c"]
+        assert sorted(waits.begun) == ["a", "b", "c"]
         assert set(waits.ended.values()) == {"done"}
 
 

@@ -228,4 +228,5 @@ async def test_jobs_and_live_requests_share_one_budget(tmp_path, server, postgre
         assert await sums() == (cost, 0)
         assert outcomes["abandoned"] >= taken // 2
         assert cost == outcomes["ok"] * RESERVED // 2 + outcomes["abandoned"] * RESERVED <= budget
-        assert len(upstream.seen) == outcomes["ok"] + outcomes["abandoned"]
+        # one that was killed between its reservation and its first byte is charged all the same
+        assert outcomes["ok"] + taken // 2 <= len(upstream.seen) <= outcomes["ok"] + outcomes["abandoned"]

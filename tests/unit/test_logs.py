@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import structlog
+from plugin_objects import exchange
 
 from gateway import logs
 from gateway.settings import LogSettings
@@ -233,6 +234,14 @@ def test_levels(level, log):
     for name in names:
         getattr(logger, name)(name)
     assert [line["event"] for line in log.lines()] == names[names.index(level) :]
+
+
+def test_an_exchange_is_shown_by_its_id(log):
+    """A plugin that logs a whole exchange writes nothing of the prompt or the key in it."""
+    asked = exchange({"model": "m", "messages": [{"role": "user", "content": "a prompt"}]}, bearer=TOKEN)
+    log.setup().error("odd", exchange=asked, text=f"{asked}")
+    [line] = log.lines()
+    assert line["exchange"] == line["text"] == f"<Exchange {asked.id}>"
 
 
 def test_an_object_that_can_not_be_shown_is_named(log):

@@ -1,3 +1,5 @@
+from datetime import UTC, datetime
+
 import pytest
 from plugin_objects import PEPPER, exchange, services
 from pydantic import ValidationError
@@ -111,6 +113,19 @@ async def test_a_date_is_good_until_its_end(text, until):
     config = api_keys.Config(keys=({"id": "app", "hash": HASH, "expires": text},))
     assert config.keys[0].expires.isoformat() == until
     assert (await who(api_keys.Plugin(config, services()), KEY)).id == "app"
+
+
+async def test_a_key_that_is_in_use_expires_all_the_same(monkeypatch):
+    """A key that was accepted a moment ago is refused from its end on, and still nobody else's key is taken for it."""
+    keys = plugin({"id": "app", "hash": HASH, "expires": "2030-01-31T12:00:00Z"})
+    monkeypatch.setattr(api_keys.time, "time", lambda: datetime(2030, 1, 31, 11, 59, tzinfo=UTC).timestamp())
+    for _ in range(2):
+        assert (await who(keys, KEY)).id == "app"
+    with pytest.raises(Unauthenticated, match="not known"):
+        await who(keys, new_key())
+    monkeypatch.setattr(api_keys.time, "time", lambda: datetime(2030, 1, 31, 12, 0, tzinfo=UTC).timestamp())
+    with pytest.raises(Unauthenticated, match="expired"):
+        await who(keys, KEY)
 
 
 async def test_a_key_from_the_environment(monkeypatch):

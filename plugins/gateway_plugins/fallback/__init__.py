@@ -327,8 +327,8 @@ class Plugin:
     def attempt_finished(self, exchange: Exchange, attempt: AttemptRecord) -> None:
         if self.breakers is None:
             return
-        now, cause = self._clock(), attempt.cause
-        breaker = self.breakers.of(attempt.target.name, now)
+        now, cause, name = self._clock(), attempt.cause, attempt.attempt.target.name
+        breaker = self.breakers.find(name) or self.breakers.of(name, now)
         if breaker is None:
             return
         if cause is None or cause is Cause.INVALID_OUTPUT:

@@ -125,9 +125,9 @@ class Recorder:
         upstream = 0.0
         for one in tries:
             upstream += (one.finished or finished) - one.started
-            self._attempt(exchange.endpoint, one)
+            self._attempt(exchange.route.endpoint, one)
         # A dry run by its header: no model was asked.
-        endpoint = "/admin/explain" if exchange.explained else exchange.endpoint
+        endpoint = "/admin/explain" if exchange.explained else exchange.route.endpoint
         target = exchange.served
         if target is None and not exchange.explained and (tries or (decision is not None and decision.targets)):
             target = tries[-1].target if tries else decision.targets[0] if decision else None
@@ -196,7 +196,7 @@ class Recorder:
             self._unknown.add(1, self.metrics.model(upstream, model))
 
     def _attempt(self, endpoint: str, one: AttemptRecord) -> None:
-        target = one.target
+        target = one.attempt.target
         key = (endpoint, target.upstream, target.model, one.cause)
         found = self._tries.get(key)
         if found is None:

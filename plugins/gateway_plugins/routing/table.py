@@ -14,6 +14,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
+import msgspec
+
 from gateway import BadRequest, ContextKey, Decision, Forbidden, Limits, Target, conditions
 from gateway.kit import clean, end_user, input_estimate
 from gateway_plugins.routing import native
@@ -34,7 +36,7 @@ _PICO = 10**12
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
+class Asked(msgspec.Struct, frozen=True):
     """`name` is what rules compare with `models`: a task asked for by header is the same as by name."""
 
     model: str
@@ -252,8 +254,11 @@ class Table:
 
     def decide(self, exchange: Exchange, draw: Callable[[Exchange], float]) -> Decision | None:
         """None: the asked model where the settings place it. Raises BadRequest or Forbidden."""
-        model, task, _ = ask(exchange)
-        key = (model, task, exchange.endpoint, *[read(exchange) for read in self._reads])
+        asked = ask(exchange)
+        model, task = asked.model, asked.task
+        key: tuple[Hashable, ...] = (model, task, exchange.route.endpoint)
+        if self._reads:
+            key += tuple([read(exchange) for read in self._reads])
         way = self._kept.get(key)
         if way is None:
             way = self._way(exchange, model, task)
