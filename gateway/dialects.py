@@ -47,11 +47,11 @@ MALFORMED = Mark(malformed=True)
 class Grammar:
     """How one endpoint streams.
 
-    `notable`: after the first content an event in which this is not found is plain content; it passes unparsed.
+    `notable`: after the first content an event of which this is not true is plain content; it passes unparsed.
     `needs_done`: a clean end is `finish` and then `done`; otherwise `finish` and then the end of the body.
     """
 
-    notable: re.Pattern[bytes]
+    notable: Callable[[bytes], bool]
     mark: Callable[[Event], Mark]
     error: Callable[[GatewayError, bytes, str], bytes]
     needs_done: bool
@@ -274,9 +274,9 @@ def _characters(value: Any, depth: int = 0) -> int:
 
 # --- how streams are read ------------------------------------------------------------------------------------------
 
-_DELTA_CONTENT = (
-    "content", "reasoning", "reasoning_content", "reasoning_details", "tool_calls", "function_call", "refusal",
-    "audio", "images",
+_DELTA_CONTENT = frozenset(
+    ("content", "reasoning", "reasoning_content", "reasoning_details", "tool_calls", "function_call", "refusal",
+     "audio", "images")
 )  # fmt: skip
 
 
@@ -299,11 +299,15 @@ def _mark_choices(event: Event, has_content: Callable[[Mapping[str, Any]], bool]
     data = event.data
     if not isinstance(data, dict):
         return MALFORMED
-    choices = [c for c in data.get("choices") or () if isinstance(c, dict)]
-    finish = any(c.get("finish_reason") for c in choices)
+    content = finish = choices = False
+    for choice in data.get("choices") or ():
+        if isinstance(choice, dict):
+            choices = True
+            finish = finish or bool(choice.get("finish_reason"))
+            content = content or finish or has_content(choice)
     usage = data.get("usage")
     return Mark(
-        content=finish or any(has_content(c) for c in choices),
+        content=content,
         finish=finish,
         usage=usage if isinstance(usage, dict) else None,
         usage_only=bool(usage) and not choices,
@@ -313,7 +317,12 @@ def _mark_choices(event: Event, has_content: Callable[[Mapping[str, Any]], bool]
 
 def _chat_content(choice: Mapping[str, Any]) -> bool:
     delta = choice.get("delta")
-    return isinstance(delta, dict) and any(delta.get(name) for name in _DELTA_CONTENT)
+    if not isinstance(delta, dict):
+        return False
+    for name, said in delta.items():  # noqa: SIM110 - as above
+        if said and name in _DELTA_CONTENT:
+            return True
+    return False
 
 
 def _mark_chat(event: Event) -> Mark:
@@ -376,33 +385,59 @@ def _mark_messages(event: Event) -> Mark:
     )
 
 
+def _any_of(*words: bytes) -> Callable[[bytes], bool]:
+    """Whether one of them stands there. To count fixed bytes takes a tenth of a pattern's time, and half of `in`'s."""
+
+    def found(block: bytes) -> bool:
+        count = block.count
+        for word in words:  # noqa: SIM110 - per chunk: a generator costs as much as all the searches
+            if count(word):
+                return True
+        return False
+
+    return found
+
+
 _CHOICES_NOTABLE = re.compile(rb'"finish_reason"\s*:\s*"|"error"|"usage"\s*:\s*\{|\[DONE\]')
-_CHAT = Grammar(_CHOICES_NOTABLE, _mark_chat, _data_error, needs_done=True)
-_COMPLETIONS = Grammar(_CHOICES_NOTABLE, _mark_completions, _data_error, needs_done=True)
+
+
+def _notable_choices(block: bytes) -> bool:
+    """What the pattern finds, which is asked only where fixed bytes don't rule it out."""
+    count = block.count
+    return (
+        count(b'"finish_reason"') != count(b'"finish_reason":null')
+        or count(b'"error"') > 0
+        or count(b'"usage"') > 0
+        or count(b"[DONE]") > 0
+    ) and _CHOICES_NOTABLE.search(block) is not None
+
+
+_CHAT = Grammar(_notable_choices, _mark_chat, _data_error, needs_done=True)
+_COMPLETIONS = Grammar(_notable_choices, _mark_completions, _data_error, needs_done=True)
 _RESPONSES = Grammar(
-    re.compile(rb'"response\.(?:completed|incomplete|failed)"|"error"|\[DONE\]'),
+    _any_of(b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b'"error"', b"[DONE]"),
     _mark_typed(re.compile(r"response\..+\.delta"), frozenset({"response.completed", "response.incomplete"})),
     _responses_error,
     needs_done=False,
 )
 _MESSAGES = Grammar(
-    re.compile(rb'"stop_reason"|"message_stop"|"error"|"usage"'),
+    _any_of(b'"stop_reason"', b'"message_stop"', b'"error"', b'"usage"'),
     _mark_messages,
     _anthropic_stream_error,
     needs_done=True,
     keep_alive=b'event: ping\ndata: {"type": "ping"}\n\n',
 )
 # Of no model: what a plugin streams from a route of its own.
-PLAIN_EVENTS = Grammar(re.compile(rb"(?!)"), lambda _: PLAIN, _typed_error, needs_done=False)
+PLAIN_EVENTS = Grammar(_any_of(), lambda _: PLAIN, _typed_error, needs_done=False)
 _IMAGES = Grammar(
-    re.compile(rb'"image_generation\.completed"|"error"|\[DONE\]'),
+    _any_of(b'"image_generation.completed"', b'"error"', b"[DONE]"),
     _mark_typed(re.compile(r"image_generation\..+"), frozenset({"image_generation.completed"})),
     _typed_error,
     needs_done=False,
     whole_is_fine=True,
 )
 _TRANSCRIPTS = Grammar(
-    re.compile(rb'"transcript\.text\.done"|"error"|\[DONE\]'),
+    _any_of(b'"transcript.text.done"', b'"error"', b"[DONE]"),
     _mark_typed(re.compile(r"transcript\.text\..+"), frozenset({"transcript.text.done"})),
     _typed_error,
     needs_done=False,

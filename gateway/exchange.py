@@ -274,6 +274,8 @@ class Event(bytes):
     @cached_property
     def payload(self) -> bytes:
         """The `data:` lines joined by newlines, b"" if there are none."""
+        if self.startswith(b"data: ") and self.find(b"\n") == len(self) - 2 and self.find(b"\r") < 0:
+            return self[6:-2]  # one line, as most events are
         lines = self.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
 

@@ -78,7 +78,10 @@ class Relay:
         if stream.finished or stream.failed is not None:
             self._end(stream.failed)
         elif not self._slow:
-            self._watch.flows(AFTERWARDS if stream.answered else self._stall, sent=bool(block))
+            if block and not stream.answered:
+                self._watch.flowing = True
+            else:
+                self._watch.flows(AFTERWARDS if stream.answered else self._stall, sent=bool(block))
 
     def _tapped(self, chunk: bytes) -> bytes:
         """What taps log belongs to this request: the callback to none, or to another that had the connection before."""

@@ -80,7 +80,7 @@ class _Connection(RequestHandler):
     It has a time limit for each request's head, and is quiet about malformed input.
     """
 
-    __slots__ = ("_context", "_head_timer", "_limits", "_serve", "_serving", "on_room", "peer")
+    __slots__ = ("_context", "_head_timer", "_limits", "_serve", "_serving", "full", "on_room", "peer")
 
     def __init__(self, manager: _Listener, *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
         # those of aiohttp's own are for the connection's life, ours are asked for anew
@@ -91,6 +91,7 @@ class _Connection(RequestHandler):
         self._context = manager.context
         self._head_timer: asyncio.TimerHandle | None = None
         self.peer: tuple[Any, ...] | str | None = None
+        self.full = False  # `writing_paused`, which is a call
         self.on_room: Callable[[], None] | None = None
 
     def resume_reading(self, resume_parser: bool = True) -> None:
@@ -98,8 +99,13 @@ class _Connection(RequestHandler):
         if self._reading_paused or self._buffer_paused:
             super().resume_reading(resume_parser)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.full = True
+
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.full = False
         if self.on_room is not None:
             self.on_room()
 
@@ -420,7 +426,7 @@ class _Asker(DirectClient):
             raise ClientGone
         if data:
             transport.write(data)
-        return not connection.writing_paused
+        return not connection.full
 
     def when_room(self, call: Callable[[], None] | None) -> None:
         self._connection.on_room = call

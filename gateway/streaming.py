@@ -1,7 +1,7 @@
 """One upstream's stream on its way to the client: split, classify, tap, relay, end.
 
-An event that nobody changes leaves as the bytes it came in. After the first content a block of plain events costs one
-search; only events that the grammar calls notable, or that a tap asked for, are looked at one by one.
+An event that nobody changes leaves as the bytes it came in. After the first content a block of plain events costs a few
+searches for fixed bytes; only events that the grammar calls notable, or that a tap asked for, are looked at one by one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PREAMBLE_LIMIT = 64 * 1024
 _COLON = ord(":")  # a line that begins with one is a comment
+_LF = ord("\n")
 # A line may end in LF, CRLF or CR (WHATWG HTML, server-sent events); an event ends with an empty line.
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
 _EVENT_END = re.compile(_LINE_END + _LINE_END)
@@ -37,8 +38,8 @@ class ReplyStream(Protocol):
     finished: bool  # its clean end was there
     failed: UpstreamError | None  # what came instead, to be told once what stood before it is out
 
-    @property
-    def answered(self) -> bool: ...
+    answered: bool  # the client has the whole answer, though the upstream has not ended its body yet
+
     @property
     def tapped(self) -> bool: ...
     async def first_content(self) -> None: ...
@@ -60,17 +61,17 @@ class ReplyStream(Protocol):
 class Splitter:
     """Cuts a byte stream into blocks of whole events; what is not whole yet waits, up to `limit` bytes."""
 
-    __slots__ = ("_carry", "_limit")
+    __slots__ = ("_limit", "carry")
 
     def __init__(self, limit: int) -> None:
-        self._carry = b""
+        self.carry = b""  # what came after the last whole event
         self._limit = limit
 
     def feed(self, data: bytes) -> bytes:
         """The whole events so far, as one block (b"" if there is none)."""
-        if self._carry:
-            data = self._carry + data
-            self._carry = b""
+        if self.carry:
+            data = self.carry + data
+            self.carry = b""
         if data.endswith(b"\n\n"):
             return data
         end = data.rfind(b"\n\n") + 2 if b"\r" not in data else _last_end(data)
@@ -80,16 +81,12 @@ class Splitter:
         self._hold(data[end:])
         return data[:end]
 
-    def rest(self) -> bytes:
-        """What came after the last whole event."""
-        return self._carry
-
     def _hold(self, data: bytes) -> None:
         if len(data) > self._limit:
             raise UpstreamError(
                 Cause.BAD_REPLY, f"One event of the upstream's stream is larger than {self._limit} bytes."
             )
-        self._carry = data
+        self.carry = data
 
 
 def _last_end(data: bytes) -> int:
@@ -110,7 +107,7 @@ def split_events(block: bytes) -> Iterator[Event]:
 
 
 def _has_comment(block: bytes) -> bool:
-    return block[0] == _COLON or b"\n:" in block or b"\r:" in block
+    return block[0] == _COLON or block.count(b"\n:") > 0 or block.count(b"\r:") > 0
 
 
 class EventStream:
@@ -129,6 +126,7 @@ class EventStream:
         self.last = b""
         self.events = 0  # passed on so far
         self.finished = False
+        self.answered = False
         self.failed: UpstreamError | None = None
         self.response = response
         # Set by the pipeline: what each event passes through, and what is flushed before a clean end.
@@ -142,11 +140,6 @@ class EventStream:
         self._key = secret.encode()
         self._held: list[Event] = []
         self._finish_seen = False
-
-    @property
-    def answered(self) -> bool:
-        """The client has the whole answer, though the upstream has not ended its body yet."""
-        return self._finish_seen and not self._grammar.needs_done
 
     @property
     def tapped(self) -> bool:
@@ -221,17 +214,23 @@ class EventStream:
         return self._pass(held)
 
     def feed(self, chunk: bytes) -> bytes:
-        block = self._splitter.feed(chunk)
-        if not block:
-            return b""
-        if (
-            self.tap is None
-            and not _has_comment(block)
-            and self._notable.search(block) is None
-            and not (self._key and self._key in block)
+        splitter = self._splitter
+        if (  # one event of one line, as most chunks are: that is seen at once
+            chunk.find(b"\n") == len(chunk) - 2
+            and chunk[-1] == _LF
+            and chunk[0] != _COLON
+            and chunk.find(b"\r") < 0
+            and not splitter.carry
         ):
+            block, events = chunk, 1
+        else:
+            block = splitter.feed(chunk)
+            if not block:
+                return b""
+            events = 0 if _has_comment(block) else block.count(b"\n\n") or len(_EVENT_END.findall(block))
+        if events and self.tap is None and not self._notable(block) and not (self._key and block.count(self._key)):
             self.last = block
-            self.events += block.count(b"\n\n") or len(_EVENT_END.findall(block))
+            self.events += events
             return block
         return self._pass(split_events(block))
 
@@ -243,7 +242,7 @@ class EventStream:
                 event = Event(_COMMENT_LINE.sub(b"", event))  # noqa: PLW2901 - the same event without its comments
                 if not event.strip():
                     continue
-            if self._notable.search(event) is not None:
+            if self._notable(event):
                 mark = self._grammar.mark(event)
                 if mark.error is not None:
                     self.failed = error_from(mark.error, secret=self._secret)
@@ -251,6 +250,7 @@ class EventStream:
                 self._note_usage(mark)
                 if mark.finish:
                     self._finish_seen = True
+                    self.answered = not self._grammar.needs_done
                 if mark.done:
                     self._end(event, out)
                     break
@@ -282,7 +282,7 @@ class EventStream:
             return self.finish()
         if error is not None:
             raise error
-        rest = self._splitter.rest().rstrip(b"\r\n")
+        rest = self._splitter.carry.rstrip(b"\r\n")
         if self._finish_seen and _DONE.fullmatch(rest):  # it did say so, but for the blank line
             return self._pass([Event(rest + b"\n\n")])
         raise UpstreamError(Cause.TRUNCATED, "The upstream ended the stream without finishing the answer.")

@@ -40,27 +40,31 @@ class Watch:
         "_loop",
         "_next_beat",
         "_on_beat",
-        "_seen",
         "_since",
+        "_stall",
         "_task",
         "_total",
         "_what",
         "_wheel",
         "exchange",
         "expired",
+        "flowing",
+        "seen",
     )
 
     def __init__(self, seconds: float = _FAR, exchange: Exchange | None = None) -> None:
         """`seconds` until the deadline of all. Belongs to the running task; `close` it."""
         self.exchange = exchange  # whose hooks run in this task
-        self._seen: tuple[str, str] | None = None
+        self.seen: tuple[str, str] | None = None  # the hook that ran in it when the wheel came by
         self._loop = loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         if task is None:  # pragma: no cover - a coroutine always runs in one
             raise RuntimeError("A Watch needs a running task.")
         self._task = task
         self._deadline = loop.time() + seconds
-        self._due = self._total = self._next_beat = _FAR
+        self._due = self._total = self._next_beat = self._stall = _FAR
+        # One more piece of a stream went to the client: stall and silence begin anew when the wheel comes by.
+        self.flowing = False
         self._what: str | None = None
         self.expired: str | None = None
         self._on_beat: Callable[[], None] | None = None
@@ -72,6 +76,7 @@ class Watch:
         """From now on the exchange waits for `what`, at most `seconds`."""
         self._what = what
         self._due = _FAR if seconds is None else self._loop.time() + seconds
+        self.flowing = False
 
     def attempt(self, seconds: float | None) -> None:
         """From now on an attempt has so long for all of it; None: no limit of its own."""
@@ -89,6 +94,7 @@ class Watch:
         """It waits for nothing that has a limit of its own."""
         self._due = _FAR
         self._what = None
+        self.flowing = False
 
     def beat(self, first: float, interval: float, call: Callable[[], None]) -> None:
         """Call after `first` seconds of silence and then after each `interval`; `touch` restarts the silence."""
@@ -97,9 +103,13 @@ class Watch:
 
     def flows(self, seconds: float | None, *, sent: bool) -> None:
         """A stream's next piece may take so long; `sent`: one went to the client just now."""
-        now = self._loop.time()
         self._what = STALL
-        self._due = _FAR if seconds is None else now + seconds
+        self._stall = _FAR if seconds is None else seconds
+        self._flow(self._loop.time(), sent=sent)
+
+    def _flow(self, now: float, *, sent: bool) -> None:
+        self.flowing = False
+        self._due = now + self._stall
         if sent:
             self._next_beat = now + self._interval
 
@@ -131,13 +141,11 @@ class Watch:
         self._wheel.remove(self)
         self._on_beat = None
 
-    def look(self, now: float, slow: SlowCalls) -> None:
-        """Which hook runs, and since when, as far as one can see from turn to turn."""
-        exchange = self.exchange
-        running = None if exchange is None else exchange.running
-        if running is not self._seen:
-            self._seen, self._since = running, now
-        elif exchange is not None and running is not None and slow.seen(exchange, running, self._since, now):
+    def look(self, running: tuple[str, str] | None, now: float, slow: SlowCalls) -> None:
+        """This hook runs: since when, as far as one can see from turn to turn."""
+        if running is not self.seen:
+            self.seen, self._since = running, now
+        elif running is not None and self.exchange is not None and slow.seen(self.exchange, running, self._since, now):
             self._since = _FAR  # said once
 
     def runs(self, task: asyncio.Task[Any] | None) -> tuple[str, str] | None:
@@ -145,6 +153,8 @@ class Watch:
         return self.exchange.running if self._task is task and self.exchange is not None else None
 
     def is_due(self, now: float) -> bool:
+        if self.flowing:
+            self._flow(now, sent=True)
         return now >= self._due or now >= self._next_beat or now >= self._total or now >= self._deadline
 
     def fire(self, now: float) -> None:
@@ -188,7 +198,9 @@ class _Wheel:
     def _turn(self) -> None:
         now = self._loop.time()
         for watch in self._watches:
-            watch.look(now, self._slow)
+            running = None if watch.exchange is None else watch.exchange.running
+            if running is not watch.seen or running is not None:  # thousands are streams, in which no hook runs
+                watch.look(running, now, self._slow)
         for watch in [w for w in self._watches if w.is_due(now)]:
             watch.fire(now)
         self._turning = bool(self._watches)

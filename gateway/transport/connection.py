@@ -26,7 +26,6 @@ JOINED = 1 << 14  # smaller bodies are cheaper copied behind their head than wri
 LONGEST_LINE = 16384  # a header line of an upstream may be long (rate-limit policies, tracing)
 LONGEST_HEAD = 1 << 16  # all of them together; and what a chunked body may hold besides its data
 MOST_FIELDS = 128
-WAITING = 1 << 17  # so many bytes of a reply wait for their reader; then the socket is not read
 # A kept connection that ends within so many seconds of the request, before any byte: it was being closed meanwhile.
 CROSSING = 1.0
 _H = ord("H")  # llhttp knows protocols that begin otherwise
@@ -41,14 +40,16 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_barren", "_body", "_chunked", "_done", "_fields", "_head", "_heard", "_interim", "_keep", "_loop", "_parser",
-        "_paused", "_pool", "_reply", "_sent", "_transport", "_writable", "expires", "idle", "patience",
-        "sending", "tls", "uses",
+        "_parts", "_paused", "_pool", "_reply", "_sent", "_transport", "_writable", "expires", "idle", "on_body",
+        "patience", "sending", "tls", "uses",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._parts: list[bytes] = []  # of a body, as the parser finds them in what is read at once
+        self.on_body = self._parts.append  # the parser's callback: no function of ours for each chunk
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
         self._reply: Reply | None = None
         self._writable = True
@@ -127,28 +128,27 @@ class Connection(asyncio.Protocol):
         if reply is None or parser is None:
             self.drop()  # nobody asked
             return
-        before = reply.size
+        broken: Exception | None = None
         try:
             parser.feed_data(data if self._heard else self._first(data))
         except (HttpParserError, HttpParserUpgrade) as error:
-            self._keep = False
-            if not self._done:
-                self._refuse(reply, error)
-                return
+            self._keep, broken = False, error
+        parts = self._parts
+        piece = b"" if not parts else parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
         if self._done:
             self._finish(reply)
-        elif reply.size == before:
+        elif broken is not None:
+            self._refuse(reply, broken)
+        elif piece:
+            self._barren = 0
+        else:
             self._barren += len(data)
             if self._barren > LONGEST_HEAD:
                 self._refuse(reply)
+            elif not reply.status:
                 return
-            if not reply.status:
-                return
-        else:
-            self._barren = 0
-            if reply.size > WAITING and not reply.pushed:
-                self.pause()
-        reply.arrived()
+        reply.arrived(piece)
 
     def _first(self, data: bytes) -> bytes:
         self._heard = True
@@ -208,7 +208,6 @@ class Connection(asyncio.Protocol):
             told = _not_http()
         reply.fail(told)
         self.drop()
-        reply.arrived()
 
     def _end(self, error: Exception | None) -> None:
         """Nothing more will come."""
@@ -281,14 +280,6 @@ class Connection(asyncio.Protocol):
         if (kept := headers.get(_KEEP_ALIVE)) is not None and (found := _TIMEOUT.search(kept)):
             self.patience = int(found[1])
         reply.begin(status, headers, headers.get(_ENCODING))
-
-    def on_body(self, data: bytes) -> None:
-        reply = self._reply
-        if self._interim:
-            raise _not_http()
-        if reply is not None:
-            reply.parts.append(data)
-            reply.size += len(data)
 
     def on_message_complete(self) -> None:
         if self._interim:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from gateway.transport.connection import Connection
 
+WAITING = 1 << 17  # so many bytes of a reply wait for their reader; then the socket is not read
 _NONE: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
 
 
@@ -60,21 +61,26 @@ class Reply:
         self.connection = None
         self.complete = True
 
-    def arrived(self) -> None:
-        """Something has: whoever waits goes on."""
+    def arrived(self, piece: bytes = b"") -> None:
+        """Some of the body has, its end, or what came instead: whoever waits goes on."""
         if self._receive is not None:
-            self._hand_over()
-        elif self._waiter is not None and not self._waiter.done():
+            if piece:
+                self._receive(piece)
+            if self.connection is None:
+                self._tell_end()
+            return
+        if piece:
+            self.parts.append(piece)
+            self.size += len(piece)
+            if self.size > WAITING:
+                self.pause()
+        if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def more(self) -> asyncio.Future[None]:
         """What is to be waited for: that something arrives, the head, more of the body, or what stands in its way."""
         self._waiter = waiter = asyncio.get_running_loop().create_future()
         return waiter
-
-    @property
-    def pushed(self) -> bool:
-        return self._receive is not None
 
     # --- for the gateway -----------------------------------------------------------------------------------------
 
@@ -102,9 +108,10 @@ class Reply:
         return await read_chunks(self, limit, heard)
 
     def push(self, receive: Callable[[bytes], None], ended: Callable[[UpstreamError | None], None]) -> bool:
-        self._receive, self._ended = receive, ended
+        self._receive = receive if self._inflate is None else self._inflated(self._inflate, receive)
+        self._ended = ended
         self.resume()
-        self._hand_over()
+        self.arrived(self._take())
         return True
 
     def pause(self) -> None:
@@ -135,21 +142,26 @@ class Reply:
             self.connection.resume()
         return data
 
-    def _hand_over(self) -> None:
-        data, error = self._take(), self.error
-        if data and self._inflate is not None:
+    def _inflated(self, inflater: Inflater, receive: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        """The same of a compressed body."""
+
+        def inflate(piece: bytes) -> None:
             try:
-                data = self._inflate.feed(data)
+                data = inflater.feed(piece)
             except UpstreamError as broken:
-                data, error = b"", broken
+                self.error = broken
                 if self.connection is not None:
                     self.connection.drop()
-        if data and self._receive is not None:
-            self._receive(data)
-        if self._ended is None or not (self.complete or error):
-            return
+                return
+            if data:
+                receive(data)
+
+        return inflate
+
+    def _tell_end(self) -> None:
+        error, ended = self.error, self._ended
         if error is None and self._inflate is not None:
             error = self._inflate.cut_off()
-        ended = self._ended
         self._receive = self._ended = None
-        ended(error)
+        if ended is not None:
+            ended(error)

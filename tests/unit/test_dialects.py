@@ -87,13 +87,27 @@ def test_what_matters_is_notable(dialect):
     plain = 0
     for step in steps:
         mark = marked(dialect, step)
-        notable = dialect.grammar.notable.search(encode_step(step)) is not None
+        notable = bool(dialect.grammar.notable(encode_step(step)))
         if mark.finish or mark.done or mark.error is not None or mark.usage_only:
             assert notable, step
         if mark.content and not mark.finish:
             assert not notable, step
             plain += 1
     assert plain > 0
+
+
+@pytest.mark.parametrize("notable, event", [
+    (True, b'{"choices":[{"finish_reason":null},{"finish_reason":"stop"}]}'),
+    (True, b'{"choices":[{"finish_reason" :\t"stop"}]}'),
+    (True, b'{"choices":[{"finish_reason":\n"stop"},{"finish_reason":null}]}'),
+    (True, b'{"choices":[],"usage" : {"completion_tokens":1}}'),
+    (True, b"data:[DONE]"),
+    (False, b'{"choices":[{"finish_reason" : null},{"finish_reason":null}],"usage":null}'),
+    (False, b'{"choices":[{"delta":{"content":"\\"usage\\" of finish_reason"}}]}'),
+])  # fmt: skip
+def test_an_end_is_notable_however_it_is_written(notable, event):
+    """Blanks in the JSON, several choices of which one has ended, null where others say nothing: all are told apart."""
+    assert bool(CHAT.grammar.notable(event)) is notable
 
 
 @pytest.mark.parametrize("said", [

@@ -142,6 +142,27 @@ async def test_a_keep_alive_is_due_at_its_very_moment():
     watch.close()
 
 
+async def test_a_stream_that_flows_is_neither_late_nor_silent():
+    """Each piece starts stall and silence anew when the wheel comes by; not once the client is waited for."""
+    watch, beats = Watch(), []
+    watch._loop = SimpleNamespace(time=lambda: 100.0)
+    watch.beat(3, 3, lambda: beats.append(1))
+    watch.flows(5, sent=True)
+    watch.flowing = True
+    assert not watch.is_due(104.0)
+    assert not watch.is_due(106.9)
+    assert watch.is_due(107.0)
+    watch.fire(107.0)
+    assert (beats, watch.expired) == ([1], None)
+    watch.flowing = True
+    watch.wait(WRITE, 1)
+    assert watch.is_due(101.0)
+    watch.flows(None, sent=False)
+    watch.flowing = True
+    assert not watch.is_due(200.0)
+    watch.close()
+
+
 async def test_what_is_sent_without_keep_alives_starts_none():
     """Where nobody wants keep-alives, there are none after something was sent."""
     watch = Watch(1000)
