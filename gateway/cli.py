@@ -15,6 +15,7 @@ from gateway.begin import begin
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from gateway.catalogue import Catalogue, Price
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from gateway.explain import Asked
     from gateway.headless import Run
     from gateway.kit.schema import Schema
+    from gateway.notices import Notices
     from gateway.plugins import Blueprint
-    from gateway.settings import Loaded, Problem, Settings
+    from gateway.reload import Reloader
+    from gateway.settings import Loaded, Problem, ServerSettings, Settings
     from gateway.stores.database import Database
     from gateway.worker import Worker
 
 T = TypeVar("T")
+STOP_SECONDS = 30.0  # for what there is to do after the drain: plugins and stores that close
 
 app = typer.Typer(
     name="xenios",
@@ -96,14 +100,23 @@ def serve(
     new_key: Annotated[bool, typer.Option("--new-key", help="Replace the bootstrap key by a new one.")] = False,
 ) -> None:
     """Start the gateway. SIGHUP reads the configuration again."""
-    changes = {name: v for name, v in (("host", host), ("port", port), ("workers", workers)) if v is not None}
-    loaded = _load(config, changes)
-    from gateway import logs
+    changes: dict[str, Any] = {
+        name: v for name, v in (("host", host), ("port", port), ("workers", workers)) if v is not None
+    }
+    from gateway import listening, logs
+    from gateway.errors import StartError
     from gateway.reload import read
+
+    try:
+        sockets = listening.from_systemd()
+    except StartError as error:
+        _fail(str(error), 2)
+    changes |= listening.told_of(sockets) if sockets else {}
+    loaded = _load(config, changes)
 
     logs.setup(loaded.settings.log)
     path = _config_path(config)
-    sys.exit(_serve(loaded, lambda: read(path, changes), show_key=show_key, new_key=new_key))
+    sys.exit(_serve(loaded, lambda: read(path, changes), sockets, show_key=show_key, new_key=new_key))
 
 
 @app.command(short_help="Report all mistakes in the configuration.")
@@ -374,7 +387,9 @@ def settings_schema(*, others: bool = False) -> dict[str, Any]:
 # --- serving --------------------------------------------------------------------------------
 
 
-def _serve(loaded: Loaded, read: Callable[[], Loaded], *, show_key: bool, new_key: bool) -> int:
+def _serve(
+    loaded: Loaded, read: Callable[[], Loaded], sockets: Sequence[socket.socket], *, show_key: bool, new_key: bool
+) -> int:
     from gateway.errors import StartError
     from gateway.logs import scrub
     from gateway.plugins import PluginStartError
@@ -390,16 +405,16 @@ def _serve(loaded: Loaded, read: Callable[[], Loaded], *, show_key: bool, new_ke
             shown = own.bootstrap_key if show_key or own.bootstrap_key_is_new or sys.stdout.isatty() else None
             key_file = str(folder / "bootstrap_key") if own.bootstrap_key else None
             if settings.server.workers > 1:
-                run_loop(_workers_until_stopped(loaded, read, folder, shown, key_file))
+                run_loop(_workers_until_stopped(loaded, read, sockets, folder, key=shown, key_file=key_file))
             else:
-                run_loop(_until_stopped(Worker(loaded, own, folder), loaded, read, shown, key_file))
+                run_loop(_until_stopped(Worker(loaded, own, folder, sockets=sockets), loaded, read, shown, key_file))
     except ConfigError as error:
         _stop_on(list(error.problems))
     except (StartError, PluginStartError, DataDirError) as error:
         typer.echo(f"xenios: {scrub(str(error))}", err=True)  # a plugin may have quoted what it was given
         return 2 if isinstance(error, StartError) else 1
     except OSError as error:
-        typer.echo(f"xenios: can't listen on {settings.server.host}:{settings.server.port}: {error.strerror}", err=True)
+        typer.echo(f"xenios: can't listen on {_place(settings.server)}: {error.strerror}", err=True)
         return 1
     return 0
 
@@ -408,13 +423,19 @@ async def _until_stopped(
     worker: Worker, loaded: Loaded, read: Callable[[], Loaded], key: str | None, key_file: str | None
 ) -> None:
     from gateway.companions import Companions
+    from gateway.notices import Notices
     from gateway.reload import Reloader
 
-    companions = Companions()
+    companions, notices = Companions(), Notices()
     stop = stop_signals(companions.kill)
     worker.companions_ended = companions.ended
     worker.reloader = reloader = Reloader(
-        loaded, read, worker.put_in_force, lambda: worker.snapshot.hash, lambda: companions.follow(reloader.loaded)
+        loaded,
+        read,
+        worker.put_in_force,
+        lambda: worker.snapshot.hash,
+        lambda: companions.follow(reloader.loaded),
+        notices=notices,
     )
     on_hangup(reloader.ask, stop.set)
     async with worker.running(), reloader.listening():
@@ -428,20 +449,40 @@ async def _until_stopped(
             key_file=key_file,
         )
         companions.follow(loaded)
-        await stop.wait()
+        await _serve_until(stop, notices, reloader, worker.snapshot.hash)
         companions.stop()
 
 
+async def _serve_until(stop: asyncio.Event, notices: Notices, reloader: Reloader, config: str) -> None:
+    """Tell whoever started this process that it is ready, lives, and stops."""
+    from gateway.tasks import Tasks
+
+    notices.ready(f"configuration {config}")
+    tasks = Tasks()
+    tasks.spawn(notices.alive(), "watchdog notices")
+    await stop.wait()
+    await tasks.drain(0)
+    server = reloader.loaded.settings.server
+    notices.stopping(server.drain_delay + server.drain_timeout + STOP_SECONDS)
+
+
 async def _workers_until_stopped(
-    loaded: Loaded, read: Callable[[], Loaded], folder: Path, key: str | None, key_file: str | None
+    loaded: Loaded,
+    read: Callable[[], Loaded],
+    sockets: Sequence[socket.socket],
+    folder: Path,
+    *,
+    key: str | None,
+    key_file: str | None,
 ) -> None:
     from gateway.companions import Companions
+    from gateway.notices import Notices
     from gateway.plugins import read_plugins
     from gateway.processes import Group
     from gateway.stores import embedded_redis
 
     read_plugins(loaded.settings, loaded.source)  # a mistake is told once, not by each worker
-    companions = Companions()
+    companions, notices = Companions(), Notices()
 
     def kill() -> None:
         companions.kill()
@@ -450,7 +491,7 @@ async def _workers_until_stopped(
     async with contextlib.AsyncExitStack() as stack:
         redis_url = await stack.enter_async_context(embedded_redis(loaded.settings, folder))
         stack.push_async_callback(companions.ended)
-        group = Group(loaded, folder, redis_url, read, companions.follow)
+        group = Group(loaded, folder, redis_url, read, companions.follow, sockets=sockets, notices=notices)
         stop = stop_signals(kill)
         on_hangup(group.reloader.ask, stop.set)
         async with group.running() as ready, group.reloader.listening():
@@ -463,7 +504,7 @@ async def _workers_until_stopped(
                 key_file=key_file,
             )
             companions.follow(loaded)
-            await stop.wait()
+            await _serve_until(stop, notices, group.reloader, group.config)
             companions.stop()
 
 
@@ -511,9 +552,9 @@ def _banner(
 
     from gateway import __version__
 
-    host = settings.server.host if settings.server.host not in {"0.0.0.0", "::"} else "127.0.0.1"
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    lines = [f"Xenios {__version__} at {url}"]
+    server = settings.server.model_copy(update={"port": port})
+    url, place = _url(server), _place(server)
+    lines = [f"Xenios {__version__} at {place if server.unix_socket else url}"]
     if simulated:
         bar = "#" * 80
         text = (
@@ -525,13 +566,18 @@ def _banner(
     bearer = f"'Authorization: Bearer {key}'" if key else '"Authorization: Bearer $XENIOS_KEY"'
     python_key = repr(key) if key else "os.environ['XENIOS_KEY']"
     imports = "from openai import OpenAI" if key else "import os; from openai import OpenAI"
+    through = ""
+    if server.unix_socket:
+        imports = f"import httpx; {imports}"
+        through = f", http_client=httpx.Client(transport=httpx.HTTPTransport(uds={str(server.unix_socket)!r}))"
     model = "task/chat" if has_task else "anthropic/claude-haiku-4.5"
     if key is not None:
         lines.append(f"Key (admin):  {key}")
     elif key_file is not None:
         lines.append(f"Key (admin):  export XENIOS_KEY=$(cat {shlex.quote(key_file)})   # --show-key prints it")
+    by = f"--unix-socket {shlex.quote(str(server.unix_socket))} " if server.unix_socket else ""
     curl = (
-        f"curl {url}/v1/chat/completions -H {bearer} -H 'Content-Type: application/json' "
+        f"curl {by}{url}/v1/chat/completions -H {bearer} -H 'Content-Type: application/json' "
         """-d '{"model": "anthropic/claude-haiku-4.5", "messages": [{"role": "user", "content": "Hello"}]}'"""
     )
     messages = "[{'role': 'user', 'content': 'Hello'}]"
@@ -542,12 +588,25 @@ def _banner(
         curl,
         "",
         "Or in Python (pip install openai), streamed:",
-        f"{imports}; client = OpenAI(base_url={url + '/v1'!r}, api_key={python_key})",
+        f"{imports}; client = OpenAI(base_url={url + '/v1'!r}, api_key={python_key}{through})",
         f"stream = client.chat.completions.create(model={model!r}, messages={messages}, stream=True)",
         "for chunk in stream: print(chunk.choices[0].delta.content or '', end='', flush=True)",
         "",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _place(server: ServerSettings) -> str:
+    return str(server.unix_socket or f"{server.host}:{server.port}")
+
+
+def _url(server: ServerSettings) -> str:
+    """Where a client on this machine finds it."""
+    scheme = "https" if server.tls else "http"
+    if server.unix_socket:
+        return f"{scheme}://localhost"
+    host = server.host if server.host not in {"0.0.0.0", "::"} else "127.0.0.1"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
 def run_loop(main_coroutine: Any) -> None:

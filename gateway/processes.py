@@ -40,6 +40,7 @@ from pydantic import SecretStr
 
 from gateway import logs
 from gateway.errors import StartError
+from gateway.listening import close, open_sockets, port_of
 from gateway.metric_files import start_anew
 from gateway.plugins import PluginStartError
 from gateway.problems import ConfigError, Problem
@@ -50,6 +51,7 @@ from gateway.tasks import Tasks
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+    from gateway.notices import Notices
     from gateway.reload import Reloading
     from gateway.settings import Loaded, Settings
     from gateway.worker import Worker
@@ -58,7 +60,6 @@ log = logs.get_logger("gateway.processes")
 
 QUICK = 5.0  # a worker that lived shorter makes the next wait
 WAITS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
-BACKLOG = 4096
 LONGEST_LINE = 64 * 2**20  # a configuration, and the files that it names
 GRACE = 5.0  # for a worker to say itself that it, or a plugin, took too long
 SWAP_SECONDS = 10.0  # for workers to say that they have swapped; one that is late has yet to read that it must
@@ -142,20 +143,23 @@ class Group:
         redis_url: str | None,
         read: Callable[[], Loaded],
         follow: Callable[[Loaded], None] = lambda _: None,
+        *,
+        sockets: Sequence[socket.socket] = (),
+        notices: Notices | None = None,
     ) -> None:
         """`redis_url`: of the embedded Valkey, where there is one; `read`: the configuration once more; `follow`: after
-        each reload, with the one in force.
+        each reload, with the one in force; `sockets`: that listen already, instead of what the settings say.
         """
         self._loaded = loaded
         self._folder = folder
         self._redis_url = redis_url
-        self._sockets: list[socket.socket] = []
+        self._sockets = list(sockets)
         self._workers: dict[int, _Child] = {}
         self._tasks = Tasks()
         self._stopping = asyncio.Event()
         self._changing = asyncio.Lock()  # nobody is started while a reload goes on
         self._rounds = 0
-        self.reloader = Reloader(loaded, read, self.put_in_force, lambda: self.config, self.tell)
+        self.reloader = Reloader(loaded, read, self.put_in_force, lambda: self.config, self.tell, notices=notices)
         self.config = ""  # the hash in force
         self._follow = follow
         self.port = 0
@@ -164,8 +168,8 @@ class Group:
     async def running(self) -> AsyncIterator[Ready]:
         """All workers accept while the context lasts; then they drain. Raises StartError, OSError."""
         settings = self._loaded.settings
-        self._sockets = listen(settings.server.host, settings.server.port)
-        self.port = self._sockets[0].getsockname()[1]
+        self._sockets = self._sockets or open_sockets(settings.server)
+        self.port = port_of(self._sockets)
         start_anew(self._folder / "metrics")
         try:
             first = [await self._start(number) for number in range(1, settings.server.workers + 1)]
@@ -299,8 +303,7 @@ class Group:
                     worker.process.send_signal(number)
 
     def _close_sockets(self) -> None:
-        for listening in self._sockets:
-            listening.close()
+        close(self._sockets, self._loaded.settings.server)
 
     async def _end(self) -> None:
         self._signal(signal.SIGTERM)
@@ -374,30 +377,6 @@ async def lines(pipe: Any) -> AsyncIterator[dict[str, Any]]:
         transport.close()
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on all addresses of `host`, with one port. Raises OSError."""
-    out: list[socket.socket] = []
-    try:
-        for family, _, _, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            made = socket.socket(family, socket.SOCK_STREAM)
-            out.append(made)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            bound = out[0].getsockname()[1] if len(out) > 1 else address[1]
-            made.bind((address[0], bound, *address[2:]))
-            made.listen(BACKLOG)
-            made.setblocking(False)
-            made.set_inheritable(True)
-    except OSError:
-        for made in out:
-            made.close()
-        raise
-    return out
-
-
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
@@ -440,7 +419,9 @@ async def _work(loaded: Loaded, order: dict[str, Any]) -> None:
     folder = Path(order["data_dir"])
     stop = stop_signals()
     sockets = [socket.socket(fileno=fd) for fd in order["sockets"]]
-    worker = Worker(loaded, identity(folder, loaded.settings), folder, sockets=sockets, number=order["number"])
+    worker = Worker(
+        loaded, identity(folder, loaded.settings), folder, sockets=sockets, alone=False, number=order["number"]
+    )
     worker.reloader = parent = _Parent(worker, order)
     tasks = Tasks()
     tasks.spawn(parent.listen(stop), "listen to the parent")

@@ -26,6 +26,7 @@ from gateway.tasks import Tasks
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 
+    from gateway.notices import Notices
     from gateway.plugins import Blueprint
     from gateway.settings import Examined, Settings
     from gateway.yaml_source import Source
@@ -37,7 +38,9 @@ Code = Literal["config_invalid", "restart_needed", "reload_failed"]
 POLL_SECONDS = 0.5  # how often files are looked at; a change counts once two looks in a row see the same
 # Sockets are bound, secrets are made, stores are opened once.
 AT_START = {
-    "server": frozenset({"host", "port", "workers", "data_dir", "pepper", "bootstrap_key"}),
+    "server": frozenset(
+        {"host", "port", "unix_socket", "unix_socket_mode", "tls", "workers", "data_dir", "pepper", "bootstrap_key"}
+    ),
     "services": None,  # all of it
 }
 
@@ -88,8 +91,11 @@ class Reloader:
         put_in_force: Callable[[Loaded], Awaitable[None]],
         config: Callable[[], str],
         tell: Callable[[], None] = lambda: None,
+        *,
+        notices: Notices | None = None,
     ) -> None:
         """`put_in_force`: if it raises, nothing has changed. `config`: the hash in force. `tell`: after each reload."""
+        self._notices = notices
         self.loaded = loaded
         self._config = config
         self.done = self.refused = 0
@@ -143,6 +149,8 @@ class Reloader:
 
     async def _reload(self) -> Reload:
         async with self._lock:
+            if self._notices is not None:
+                self._notices.reloading()
             self._seen = _stamps(self._files)  # before reading: what is written meanwhile is newer
             loaded: Loaded | None = None
             try:
@@ -168,6 +176,9 @@ class Reloader:
             self._wake.set()  # it may watch the files from now on, or other ones
             _say(self.last)
             self._tell()
+            if self._notices is not None:
+                refused = f"; a reload was refused at {self.last.at}" if self.last.code else ""
+                self._notices.ready(f"configuration {self.last.config}{refused}")
             return self.last
 
 
@@ -185,7 +196,7 @@ def restart_needed(now: Settings, new: Loaded) -> list[Problem]:
         new.source.problem(path, "takes effect at a start only", "restart Xenios, or set it back")
         for section, fields in AT_START.items()
         for path in _differing(getattr(now, section), getattr(new.settings, section), (section,))
-        if fields is None or path[1] in fields
+        if fields is None or ".".join(path[1:]) in fields
     ]
 
 
@@ -283,6 +294,8 @@ def files_of(source: Source, settings: Settings | None) -> frozenset[Path]:
     """The files that the configuration consists of; without `settings` those that are known."""
     files = {Path(source.file), *source.named, *map(Path, source.files)}
     if settings is not None:
+        tls = settings.server.tls
+        files |= {tls.cert_file, tls.key_file} if tls else set()
         files |= {upstream.ca_file for upstream in settings.upstreams.values() if upstream.ca_file}
         files |= {file for entry in settings.plugins if (file := file_of(entry.use, source.base))}
     return frozenset(files)

@@ -15,6 +15,7 @@ import re
 import time
 from email.utils import formatdate
 from http import HTTPStatus
+from socket import AF_UNIX
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
@@ -28,6 +29,7 @@ from gateway.client import ClientGone, DirectClient
 from gateway.dialects import PLAIN_DIALECT
 from gateway.errors import BadRequest, GatewayError, RequestTimeout, TooLarge, UnsupportedMedia
 from gateway.exchange import Credentials, Exchange, RequestView, new_id
+from gateway.listening import BACKLOG
 from gateway.logs import get_logger, looks_like_key
 from gateway.pipeline import Run
 from gateway.routes import Route
@@ -35,6 +37,7 @@ from gateway.watch import SHUTDOWN
 
 if TYPE_CHECKING:
     import socket
+    import ssl
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 
     from aiohttp.streams import StreamReader
@@ -509,16 +512,15 @@ class Server:
     def live(self) -> int:
         return len(self._runs)
 
-    async def start(self, host: str, port: int, sockets: Sequence[socket.socket] = ()) -> int:
-        """Listen, on `sockets` if there are any, which listen already; returns the port. Raises OSError."""
+    async def start(self, sockets: Sequence[socket.socket], tls: ssl.SSLContext | None = None) -> None:
+        """Accept connections from sockets that listen."""
         self._listener = _Listener(self._serve, lambda: self._current().settings.server)
         loop = asyncio.get_running_loop()
-        if sockets:
-            self._sockets = [await loop.create_server(self._listener, sock=sock, backlog=4096) for sock in sockets]
-        else:
-            self._sockets = [await loop.create_server(self._listener, host, port, backlog=4096)]
-        bound: int = self._sockets[0].sockets[0].getsockname()[1]
-        return bound
+        seconds = self._current().settings.server.header_timeout if tls else None
+        for sock in sockets:
+            create = loop.create_unix_server if sock.family == AF_UNIX else loop.create_server
+            listening = await create(self._listener, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=seconds)
+            self._sockets.append(listening)
 
     async def drain(self, delay: float, timeout: float) -> int:  # noqa: ASYNC109 - a phase's length, not a limit on it
         """Not ready but accepting for `delay`, then closed; requests get `timeout` to end. Returns the number cut."""

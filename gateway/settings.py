@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import ipaddress
 import json
 import os
 import re
@@ -180,6 +181,15 @@ def _docstrings(cls: type) -> dict[str, str]:
     }
 
 
+class Tls(_Section):
+    """A certificate, for clients that come without a proxy in between. A reload reads the files again."""
+
+    cert_file: Annotated[Path, AfterValidator(_beside_config)]
+    """PEM file of the certificate and the intermediate ones after it, relative to this file. Required."""
+    key_file: Annotated[Path, AfterValidator(_beside_config)]
+    """PEM file of its private key, without a password, relative to this file. Required."""
+
+
 class ServerSettings(_Section):
     """The socket, its limits and deadlines, and what the processes share."""
 
@@ -187,6 +197,13 @@ class ServerSettings(_Section):
     """Address to listen on. Default 127.0.0.1: reachable from this machine only."""
     port: int = Field(8080, ge=0, le=65535)
     """TCP port to listen on; 0 takes a free one. Default 8080."""
+    unix_socket: Annotated[Path, AfterValidator(_beside_config)] | None = None
+    """Socket file to listen on instead of host and port, for a proxy on the same machine; relative to this file.
+    Default none."""
+    unix_socket_mode: str = Field("0660", pattern=r"^0[0-7]{3}$")
+    """Who may connect to `unix_socket`: its file's mode, in quotes. Default 0660."""
+    tls: Tls | None = None
+    """Speak HTTPS. Default none: plain HTTP, for loopback or behind a proxy."""
     workers: int = Field(1, ge=1, le=256)
     """Processes that serve, on one port; about one per core. Several need a `services.redis` that they share.
     Default 1."""
@@ -237,6 +254,16 @@ class ServerSettings(_Section):
     bootstrap_key: Flag = True
     """Make an administrator's key in data_dir at the first start. Default true; with false the first key must come
     from elsewhere."""
+
+    @property
+    def is_local(self) -> bool:
+        """Only this machine can reach it."""
+        if self.unix_socket is not None or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 class LogSettings(_Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -128,16 +127,6 @@ class Snapshot:
         return overrides.union(*(getattr(i.plugin, "named_models", ()) for i in self.instances))
 
 
-def is_loopback(host: str) -> bool:
-    """Only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def config_hash(settings: Settings, blueprints: Sequence[Blueprint]) -> str:
     """Equal for equal configurations, on every worker. Secrets count, but can't be read from it."""
     data = [
@@ -184,7 +173,7 @@ def build(
         upstreams={name: make_upstream(name, upstream) for name, upstream in configured.items()},
         services=services,
         hash=config_hash(settings, blueprints),
-        loopback=is_loopback(settings.server.host),
+        loopback=settings.server.is_local,
         derived=Derived.of(settings, instances),
         plugin_counts=counts,
     )

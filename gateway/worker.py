@@ -29,13 +29,14 @@ from gateway.finisher import Finisher
 from gateway.health import Health
 from gateway.inner import InnerCalls
 from gateway.kit.ledger import MemoryLedger, RedisLedger
+from gateway.listening import Certificates, close, open_sockets, port_of, tls_context
 from gateway.metric_files import start_anew
 from gateway.metrics import Metrics
 from gateway.plugins import close_all, needs_database, open_all, read_plugins, schemas
 from gateway.server import Server
 from gateway.services import Services
 from gateway.settings import secrets_of
-from gateway.snapshot import build, is_loopback
+from gateway.snapshot import build
 from gateway.stores import open_database, open_redis
 from gateway.tasks import Tasks
 from gateway.timing import SLOW_SECONDS
@@ -76,16 +77,17 @@ class Worker:
         blueprints: list[Blueprint] | None = None,
         *,
         sockets: Sequence[socket.socket] = (),
+        alone: bool = True,
         number: int = 1,
         serves: bool = True,
     ) -> None:
         """`blueprints`: plugins that are given as they are (a test's own classes), instead of the YAML's. `sockets`:
-        those of a parent of several workers, instead of the settings' host and port; `number`: of this one.
+        that listen already, instead of what the settings say; `alone=False`: one of several, `number` of them.
         `serves=False`: beside a gateway, whose stores it uses; without a server.
         """
         self.number = number
         self.serves = serves
-        self._shared_sockets = sockets
+        self._sockets = list(sockets)
         self._loaded = loaded
         self._blueprints = blueprints
         self._identity = identity
@@ -96,17 +98,18 @@ class Worker:
         self._transports: dict[Any, Transport] = {}
         self._snapshot: Snapshot | None = None
         self._open: list[Snapshot] = []  # those whose plugins are open
-        self._prepared: tuple[Snapshot, Callable[[], None]] | None = None
+        self._prepared: tuple[Snapshot, list[Callable[[], None]]] | None = None
         self._preparing = False
         self._closing = Tasks()
-        self._alone = serves and not sockets
+        self._alone = serves and alone
         self.metrics = Metrics(data_dir / "metrics" if data_dir is not None else None, number, alone=self._alone)
         self._lag = vitals.Lag()
         self._health = Health(lambda: self.server.draining)
         self.reloader: Reloading | None = None  # who reloads, where there is a file to read again
         self.corrections = Corrections(lambda: self.snapshot)
         self.server = Server(lambda: self.snapshot, self._tasks, self._finisher, self.corrections)
-        self.port = 0
+        self.port = 0  # stays 0 with a Unix socket
+        self._certificates: Certificates | None = None
         # Awaited when it has drained, while its stores are open.
         self.companions_ended: Callable[[], Awaitable[None]] | None = None
 
@@ -162,7 +165,11 @@ class Worker:
             await stack.enter_async_context(self.corrections.lifespan())
             stack.push_async_callback(self._finish_all)
             if self.serves:
-                self.port = await self.server.start(settings.server.host, settings.server.port, self._shared_sockets)
+                self._certificates = Certificates(tls_context(settings.server.tls)) if settings.server.tls else None
+                self._sockets = self._sockets or open_sockets(settings.server)
+                stack.callback(close, self._sockets, settings.server)
+                self.port = port_of(self._sockets)
+                await self.server.start(self._sockets, self._certificates.context if self._certificates else None)
                 stack.push_async_callback(self._drain)
             # Not after a reload: it would stop all streams for a while, and what is frozen is never collected.
             gc.collect()
@@ -189,7 +196,10 @@ class Worker:
             logs.hide((secret for b in blueprints for secret in secrets_of(b.config)), everywhere=True)
             await self._simulate(settings)
             await self._admit_tables(now.services.database, blueprints, seconds)
-            put_in_force = await asyncio.to_thread(self._follow, settings)
+            changes = [
+                await asyncio.to_thread(self._follow, settings),
+                await asyncio.to_thread(self._read_certificate, settings),
+            ]
             await asyncio.to_thread(self._make_transports, settings)  # a certificate store takes a tenth of a second
             services = replace(now.services, settings=settings)
             snapshot = self._build(loaded, blueprints, services, now.instances)
@@ -206,16 +216,17 @@ class Worker:
             await self._close_transports()
             raise
         self._preparing = False
-        self._prepared = snapshot, put_in_force
+        self._prepared = snapshot, changes
         return snapshot
 
     def commit(self) -> Snapshot:
         """Requests that come from now on begin with what was prepared; the old closes after its last one."""
         if self._prepared is None:
             raise RuntimeError("Nothing is prepared.")
-        (snapshot, put_in_force), self._prepared = self._prepared, None
+        (snapshot, changes), self._prepared = self._prepared, None
         old, self._snapshot = self.snapshot, snapshot
-        put_in_force()
+        for put_in_force in changes:
+            put_in_force()
         self._follow_models()
         snapshot.services.database.schemas = schemas([instance.blueprint for instance in snapshot.instances])
         if snapshot.settings.log != old.settings.log:
@@ -259,6 +270,14 @@ class Worker:
         return self.snapshot.services.catalogue.follow(
             _kinds(settings), settings.catalogue, default=settings.upstream.default
         )
+
+    def _read_certificate(self, settings: Settings) -> Callable[[], None]:
+        """Once more: it is renewed every few weeks. Raises StartError."""
+        certificates, tls = self._certificates, settings.server.tls
+        if certificates is None or tls is None:
+            return lambda: None
+        context = tls_context(tls)
+        return lambda: certificates.put_in_force(context)
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
@@ -427,7 +446,7 @@ def _simulates(upstream: UpstreamSettings) -> bool:
 def _refuse_open_door(snapshot: Snapshot) -> None:
     """Nobody serves the world without a key by mistake."""
     server = snapshot.settings.server
-    if snapshot.hooks.authenticate or server.allow_anonymous or is_loopback(server.host):
+    if snapshot.hooks.authenticate or server.allow_anonymous or server.is_local:
         return
     raise StartError(
         f"No plugin authenticates and {server.host} can be reached from outside: add a plugin such as api_keys, "

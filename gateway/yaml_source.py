@@ -290,7 +290,10 @@ class _Reader:
                 "is not an expression", "write ${NAME}, ${NAME:-default} or ${file:/path}; $${ is a literal ${"
             )
         name, default = match.groups()
-        value = self._env.get(name) or default
+        value = self._env.get(name)
+        if not value and (file := self._env.get(f"{name}_FILE")):  # as containers' secrets are given
+            value = self._file(self._source.base / file)
+        value = value or default
         if value is None and name not in self._env:
             message = f"the environment variable {name} is not set"
             raise _ExpressionError(message, f"set {name}, or write ${{{name}:-default}}")

@@ -270,11 +270,11 @@ class _Keys:
 
     async def find(self, kid: str | None, algorithm: str) -> jwt.PyJWK:
         """Raises Unauthenticated, IssuerUnavailable."""
-        key = self._find(kid, algorithm)
+        key, answered = self._find(kid, algorithm), True
         if key is None and self._flight is not None:  # it may bring the key, and costs nothing
-            await asyncio.shield(self._flight)
+            answered = await asyncio.shield(self._flight)
             key = self._find(kid, algorithm)
-        if key is None and time.monotonic() - self._asked > COOLDOWN_SECONDS:
+        if key is None and answered and time.monotonic() - self._asked > COOLDOWN_SECONDS:
             self._asked = time.monotonic()
             await self._fetch()
             key = self._find(kid, algorithm)

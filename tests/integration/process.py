@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,7 @@ def serving(
     env: Mapping[str, str | None] | None = None,
     command: tuple[str, ...] = XENIOS,
     port: str | None = "0",
+    pass_fds: Sequence[int] = (),
 ) -> Iterator[Running]:
     """`xenios serve ARGS` in `folder`, on a free port; at the end TERM, and it must exit with 0.
 
@@ -149,6 +150,7 @@ def serving(
             stdout=out,
             stderr=subprocess.PIPE,
             text=True,
+            pass_fds=pass_fds,
         )
     assert process.stderr is not None
     try:
@@ -157,7 +159,7 @@ def serving(
         # its pipe must not fill up
         reader = threading.Thread(target=rest.extend, args=(process.stderr,), daemon=True)
         reader.start()
-        url = re.search(r"http://\S+", banner)
+        url = re.search(r"https?://\S+", banner)
         assert url is not None, banner
         kept = next((p for p in folder.rglob("bootstrap_key")), None)
         yield Running(url[0], kept.read_text().strip() if kept else None, banner, folder, process.pid, rest)

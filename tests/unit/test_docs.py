@@ -46,7 +46,7 @@ MAP = ROOT / "gateway" / "README.md"
 DOCUMENTS = [
     ROOT / name
     for name in (
-        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md", "deploy/README.md", "gateway/README.md",
+        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "THREAT_MODEL.md", "config/README.md", "deploy/README.md", "gateway/README.md",
         "plugins/README.md", "plugins/gateway_plugins/jobs/README.md", "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md",
         "tests/promises/README.md",
     )
@@ -529,6 +529,18 @@ def test_every_file_of_the_core_is_on_the_map():
     rows = re.findall(r"^\| \[`([^`]+)`\]\(", MAP.read_text(), re.MULTILINE)
     folders = {f"{p.name}/" for p in (ROOT / "gateway").iterdir() if p.is_dir() and list(p.glob("*.py"))}
     assert sorted(rows) == sorted({p.name for p in (ROOT / "gateway").glob("*.py")} | folders)
+
+
+def test_what_stops_each_threat_is_tested():
+    """The tests that the threat model names are there, and the promises too."""
+    text = (ROOT / "THREAT_MODEL.md").read_text()
+    named = re.findall(r"`(\w+/test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 30
+    for file, test in named:
+        source = (ROOT / "tests" / file).read_text()
+        assert not test or f"def {test}(" in source, (file, test)
+    promises = tomllib.loads((ROOT / "tests" / "promises.toml").read_text())
+    assert set(re.findall(r"the promise (P\d+)", text)) <= set(promises)
 
 
 def test_every_outcome_is_explained():

@@ -137,6 +137,16 @@ async def test_a_key_from_the_environment(monkeypatch):
     assert (await who(keys, "sk-made-by-another-gateway-0123456789")).id == "old"
 
 
+async def test_a_key_from_a_file_that_the_environment_names(monkeypatch, tmp_path):
+    """As containers' secrets are given: `APP_KEY_FILE` names the file; one that is not there is said to be missing."""
+    (tmp_path / "key").write_text(KEY + "\n")
+    monkeypatch.setenv("APP_KEY_FILE", str(tmp_path / "key"))
+    assert (await who(plugin({"id": "app", "env": "APP_KEY"}), KEY)).id == "app"
+    monkeypatch.setenv("APP_KEY_FILE", str(tmp_path / "none"))
+    with pytest.raises(ValidationError, match="the file that APP_KEY_FILE names can't be read"):
+        plugin({"id": "app", "env": "APP_KEY"})
+
+
 async def test_the_bootstrap_key_is_an_administrator():
     """The key that is printed at the first start works, until `bootstrap: false` or the server's own switch."""
     found = await who(plugin(bootstrap_key_hash=HASH), KEY)

@@ -473,6 +473,17 @@ def test_one_trailing_newline_is_stripped(tmp_path):
         assert {"x": expected} == plugin_config("    x: ${file:s}\n", base=tmp_path)
 
 
+def test_a_variable_may_stand_in_a_file(tmp_path):
+    """As containers' secrets are given: `A_FILE` names the file that holds A; A itself wins; a file that is missing is said."""
+    (tmp_path / "a").write_text("of the file\n")
+    given = {"A_FILE": str(tmp_path / "a")}
+    assert plugin_config("    x: ${A:-default}\n", given, tmp_path) == {"x": "of the file"}
+    assert plugin_config("    x: ${A}\n", {**given, "A": "its own"}, tmp_path) == {"x": "its own"}
+    assert plugin_config("    x: ${A}\n", {**given, "A": ""}, tmp_path) == {"x": "of the file"}
+    problem = only(KEY + "server:\n  host: ${A}\n", {"A_FILE": "none"}, tmp_path)
+    assert problem.message == f"the file {tmp_path}/none can't be read: No such file or directory"
+
+
 def test_secret_files_are_found_beside_the_config(tmp_path, monkeypatch):
     """Relative names of secret files and authorities start at the config file, not at the working directory."""
     (tmp_path / "etc").mkdir()

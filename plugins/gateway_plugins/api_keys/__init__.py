@@ -98,7 +98,10 @@ class KeyEntry(BaseModel):
     def _check_env(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        key = _from_environment(value)
+        try:
+            key = _from_environment(value)
+        except (OSError, ValueError):
+            raise ValueError(f"the file that {value}_FILE names can't be read") from None
         if not key:
             raise ValueError(f"the environment variable {value} is not set")
         if key.startswith(PREFIX) and not is_well_formed(key):
@@ -275,7 +278,9 @@ class Plugin:
 
 
 def _from_environment(name: str) -> str:
-    return os.environ.get(name, "").strip()
+    """Raises OSError: as `${NAME}`, it may stand in a file that `NAME_FILE` names."""
+    file = os.environ.get(f"{name}_FILE")
+    return (os.environ.get(name) or (Path(file).read_text() if file else "")).strip()
 
 
 def _key(entry: KeyEntry, pepper: str) -> _Key:
