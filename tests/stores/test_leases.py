@@ -350,6 +350,17 @@ async def test_a_store_that_goes_away_during_a_lease(server):
         assert (await worker.ledger.budgets(["budget"]))[0] == (20, 10)
 
 
+@contextlib.contextmanager
+def unposted(worker):
+    """What a worker notes meanwhile, and nobody hears."""
+    post, unheard = worker.store.post, []
+    worker.store.post = lambda *note: unheard.append(note) or True
+    try:
+        yield unheard
+    finally:
+        worker.store.post = post
+
+
 @pytest.mark.promise("P4.leased")
 @pytest.mark.parametrize("arrives", [False, True], ids=["never", "late"])
 async def test_a_note_that_does_not_arrive_is_told_again(server, arrives):
@@ -360,11 +371,9 @@ async def test_a_note_that_does_not_arrive_is_told_again(server, arrives):
     async with workers(server, 2) as (worker, other):
         for _ in range(3):
             (await worker.ask(cap, 10))(10)
-        post, unheard = worker.store.post, []
-        worker.store.post = lambda *note: unheard.append(note) or True
-        long, short = await worker.ask(cap, 10), await worker.ask(cap, 20)
+        with unposted(worker) as unheard:
+            long, short = await worker.ask(cap, 10), await worker.ask(cap, 20)
         assert len(unheard) == 2
-        worker.store.post = post
         short(7)
         await worker.ledger.flush()
         assert await other.ledger.budgets(["budget"]) == [(37, 10)]
@@ -395,14 +404,22 @@ async def test_a_settlement_waits_for_its_note(server):
     async with workers(server, 2) as (worker, other):
         for _ in range(3):
             (await worker.ask(cap, 10))(10)
-        post, later = worker.store.post, []
-        worker.store.post = lambda *note: later.append(note) or True
-        (await worker.ask(cap, 10))(7)
-        worker.store.post = post
+        with unposted(worker) as later:
+            (await worker.ask(cap, 10))(7)
+        script, put_off = worker.store.script, asyncio.Event()
+
+        async def heeded(*call):
+            answer = await script(*call)
+            if isinstance(answer, list):  # a settlement that was told to wait
+                put_off.set()
+            return answer
+
+        worker.store.script = heeded
         over = worker.ledger._tasks.spawn(worker.ledger.flush(), "settles")
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(10):
+            await put_off.wait()
         assert not over.done()
-        assert post(*later[0])
+        assert worker.store.post(*later[0])
         assert await over
         assert not worker.ledger._unsure
         assert await other.ledger.budgets(["budget"]) == [(37, 0)]
