@@ -11,13 +11,13 @@ import os
 import socket
 import ssl
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateway.errors import StartError
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
-    from pathlib import Path
 
     from gateway.settings import ServerSettings, Tls
 
@@ -69,8 +69,6 @@ def told_of(sockets: Sequence[socket.socket]) -> dict[str, Any]:
     """What these make of the settings' host, port and unix_socket: who can reach the gateway is told from them."""
     tcp = [s.getsockname() for s in sockets if s.family != socket.AF_UNIX]
     if not tcp:
-        from pathlib import Path  # noqa: PLC0415 - few need it
-
         return {"unix_socket": Path(sockets[0].getsockname())}
     outside = [address for address in tcp if not address[0].startswith(("127.", "::1"))]
     host, port = (outside or tcp)[0][:2]
