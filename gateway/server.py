@@ -601,6 +601,7 @@ def _exchange(snapshot: Snapshot, connection: _Connection, message: RawRequestMe
         query_string=message.path.partition("?")[2],
         remote=connection.peer,
         http_version=message.version,
+        proxies=snapshot.derived.proxies,
     )
     view.path_params = params
     exchange = Exchange(new_id(), view, snapshot, route)

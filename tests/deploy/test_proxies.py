@@ -196,12 +196,17 @@ async def test_connections_to_the_gateway_are_kept(name: str, tmp_path: Path) ->
 
 @each_proxy
 async def test_a_client_can_not_say_who_it_is(name: str, tmp_path: Path) -> None:
-    """The gateway is told the address that connected and that it spoke TLS, whatever the client said of itself."""
+    """The gateway is told the address that connected and that it spoke TLS, whatever the client said of itself; with the
+    proxy among the `trusted_proxies` that is the client's address.
+    """
     lines = ("X-Forwarded-For: 6.6.6.6", "X-Forwarded-For: 7.7.7.7, 8.8.8.8", "X-Forwarded-Proto: gopher")
-    async with behind(name, tmp_path) as it, it.connect("127.0.0.9") as client:
-        await client.send(it.request(None, *lines))
-        assert (await client.reply()).status == 200
-        assert it.watching.told == [["127.0.0.9", "https"]]
+    hop = ("Connection: X-Forwarded-For", "X-Forwarded-For: 6.6.6.6")
+    async with behind(name, tmp_path, trusted_proxies=["127.0.0.1"]) as it, it.connect("127.0.0.9") as client:
+        for said in (lines, hop, ()):
+            await client.send(it.request(None, *said))
+            assert (await client.reply()).status == 200
+        assert it.watching.told == [["127.0.0.9", "https"]] * 3
+        assert [done.request.remote for done in await it.gateway.finished(3)] == ["127.0.0.9"] * 3
 
 
 @each_proxy
