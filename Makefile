@@ -8,7 +8,7 @@ export PIP_REQUIRE_VIRTUALENV = 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-full coverage transport full mutation lint types layers unit bench promises promises-check schema dashboards lock clean
+.PHONY: help setup run test test-deploy test-full coverage transport full mutation lint types layers unit bench soak promises promises-check schema dashboards lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -44,20 +44,23 @@ layers: $(VENV)/.test
 	@$(BIN)/lint-imports --no-logo
 
 unit: $(VENV)/.test
-	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "not full and not deploy" -n 2 --dist loadfile
 
-test-full: lint types layers coverage transport full promises-check mutation  ## What takes longer too (about 45 minutes)
+test-deploy: $(VENV)/.test  ## Build the image, run what deploy/ describes (as root, on Debian)
+	@$(BIN)/python -m pytest -m deploy tests/deploy
+
+test-full: lint types layers coverage transport full test-deploy promises-check mutation  ## What takes longer too (about 45 minutes)
 
 # Processes that tests start are measured too.
 coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branches
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -m "not full" -n 2 --dist loadfile --hypothesis-profile=new
+	@$(BIN)/coverage run -m pytest -m "not full and not deploy" -n 2 --dist loadfile --hypothesis-profile=new
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --fail-under=90
 	@$(BIN)/coverage json --quiet -o - | $(BIN)/python -m tests.branches 90
 
 transport: $(VENV)/.test  ## The tests that reach upstreams, on aiohttp's client
-	@XENIOS_TEST_TRANSPORT=aiohttp $(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile \
+	@XENIOS_TEST_TRANSPORT=aiohttp $(BIN)/python -m pytest -m "not full and not deploy" -n 2 --dist loadfile \
 		tests/faults tests/contract tests/clients tests/integration tests/transport
 
 full: $(VENV)/.test  ## The tests that take minutes: many streams at once, a hammering
@@ -68,6 +71,9 @@ mutation: $(VENV)/.test  ## Change the core's logic in 1,900 places and see unit
 
 bench: $(VENV)/.test  ## Measure against a bare aiohttp proxy (12 minutes); options as ARGS='--quick'
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+soak: $(VENV)/.test  ## A million mixed requests: does memory grow? (15 minutes or more); options as ARGS='--minutes 10'
+	@$(BIN)/python -m tests.soak $(ARGS)
 
 promises: $(VENV)/.test  ## Which promises are proven, by which test
 	@$(BIN)/python -m tests.promises.report

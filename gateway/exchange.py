@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from gateway.dialects import Dialect
     from gateway.errors import Cause, GatewayError
+    from gateway.forwarded import Peer, TrustedProxies
     from gateway.late import LateRequest
     from gateway.limits import Admission, Rule
     from gateway.routes import Route
@@ -378,6 +379,7 @@ class RequestView:
         "_all_headers",
         "_headers",
         "_peer",
+        "_proxies",
         "http_version",
         "method",
         "path",
@@ -392,13 +394,15 @@ class RequestView:
         headers: CIMultiDictProxy[str],
         *,
         query_string: str = "",
-        remote: tuple[Any, ...] | str | None = None,
+        remote: Peer = None,
         http_version: tuple[int, int] = (1, 1),
+        proxies: TrustedProxies | None = None,
     ) -> None:
         self.method = method
         self.path = path
         self.query_string = query_string
         self._peer = remote
+        self._proxies = proxies
         self.http_version = http_version
         self.path_params: dict[str, str] = {}
         self._all_headers = headers
@@ -406,7 +410,10 @@ class RequestView:
 
     @property
     def remote(self) -> str | None:
-        """The address of whoever connected: of a proxy, if one stands in front."""
+        """The client's address: of whoever connected, or what those of `server.trusted_proxies` say of their client."""
+        if self._proxies is not None:
+            told = self._all_headers.getall("x-forwarded-for", ())
+            self._peer, self._proxies = self._proxies.client(self._peer, told), None
         return str(self._peer[0]) if isinstance(self._peer, tuple) else self._peer
 
     def header(self, name: str) -> str | None:

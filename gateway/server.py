@@ -601,6 +601,7 @@ def _exchange(snapshot: Snapshot, connection: _Connection, message: RawRequestMe
         query_string=message.path.partition("?")[2],
         remote=connection.peer,
         http_version=message.version,
+        proxies=snapshot.derived.proxies,
     )
     view.path_params = params
     exchange = Exchange(new_id(), view, snapshot, route)
@@ -625,9 +626,12 @@ def _credentials(message: RawRequestMessage) -> Credentials:
     for name in _ONCE:
         if name in headers and len(headers.getall(name)) > 1:
             raise BadRequest(f"The header {name} stands twice.")
-    if hdrs.TRANSFER_ENCODING in headers and headers[hdrs.TRANSFER_ENCODING].lower() != "chunked":
+    if hdrs.TRANSFER_ENCODING in headers:
         close = {"Connection": "close"}
-        raise BadRequest("Transfer-Encoding: only chunked is known.", status=501, headers=close)
+        if headers[hdrs.TRANSFER_ENCODING].lower() != "chunked":
+            raise BadRequest("Transfer-Encoding: only chunked is known.", status=501, headers=close)
+        if message.version < (1, 1):  # proxies of that time know no chunks (RFC 9112, 6.1)
+            raise BadRequest("Transfer-Encoding: HTTP/1.0 has none.", headers=close)
     scheme, _, token = headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     api_key = (headers.get(_X_API_KEY) or headers.get(_API_KEY) or "").strip()

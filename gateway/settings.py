@@ -122,6 +122,20 @@ _PROXY: Final = re.compile(
 _USE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|.*[^/]\.py:[A-Za-z_][A-Za-z0-9_]*")
 
 
+def _trusted(value: str) -> str:
+    if value == "unix":
+        return value
+    try:
+        network = ipaddress.ip_network(value)
+    except ValueError:
+        raise refusal(
+            f"{value!r} is no address and no network", "10.0.0.5, 10.0.0.0/8, 2001:db8::/32 or unix"
+        ) from None
+    if network.prefixlen == 0:
+        raise refusal(f"{value!r} is everybody: any client could say who it is", "name the proxies' own network")
+    return value
+
+
 def _proxy(value: SecretStr) -> SecretStr:
     if not _PROXY.fullmatch(value.get_secret_value()):
         raise refusal("is no address of an HTTP proxy", "http://host:3128 or http://user:password@host:3128")
@@ -204,6 +218,9 @@ class ServerSettings(_Section):
     """Who may connect to `unix_socket`: its file's mode, in quotes. Default 0660."""
     tls: Tls | None = None
     """Speak HTTPS. Default none: plain HTTP, for loopback or behind a proxy."""
+    trusted_proxies: tuple[Annotated[str, AfterValidator(_trusted)], ...] = ()
+    """Proxies whose `X-Forwarded-For` is believed: addresses, networks, `unix` for who connects to `unix_socket`. The
+    client is then the right-most address that is none of theirs. Default none: the client is who connected."""
     workers: int = Field(1, ge=1, le=256)
     """Processes that serve, on one port; about one per core. Several need a `services.redis` that they share.
     Default 1."""

@@ -13,6 +13,7 @@ from multidict import istr
 from gateway import outgoing
 from gateway.dialects import COMMON_HEADERS, DIALECTS, PLAIN_DIALECT
 from gateway.exchange import Limits
+from gateway.forwarded import TrustedProxies
 from gateway.incoming import closed_fields
 from gateway.plugins import PluginStartError, compile_hooks, construct
 from gateway.routes import Router
@@ -41,6 +42,7 @@ class Derived:
     served_by: Mapping[str, str]  # model → upstream, where that is not the default
     takes_jobs: bool  # some plugin does
     kept: tuple[str, ...]  # request headers beside those that a job must keep: a `when:` or a plugin reads them
+    proxies: TrustedProxies | None
 
     @classmethod
     def of(cls, settings: Settings, instances: Sequence[Instance]) -> Derived:
@@ -56,6 +58,7 @@ class Derived:
             served_by={model: o.upstream for model, o in settings.catalogue.overrides.items() if o.upstream},
             takes_jobs=any(getattr(i.plugin, "takes_jobs", False) for i in instances),
             kept=tuple({name.lower() for i in instances for name in _headers_read(i)}),
+            proxies=TrustedProxies(trusted) if (trusted := settings.server.trusted_proxies) else None,
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator
 
     from gateway.kit.testing import Gateway
@@ -101,15 +102,26 @@ class Raw:
 
 
 @asynccontextmanager
-async def connect(gw: Gateway | int, *, receive_buffer: int | None = None) -> AsyncIterator[Raw]:
-    """A connection to a gateway or a port. `receive_buffer` in bytes makes a client that can't take much."""
+async def connect(
+    gw: Gateway | int,
+    *,
+    receive_buffer: int | None = None,
+    tls: ssl.SSLContext | None = None,
+    source: str = "127.0.0.1",
+) -> AsyncIterator[Raw]:
+    """A connection to a gateway or a port. `receive_buffer` in bytes makes a client that can't take much; `source`: from
+    which of this machine's addresses.
+    """
     port = gw if isinstance(gw, int) else gw.worker.port
     sock = socket.socket()
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     sock.setblocking(False)
+    sock.bind((source, 0))
     await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
-    reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 16)
+    reader, writer = await asyncio.open_connection(
+        sock=sock, limit=1 << 16, ssl=tls, server_hostname="localhost" if tls else None
+    )
     try:
         yield Raw(reader, writer)
     finally:
@@ -123,10 +135,11 @@ def head(
     method: str = "POST",
     version: str = "1.1",
     key: str | None = None,
+    host: str = "gateway",
     json_type: bool = True,
 ) -> bytes:
     """A request's head with the gateway's key (or `key`); `lines` are added as they are."""
-    out = [f"{method} {path} HTTP/{version}".encode(), b"Host: gateway"]
+    out = [f"{method} {path} HTTP/{version}".encode(), f"Host: {host}".encode()]
     bearer = key or (gw.key if gw else None)
     if bearer:
         out.append(f"Authorization: Bearer {bearer}".encode())

@@ -16,6 +16,7 @@ from gateway import hookimpl
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Answer, Json, ScriptedUpstream, Stream, chat_completion, chat_events
 from tests.faults.raw import CHAT, connect, exchange, head, request
+from tests.faults.smuggling import BODY, SIZE, Forms
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -266,62 +267,10 @@ async def test_a_hostile_model_name_splits_no_reply(gw, model, stream):
 
 # --- HTTP -------------------------------------------------------------------------------------------------------
 
-BODY = json.dumps(CHAT).encode()
-SIZE = f"Content-Length: {len(BODY)}"
-CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
-
-
-def smuggling(gw: Gateway) -> dict[str, bytes]:
-    """Requests whose end two servers could see in two places, each with a second request behind it."""
-    second = request(gw)
-    lengths = {
-        f"length-{value!r}": head(gw, f"Content-Length: {value}") + BODY + second
-        for value in ("+5", "5,5", "5, 6", "0x5", "-1", "5 5", "", " ", "1e1", "5_0", "\xb2", "9" * 30)
-    }
-    codings = {
-        f"coding-{value!r}": head(gw, f"Transfer-Encoding: {value}") + CHUNKED + second
-        for value in (
-            "xchunked", "chunked, identity", "identity", "chunked, chunked", "\x0bchunked", "chunked;a=b", '"chunked"',
-            "chunked\x0c", "gzip", "gzip, chunked", "chunked, gzip", "",
-        )
-    }  # fmt: skip
-    return {
-        **lengths,
-        **codings,
-        "length+coding": head(gw, SIZE, "Transfer-Encoding: chunked") + CHUNKED + second,
-        "coding+length": head(gw, "Transfer-Encoding: chunked", "Content-Length: 0") + CHUNKED + second,
-        "lengths-differ": head(gw, SIZE, "Content-Length: 6") + BODY + second,
-        "lengths-agree": head(gw, SIZE, SIZE) + BODY + second,
-        "codings": head(gw, "Transfer-Encoding: chunked", "Transfer-Encoding: identity") + CHUNKED + second,
-        "coding-space-colon": head(gw, "Transfer-Encoding : chunked") + CHUNKED + second,
-        "length-space-colon": head(gw, f"Content-Length : {len(BODY)}") + BODY + second,
-        "space-before-name": head(gw, " Transfer-Encoding: chunked") + CHUNKED + second,
-        "obs-fold": head(gw, "X-A: 1\r\n 2", SIZE) + BODY + second,
-        "obs-fold-coding": head(gw, "Transfer-Encoding:\r\n chunked") + CHUNKED + second,
-        "bare-lf": request(gw).replace(b"\r\n", b"\n") + second,
-        "bare-lf-in-head": head(gw, f"X-A: 1\n{SIZE}") + BODY + second,
-        "bare-cr": head(gw, f"X-A: a\r{SIZE}") + BODY + second,
-        "nul": head(gw, "X-A: a\x00b", SIZE) + BODY + second,
-        "nul-in-name": head(gw, "X-A\x00: b", SIZE) + BODY + second,
-        "no-colon": head(gw, "X-A", SIZE) + BODY + second,
-        "empty-name": head(gw, ": x", SIZE) + BODY + second,
-        "chunk-lf": head(gw, "Transfer-Encoding: chunked") + b"%x\n%b\n0\n\n" % (len(BODY), BODY) + second,
-        "chunk-no-crlf": head(gw, "Transfer-Encoding: chunked") + b"%x\r\n%b0\r\n\r\n" % (len(BODY), BODY) + second,
-        "chunk-size-sign": head(gw, "Transfer-Encoding: chunked") + b"+" + CHUNKED + second,
-        "chunk-size-0x": head(gw, "Transfer-Encoding: chunked") + b"0x" + CHUNKED + second,
-        "chunk-size-junk": head(gw, "Transfer-Encoding: chunked") + b"zz\r\n" + second,
-        "chunk-size-huge": head(gw, "Transfer-Encoding: chunked") + b"f" * 17 + b"\r\n" + second,
-        "version": request(gw, version="1.2") + second,
-        "version-2": request(gw, version="2.0") + second,
-        "preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + second,
-        "no-host": b"POST /v1/chat/completions HTTP/1.1\r\n\r\n" + second,
-        "two-hosts": head(gw, "Host: b", SIZE) + BODY + second,
-    }
-
 
 async def test_smuggling_reaches_nobody(gw):
     """Of every request whose framing is in doubt nothing reaches the upstream: not it, not what stands behind it."""
-    for name, data in smuggling(gw).items():
+    for name, data in Forms(gw).refused().items():
         async with connect(gw) as raw:
             await raw.send(data)
             reply = await raw.reply()
@@ -329,6 +278,18 @@ async def test_smuggling_reaches_nobody(gw):
             assert await raw.ended(), name
         assert gw.upstream.seen == [], name
     assert gw.upstream.malformed == []
+
+
+async def test_what_is_hidden_in_a_body_stays_there(gw):
+    """A request that only a sloppy reader sees behind another one's end is never served."""
+
+    async def play(data: bytes) -> None:
+        async with connect(gw) as raw:
+            await raw.send(data)
+            await raw.rest_within(0.2)
+
+    await asyncio.gather(*map(play, Forms(gw).hidden().values()))
+    assert gw.upstream.seen == []
 
 
 async def test_what_stands_in_a_body_is_no_request(gw):

@@ -44,17 +44,17 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def chat(connection: http.client.HTTPConnection, key: str | None) -> int:
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+def chat(connection: http.client.HTTPConnection, key: str | None, **more: str) -> int:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}", **more}
     connection.request("POST", "/v1/chat/completions", BODY, headers)
     reply = connection.getresponse()
     reply.read()
     return reply.status
 
 
-def chat_once(connection: http.client.HTTPConnection, key: str | None) -> int:
+def chat_once(connection: http.client.HTTPConnection, key: str | None, **more: str) -> int:
     with contextlib.closing(connection):
-        return chat(connection, key)
+        return chat(connection, key, **more)
 
 
 # --- a Unix socket ---------------------------------------------------------------------------------------------------
@@ -76,6 +76,16 @@ def test_a_unix_socket_instead_of_a_port(tmp_path: Path, workers: str) -> None:
         access = (tmp_path / "access.log").read_text()
         assert '"remote"' not in access or '"remote":null' in access
     assert not path.exists()
+
+
+def test_a_proxy_on_a_unix_socket_says_who_asks(tmp_path: Path) -> None:
+    """With `trusted_proxies: [unix]` the log's address is what whoever may open the socket says."""
+    config = configured(tmp_path, "unix_socket: xenios.sock, trusted_proxies: [unix]")
+    config.write_text(f"{config.read_text()}  - use: access_log\n")
+    with serving(tmp_path, "--config", config, port=None) as running:
+        told = {"X-Forwarded-For": "6.6.6.6, 203.0.113.9"}
+        assert chat_once(UnixConnection(tmp_path / "xenios.sock"), running.key, **told) == 200
+    assert '"remote":"203.0.113.9"' in (tmp_path / "access.log").read_text()
 
 
 def test_the_curl_line_of_a_unix_socket_works(tmp_path: Path) -> None:
