@@ -28,12 +28,31 @@ def fresh(folder: Path) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(re.sub(r" ; .* \\$", r" \\", locked, flags=re.MULTILINE))  # its Python is another than this one
         file.flush()
-        options = ["--no-deps", "--python-version", PYTHON, "--only-binary", ":all:", "--require-hashes", "-r", file.name]
+        options = [
+            "--no-deps",
+            "--python-version",
+            PYTHON,
+            "--only-binary",
+            ":all:",
+            "--require-hashes",
+            "-r",
+            file.name,
+        ]
         subprocess.run([*command, *options], check=True)
 
 
 def wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+    ]
     subprocess.run([*command, REPOSITORY], check=True)
     return next(folder.glob("xenios-*.whl"))
 
