@@ -212,6 +212,7 @@ class Admission(msgspec.Struct, eq=False):
     levels: Sequence[Level] | None = None
     granted: int = 0
     plan: Plan | None = None  # how it was judged, if it was in one pass
+    noted: bool = True  # False: the store is about to be told of it; see `Ledger.noted`
     made: Sequence[Rule] | None = None
 
     @property

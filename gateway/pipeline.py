@@ -201,6 +201,8 @@ class Run:
             exchange.admission = ledger.admit_at_once(books, exchange, held)
             if exchange.admission is None:
                 exchange.admission = await ledger.admit(books, exchange, held)
+            elif not exchange.admission.noted:
+                await ledger.noted(books, exchange.admission)
         if hooks.lookup_response:
             hit: Reply | None = await dispatch.run_first(exchange, hooks.lookup_response, ignorable=True, returns=Reply)
             if hit is not None:

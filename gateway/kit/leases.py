@@ -10,11 +10,12 @@ before a request of the same worker is refused. What a dead worker held is there
   without leases. It is worth `LEASE_SECONDS` at most: by then a dead worker's has come back by itself.
 - Slots are leased as a number of places. Who sits where is known here alone; the number is renewed.
 - Of a budget's lease each admission is noted in Redis without waiting for an answer, but before its request goes out;
-  from then on it is a reservation like any. Notes go over a connection of their own on which Redis answers nothing:
-  it reads all that was written there, as it can't find earlier that the process is gone. So a worker may be killed at
-  any moment, and nothing that it admitted is forgotten. Notes are numbered, and what is to come after them (their
-  settlement, the end of a lease) says the last number: Redis does it only when it has heard of all. A note that doesn't
-  arrive, since a connection broke, is found by that, and told again.
+  from then on it is a reservation like any. What is admitted in one turn of the loop is noted together. Notes go over a
+  connection of their own on which Redis answers nothing: it reads all that was written there, as it can't find earlier
+  that the process is gone. So a worker may be killed at any moment, and nothing that it admitted is forgotten. Notes
+  are numbered, and what is to come after them (their settlement, the end of a lease) says the last number: Redis does
+  it only when it has heard of all. A note that doesn't arrive, since a connection broke, is found by that, and told
+  again.
 """
 
 from __future__ import annotations

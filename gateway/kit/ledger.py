@@ -76,7 +76,13 @@ class Ledger(Protocol):
         """
 
     def take(self, op: str, plan: Plan, held: Sequence[Held], row: bytes = b"") -> Admission | None:
-        """As `judge`, in one pass, if it is known here that all have room. None: nothing was taken, ask `judge`."""
+        """As `judge`, in one pass, if it is known here that all have room. None: nothing was taken, ask `judge`.
+
+        Where the admission is not `noted` yet, await `noted` before the request costs anything.
+        """
+
+    async def noted(self, op: str) -> None:
+        """Whatever becomes of this process, what was taken is not forgotten. Raises StoreUnavailable."""
 
     async def peek(self, rules: Sequence[Rule]) -> Verdict:
         """What `judge` would say now of one more operation; nothing is taken. Raises StoreUnavailable."""
@@ -153,6 +159,15 @@ def admit_at_once(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> A
         for admitted, rules, places in plan.admitted:
             admitted(exchange, rules, [levels[i] for i in places], admission.granted)
     return admission
+
+
+async def noted(ledger: Ledger, admission: Admission) -> None:
+    """Raises StoreUnavailable if a rule wants that."""
+    try:
+        await ledger.noted(admission.op)
+    except StoreUnavailable:
+        if any(rule.on_store_error == "deny" for rule in admission.rules):
+            raise
 
 
 async def admit(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> Admission:
@@ -344,6 +359,9 @@ class MemoryLedger:
         if self._calls % SWEEP_EVERY == 0:
             self._sweep(now)
         return now
+
+    async def noted(self, op: str) -> None:
+        del op  # it ends with this process
 
     async def peek(self, rules: Sequence[Rule]) -> Verdict:
         now = self._clock() * 1e6
@@ -716,28 +734,34 @@ return 1
 )
 
 # What a worker admitted within its leases, in the order of their numbers: one that follows on a lost one is lost too.
-# KEYS: how many it has noted, the leases, the operation's, the budgets. ARGV: the time, the lease, the worker, the
-# note's number ('' if it is told again), the operation, what it reserves, its row.
+# KEYS: how many it has noted, the leases, then of each note the operation's and the budgets. ARGV: the time, the lease,
+# the worker, the first note's number ('' if it is told again), then of each the operation, what it reserves, its row,
+# how many budgets.
 _NOTE = (
     _TIME
     + f"""
-local number, op, value, mine = tonumber(ARGV[4]), ARGV[5], ARGV[6], '{LEASED}' .. ARGV[3]
+local number, mine, at = tonumber(ARGV[4]), '{LEASED}' .. ARGV[3], 3
 if number and tonumber(redis.call('GET', KEYS[1]) or 0) ~= number - 1 then return 0 end
-for i = 4, #KEYS do
-  local key = KEYS[i]
-  -- not if it is heard so late that its settlement has been charged
-  if redis.call('EXISTS', '{ADJUSTED}' .. op .. ':' .. key) == 0 and redis.call('HSETNX', KEYS[3], key, value) == 1 then
-    local part = math.min(tonumber(redis.call('HGET', mine, 'b' .. key) or 0), tonumber(value))
-    if part > 0 then
-      redis.call('HINCRBY', mine, 'b' .. key, text(0 - part))
-      redis.call('HINCRBY', key, 'leased', text(0 - part))
+for i = 5, #ARGV, 4 do
+  local op, value, row, last = ARGV[i], ARGV[i + 1], ARGV[i + 2], at + tonumber(ARGV[i + 3])
+  local held = KEYS[at]
+  for k = at + 1, last do
+    local key = KEYS[k]
+    -- not if it is heard so late that its settlement has been charged
+    if redis.call('EXISTS', '{ADJUSTED}' .. op .. ':' .. key) == 0 and redis.call('HSETNX', held, key, value) == 1 then
+      local part = math.min(tonumber(redis.call('HGET', mine, 'b' .. key) or 0), tonumber(value))
+      if part > 0 then
+        redis.call('HINCRBY', mine, 'b' .. key, text(0 - part))
+        redis.call('HINCRBY', key, 'leased', text(0 - part))
+      end
+      redis.call('HINCRBY', key, 'reserved', value)
+      redis.call('ZADD', KEYS[2], now + lease, op)
+      if row ~= '' then redis.call('HSET', held, '~row', row) end
     end
-    redis.call('HINCRBY', key, 'reserved', value)
-    redis.call('ZADD', KEYS[2], now + lease, op)
-    if ARGV[7] ~= '' then redis.call('HSET', KEYS[3], '~row', ARGV[7]) end
   end
+  at = last + 1
 end
-if number then redis.call('SET', KEYS[1], ARGV[4], 'EX', 86400) end
+if number then redis.call('SET', KEYS[1], text(number + (#ARGV - 4) / 4 - 1), 'EX', 86400) end
 return 1
 """
 )
@@ -846,6 +870,7 @@ class RedisLedger:
         # never hears of, by operation, until it is settled.
         self._notes: deque[_Note] = deque()
         self._noted = 0
+        self._unsaid: list[_Note] = []  # in this turn of the loop
         self._heard = HEARD + self._name
         self._unsure: dict[str, _Note] = {}
         self._ending: set[str] = set()  # the keys of budgets whose lease is to be given back
@@ -975,7 +1000,7 @@ class RedisLedger:
                 await self._hear()
 
     def take(self, op: str, plan: Plan, held: Sequence[Held], row: bytes = b"") -> Admission | None:
-        if not plan.leases or not self._leases or self._store.is_open:
+        if not plan.leases or not self._leases or (plan.budgets and not self._store.posts) or self._store.is_open:
             return None
         now, leases, found, granted = self._micros(), self._leases, [], ENDLESS
         for number, rule in plan.rules:
@@ -988,15 +1013,16 @@ class RedisLedger:
             found.append((lease, rule, amount))
         if plan.budgets:
             budgets = [lease.key for lease, rule, _ in found if rule.kind == "budget"]
-            # Before the upstream hears of the request: whatever becomes of this process then, Redis knows.
-            note = _Note(self._noted + 1, op, budgets, granted, row)
-            if not self._store.post(_NOTE, *self._said(note, note.number)):
-                return None
-            self._noted = note.number
-            self._notes.append(note)
+            self._note(_Note(self._noted + 1, op, budgets, granted, row))
             self._held[LEASES, "k", op] = None
         levels = [lease.take(r, granted if r.kind == "budget" else amount, op, now) for lease, r, amount in found]
-        return Admission(op, held, levels, granted if plan.budgets else 0, plan)
+        return Admission(op, held, levels, granted if plan.budgets else 0, plan, noted=not plan.budgets)
+
+    async def noted(self, op: str) -> None:
+        await asyncio.sleep(0)  # `_say` has been called before
+        note = self._unsure.get(op)
+        if note is not None:
+            await self._store.script(_NOTE, *self._said([note], ""))
 
     def give(self, admission: Admission, plan: Plan, used: Sequence[int | None], row: bytes = b"") -> None:
         op, changes = admission.op, []
@@ -1028,11 +1054,28 @@ class RedisLedger:
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
-    def _said(self, note: _Note, number: int | str) -> tuple[Sequence[str], Sequence[Any]]:
-        keys = (self._heard, LEASES, OPERATION + note.op, *note.budgets)
-        return keys, (
-            self._now(), int(LEASE_SECONDS * 1e6), self._name, number, note.op, str(note.reserved), note.row
-        )  # fmt: skip
+    def _note(self, note: _Note) -> None:
+        """Redis is told once in a turn of the loop of all that came in it; `noted` is how a request waits for that."""
+        self._noted = note.number
+        self._notes.append(note)
+        if not self._unsaid:
+            asyncio.get_running_loop().call_soon(self._say)
+        self._unsaid.append(note)
+
+    def _say(self) -> None:
+        notes, self._unsaid = self._unsaid, []
+        if notes and not self._store.post(_NOTE, *self._said(notes, notes[0].number)):
+            self._unsure.update((note.op, note) for note in notes)
+
+    def _said(self, notes: Sequence[_Note], number: int | str) -> tuple[Sequence[str], Sequence[Any]]:
+        """`number`: of the first."""
+        keys = [self._heard, LEASES]
+        arguments: list[Any] = [self._now(), int(LEASE_SECONDS * 1e6), self._name, number]
+        for note in notes:
+            keys.append(OPERATION + note.op)
+            keys += note.budgets
+            arguments += (note.op, note.reserved, note.row, len(note.budgets))
+        return keys, arguments
 
     def _know(self, heard: int) -> None:
         while self._notes and self._notes[0].number <= heard:
@@ -1051,6 +1094,7 @@ class RedisLedger:
     async def _give_up_notes(self) -> None:
         """Redis may hear of these yet, or never: it is told again, and their settlement is charged in any case."""
         self._store.close_post()
+        self._unsaid = []
         for lease in self._leases.values():
             if lease.kind == "budget":
                 lease.until, lease.left = 0.0, 0
@@ -1063,7 +1107,7 @@ class RedisLedger:
     async def _note_again(self) -> None:
         for note in list(self._unsure.values()):
             with contextlib.suppress(StatementError):
-                await self._store.script(_NOTE, *self._said(note, ""))
+                await self._store.script(_NOTE, *self._said([note], ""))
 
     def _end(self, leases: Iterable[Lease]) -> None:
         """Given back, but for places that are taken. Not those that are just being asked for."""

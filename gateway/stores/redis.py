@@ -146,7 +146,7 @@ class RedisStore:
         answer.add_done_callback(answered)
 
     async def post_opened(self, text: str) -> bool:
-        """Can this script be posted now?"""
+        """Connects, so that this script can be posted."""
         if self._post is None or self._post.closed:
             async with self._connecting:
                 if time.monotonic() < self._post_not_before:
@@ -160,6 +160,11 @@ class RedisStore:
                         log.warning("redis_no_post", error=type(error).__name__, message=scrub(str(error)))
                         return False
         return True
+
+    @property
+    def posts(self) -> bool:
+        """Can a script be posted now?"""
+        return self._post is not None and self._post.free
 
     def post(self, text: str, keys: Sequence[str], arguments: Sequence[Any]) -> bool:
         """Run a script whose answer nobody hears. False: it was not sent.
@@ -368,9 +373,13 @@ class _Post(asyncio.Protocol):
         self._transport.set_protocol(self)
         self.closed = False
 
+    @property
+    def free(self) -> bool:
+        """Not if it is gone, or something waits in this process for room in the kernel; else both loops write now."""
+        return not self.closed and self._transport.get_write_buffer_size() == 0
+
     def write(self, *command: Any) -> bool:
-        """False if it is gone, or something waits in this process for room in the kernel; else both loops write now."""
-        if self.closed or self._transport.get_write_buffer_size() > 0:
+        if not self.free:
             return False
         self._transport.write(hiredis.pack_command(command))
         return True

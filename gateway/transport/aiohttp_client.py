@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.connector import Connection
+    from aiohttp.tracing import Trace
     from multidict import CIMultiDictProxy
 
 LARGE = 1 << 20  # larger bodies are written piece by piece, at the upstream's pace
@@ -91,6 +92,19 @@ class AiohttpResponse:
             self._response.release()
         else:
             self._response.close()
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Aiohttp's own takes what an upstream said on an idle connection for the beginning of the next reply."""
+
+    async def connect(
+        self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            if connection.protocol is None or not connection.protocol.should_close:
+                return connection
+            connection.close()
 
 
 class _Post(aiohttp.ClientRequest):
@@ -165,7 +179,7 @@ class AiohttpTransport:
 
     def _open(self) -> aiohttp.ClientSession:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._max_connections, ttl_dns_cache=300, ssl=self._tls or True),
+            connector=_Connector(limit=self._max_connections, ttl_dns_cache=300, ssl=self._tls or True),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from gateway import Cause, Outcome, hookimpl
+from gateway import Cause, Outcome, Source, hookimpl
 from gateway.kit import clean, cleaned
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Plugin:
             self._dropped += 1
             self._all_lost.value += 1
             return
-        self._lines.append(self._encode(self._fields(exchange, outcome, level)) + b"\n")
+        self._lines.append(self._encode(self._line(exchange, outcome, level)) + b"\n")
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(DELAY, self._flush)
 
@@ -136,7 +137,7 @@ class Plugin:
             self._writer.put(self._lines)
             self._lines = []
 
-    def _fields(self, exchange: Exchange, outcome: Outcome, level: str) -> dict[str, Any]:
+    def _line(self, exchange: Exchange, outcome: Outcome, level: str) -> _Line:
         started, decision, principal = exchange.started, exchange.decision, exchange.principal
         finished = exchange.finished or started
         served, usage, cost, tries = exchange.served, exchange.usage, exchange.cost, exchange.attempts
@@ -145,48 +146,48 @@ class Plugin:
         for one in tries:
             if one.finished is not None:
                 upstream += one.finished - one.started
-        fields: dict[str, Any] = {
-            "ts": self._time(exchange.started_at + finished - started),
-            "level": level,
-            "event": "request",
-            "request_id": exchange.id if exchange.request_id == exchange.id else cleaned(exchange.request_id),
-            "id": exchange.id,
-            "method": method if method == route.method else clean(method),
-            "endpoint": route.endpoint,
-            "path": route.path,
-            "status": exchange.status,
-            "outcome": outcome,
-            "error_code": clean(error.error_code) if error is not None else None,
-            "error_by": exchange.error_by,
-            "model_asked": clean(exchange.asked_model) or None,
-            "model_served": clean(served.model) if served is not None else None,
-            "upstream": served.upstream if served is not None else None,
-            "rule": decision.rule if decision is not None else None,
-            "task": decision.task if decision is not None else None,
-            "attempts": len(tries),
-            "stream": exchange.stream,
-            "input_tokens": usage.input_tokens,
-            "output_tokens": usage.output_tokens,
-            "cache_read_tokens": usage.cache_read_tokens,
-            "reasoning_tokens": usage.reasoning_tokens,
-            "usage_source": usage.source,
-            "cost_usd": cost.usd,
-            "cost_source": cost.source,
-            "duration_ms": round((finished - started) * 1000, 1),
-            "first_content_ms": _ms(started, exchange.first_content),
-            "upstream_ms": round(upstream * 1000, 1) if tries else None,
-            "principal": clean(principal.id) if principal is not None else None,
-            "tenant": clean(principal.tenant) if principal is not None else None,
-            "team": clean(principal.team) if principal is not None and principal.team else None,
-            "remote": clean(exchange.request.remote or "") or None,
-        }
+        line = _Line(
+            ts=self._time(exchange.started_at + finished - started),
+            level=level,
+            event="request",
+            request_id=exchange.id if exchange.request_id == exchange.id else cleaned(exchange.request_id),
+            id=exchange.id,
+            method=method if method == route.method else clean(method),
+            endpoint=route.endpoint,
+            path=route.path,
+            status=exchange.status,
+            outcome=outcome,
+            error_code=clean(error.error_code) if error is not None else None,
+            error_by=exchange.error_by,
+            model_asked=clean(exchange.asked_model) or None,
+            model_served=clean(served.model) if served is not None else None,
+            upstream=served.upstream if served is not None else None,
+            rule=decision.rule if decision is not None else None,
+            task=decision.task if decision is not None else None,
+            attempts=len(tries),
+            stream=exchange.stream,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cache_read_tokens=usage.cache_read_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
+            usage_source=usage.source,
+            cost_usd=cost.usd,
+            cost_source=cost.source,
+            duration_ms=round((finished - started) * 1000, 1),
+            first_content_ms=_ms(started, exchange.first_content),
+            upstream_ms=round(upstream * 1000, 1) if tries else None,
+            principal=clean(principal.id) if principal is not None else None,
+            tenant=clean(principal.tenant) if principal is not None else None,
+            team=clean(principal.team) if principal is not None and principal.team else None,
+            remote=clean(exchange.request.remote or "") or None,
+        )
         if exchange.phase != "live":
-            fields["phase"] = exchange.phase
+            line.phase = exchange.phase
         if exchange.trace_id is not None:
-            fields["trace_id"] = exchange.trace_id
+            line.trace_id = exchange.trace_id
         if exchange.skipped or len(tries) > 1 or (tries and tries[0].cause is not None):
-            fields["tries"] = [*map(_skipped, exchange.skipped), *map(_try, tries)]
-        return fields
+            line.tries = [*map(_skipped, exchange.skipped), *map(_try, tries)]
+        return line
 
     def _time(self, seconds: float) -> str:
         """ISO 8601 in UTC with milliseconds. The date is formatted once a second."""
@@ -194,6 +195,47 @@ class Plugin:
         if self._second[0] != whole:
             self._second = (whole, datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S"))
         return f"{self._second[1]}.{thousandths:03d}Z"
+
+
+class _Line(msgspec.Struct, gc=False):
+    """What is logged of a request, in this order; UNSET is left out."""
+
+    ts: str
+    level: str
+    event: str
+    request_id: str
+    id: str
+    method: str
+    endpoint: str
+    path: str
+    status: int | None
+    outcome: Outcome
+    error_code: str | None
+    error_by: str | None
+    model_asked: str | None
+    model_served: str | None
+    upstream: str | None
+    rule: str | None
+    task: str | None
+    attempts: int
+    stream: bool
+    input_tokens: int | None
+    output_tokens: int | None
+    cache_read_tokens: int | None
+    reasoning_tokens: int | None
+    usage_source: Source
+    cost_usd: float | None
+    cost_source: Source
+    duration_ms: float
+    first_content_ms: float | None
+    upstream_ms: float | None
+    principal: str | None
+    tenant: str | None
+    team: str | None
+    remote: str | None
+    phase: str | UnsetType = UNSET
+    trace_id: str | UnsetType = UNSET
+    tries: list[dict[str, Any]] | UnsetType = UNSET
 
 
 def _skipped(target: Target) -> dict[str, Any]:

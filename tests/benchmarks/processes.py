@@ -73,6 +73,13 @@ def cpu_s(root):
     return used[False] / TICK, used[True] / TICK
 
 
+def move_stores(root, core):
+    """The stores that it started inherited its core."""
+    for pid, (name, _) in family(root).items():
+        if is_store(name):
+            os.sched_setaffinity(pid, {core})
+
+
 def rss_mb(root):
     return sum(int(fields[21]) for name, fields in family(root).values() if not is_store(name)) * PAGE / 2**20
 

@@ -15,6 +15,7 @@ from tests.benchmarks.processes import (
     cpu_s,
     free_port,
     machine_s,
+    move_stores,
     own_s,
     pause,
     pinned,
@@ -122,6 +123,7 @@ def start(rig, folder, target, times, warm):
         target.start(folder)
     pause(1.0)
     root = target.process.pid
+    move_stores(root, rig.core)  # in production they are another machine's: what they do to caches is not the target's
     target.idle |= {"idle_mb": rss_mb(root), "idle_pss_mb": pss_mb(root)}
     if warm:
         rig.sample(target, warm)

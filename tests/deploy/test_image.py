@@ -17,7 +17,7 @@ from tests.deploy.conftest import CANARY
 from tests.deploy.containers import Mount, Network, Spec, network
 from tests.integration.process import REPOSITORY, environment
 
-pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1800)]
 
 KEY = "sk-app-0123456789abcdef0123456789abcdef"
 SECRETS = {

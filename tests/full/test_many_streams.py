@@ -1,12 +1,14 @@
-"""Five hundred streams at once through a real process."""
+"""Five hundred streams at once through a real process, and a hundred that outlive its SIGTERM."""
 
 import asyncio
 import re
+import time
 
 import pytest
 
 from gateway.kit.upstream import ScriptedUpstream, Stream, Until, chat_events
 from tests.faults.process import config, started
+from tests.faults.test_shutdown import refused
 from tests.full.load import PATIENCE, client, many_files, resident
 
 STREAMS = 500
@@ -109,3 +111,37 @@ async def test_five_hundred_streams_at_once(tmp_path):
                 assert await gateway.exit_code() == 0
                 assert b"drain_cut_requests" not in gateway.err
                 await upstream.wait_connections(0)
+
+
+LIVE = 100
+DRAIN = 20.0
+
+
+async def test_a_hundred_streams_outlive_sigterm(tmp_path):
+    """SIGTERM with a hundred live streams on two workers: each ends whole within the drain time, none is cut, and new
+    connections are refused meanwhile.
+    """
+    gates = [asyncio.Event() for _ in range(LIVE)]
+    events = chat_events(TEXT, pieces=PIECES, comments=False, usage=False)
+    half = len(events) // 2
+    streams = [Stream(*events[:half], Until(gate), *events[half:]) for gate in gates]
+    with many_files():
+        async with ScriptedUpstream(*streams) as upstream:
+            server = {"workers": 2, "drain_timeout": DRAIN, "drain_delay": 0}
+            file = config(tmp_path, upstream, server=server, services={"redis": "embedded"})
+            async with started(file) as gateway, client(gateway) as session, asyncio.timeout(PATIENCE):
+                replies = [await session.post("/v1/chat/completions", json=BODY) for _ in range(LIVE)]
+                assert {reply.status for reply in replies} == {200}
+                begun = time.monotonic()
+                gateway.signal()
+                await refused(gateway)
+                assert upstream.connections == LIVE
+                for gate in gates:  # one after the other: the last ones have waited for all others
+                    gate.set()
+                    await asyncio.sleep(0.01)
+                bodies = await asyncio.gather(*(reply.read() for reply in replies))
+                assert await gateway.exit_code() == 0
+                assert time.monotonic() - begun < DRAIN
+    assert {said(body) for body in bodies} == {TEXT}
+    assert all(body.endswith(b"data: [DONE]\n\n") for body in bodies)
+    assert b"drain_cut_requests" not in gateway.err

@@ -65,6 +65,8 @@ class Worker:
         admission = self.ledger.take(op, plan, held, row)
         if admission is not None:
             self.alone += 1
+            if not admission.noted:
+                await self.ledger.noted(op)
             return lambda actual=None: self.ledger.give(admission, plan, [actual for _ in plan.actual])
         self.asked += 1
         verdict = await self.ledger.judge(op, held[0].rules(), row)
@@ -423,6 +425,22 @@ async def test_a_settlement_waits_for_its_note(server):
         assert await over
         assert not worker.ledger._unsure
         assert await other.ledger.budgets(["budget"]) == [(37, 0)]
+
+
+@pytest.mark.promise("P4.leased")
+async def test_a_request_goes_on_when_its_note_has_left(server):
+    """Where notes can't leave any more, a request that was just admitted tells Valkey itself before it goes on."""
+    rules = RuleSet([budget(1000)])
+    async with workers(server, 2) as (worker, other):
+        for _ in range(3):
+            (await worker.ask(rules, 10))(10)
+        await worker.ledger.flush()
+        held = [Held(rules, 15)]
+        admission = worker.ledger.take("op", rules.plan(held), held)
+        worker.store.close_post()
+        await worker.ledger.noted("op")
+        assert not admission.noted
+        assert await other.ledger.budgets(["budget"]) == [(30, 15)]
 
 
 async def test_where_nothing_can_be_noted_each_request_asks(server):

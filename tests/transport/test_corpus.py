@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from tests.transport.client import TRANSPORTS, WAYS
-from tests.transport.corpus import AIOHTTP, CORPUS, GROUPS, TOGETHER, fits
+from tests.transport.corpus import AIOHTTP, CORPUS, GROUPS, fits
 from tests.transport.server import split
 from tests.transport.stage import Stage
 
@@ -79,8 +79,7 @@ def test_byte_by_byte(lean, group):
 @GROUP
 def test_byte_by_byte_everywhere(stage, group):
     """So it does on every loop and transport."""
-    lenient = stage.kind == "aiohttp"
-    judge(stage, group, lambda name, raw: [] if lenient and name in TOGETHER else bytewise(name, raw), "read", "chunk")
+    judge(stage, group, bytewise, "read", "chunk")
 
 
 @pytest.mark.full

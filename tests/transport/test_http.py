@@ -15,6 +15,7 @@ import pytest
 from gateway import Cause
 from gateway.errors import UpstreamError
 from gateway.transport import dial, pool
+from gateway.transport.aiohttp_client import AiohttpTransport
 from gateway.transport.connection import LARGE
 from gateway.transport.http import HttpTransport
 from tests.stores.certificates import certificate_for
@@ -66,7 +67,9 @@ class Upstream:
 
 
 @asynccontextmanager
-async def running(upstream, *, scheme="http", host="127.0.0.1", base="/v1", certificate=None, **options):
+async def running(
+    upstream, *, scheme="http", host="127.0.0.1", base="/v1", certificate=None, by=HttpTransport, **options
+):
     context = None
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -74,7 +77,7 @@ async def running(upstream, *, scheme="http", host="127.0.0.1", base="/v1", cert
     server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0, ssl=context)
     upstream.server, upstream.port = server, server.sockets[0].getsockname()[1]
     options = {"connect_timeout": 5, "max_reply": SMALL, **options}
-    transport = HttpTransport(f"{scheme}://{host}:{upstream.port}{base}", **options)
+    transport = by(f"{scheme}://{host}:{upstream.port}{base}", **options)
     try:
         yield transport
     finally:
@@ -297,6 +300,26 @@ async def test_what_comes_unasked_ends_the_connection():
     async with running(Upstream(answer, OK)) as transport:
         assert await post(transport) == (200, b"ok")
         await asyncio.wait_for(poisoned.wait(), 5)
+        assert await post(transport) == (200, b"ok")
+
+
+async def test_nor_is_it_by_aiohttps_client():
+    """What an upstream says unasked is never the next request's reply, whatever the transport."""
+
+    async def answer(reader, writer):
+        await reader.readexactly(2)
+        writer.write(OK)
+        await asked.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")
+
+    asked = asyncio.Event()
+    async with running(Upstream(answer, OK), by=AiohttpTransport) as transport:
+        assert await post(transport) == (200, b"ok")
+        (idle,) = (protocol for kept in transport._session.connector._conns.values() for protocol, _ in kept)
+        asked.set()
+        async with asyncio.timeout(5):
+            while not idle.should_close:  # it has arrived
+                await asyncio.sleep(0)
         assert await post(transport) == (200, b"ok")
 
 
