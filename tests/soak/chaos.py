@@ -34,7 +34,7 @@ from gateway.kit.upstream import MODEL, Json, Pause, ScriptedUpstream, Slow, Str
 from gateway.stores.redis import RedisStore
 from tests.integration.process import Running, serving_beside
 from tests.integration.test_metrics import not_gone_down, samples
-from tests.integration.test_workers import workers
+from tests.integration.test_workers import alive, eventually, workers
 from tests.jobs.processes import WorkerProcess
 from tests.jobs.processes import workers as job_workers
 from tests.stores.postgres import PostgresServer, postgres_server
@@ -48,6 +48,7 @@ LIMITED = 150  # requests in an hour of the key `limited`
 PROCESSES = 4
 KINDS = ("gateway worker", "job worker", "Valkey", "PostgreSQL")
 REST = 120.0
+STOP = 90.0
 LEASES = 20.0  # seconds after which nothing is held for a dead worker
 DONE = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 
@@ -94,6 +95,8 @@ class Chaos:
     lines: list[dict[str, Any]] = field(default_factory=list)  # of the access log
     told: dict[Any, float] = field(default_factory=dict)  # metrics
     rested: float = 0.0
+    stopped: float = 0.0  # seconds from SIGTERM to its end
+    said: list[str] = field(default_factory=list)
 
     async def run(self, folder: Path) -> None:
         chance = random.Random(self.seed)
@@ -109,7 +112,8 @@ class Chaos:
                     with job_workers(file) as start:
                         parts = _Parts(running, [start(), start()], start, valkey, postgres, self.strikes, chance)
                         await self._load(_Clients(_port(running), keys, self.asked), parts, running)
-                        await self._at_rest(running, valkey, database, keys)
+                        await self._at_rest(running, valkey, database)
+                    await self._stop(running)
                 for seen in upstream.seen:
                     request = seen.headers.get("x-request-id", "")
                     self.seen[request] += 1
@@ -141,7 +145,7 @@ class Chaos:
                 before, self.scrapes = now, self.scrapes + 1
             await asyncio.sleep(0.5)
 
-    async def _at_rest(self, running: Running, valkey: ValkeyServer, database: str, keys: dict[str, str]) -> None:
+    async def _at_rest(self, running: Running, valkey: ValkeyServer, database: str) -> None:
         """Once all jobs have ended, dead workers' leases too, and every row is there."""
         begun = time.monotonic()
         after = max(strike.over for strike in self.strikes) + LEASES
@@ -165,6 +169,13 @@ class Chaos:
         await asyncio.sleep(1.5)  # each process tells its counts once a second
         self.told = samples((await asyncio.to_thread(running.request, "GET", "/metrics", key=None)).body.decode())
         self.rested = time.monotonic() - begun
+
+    async def _stop(self, running: Running) -> None:
+        begun = time.monotonic()
+        os.kill(running.pid, signal.SIGTERM)
+        await asyncio.to_thread(eventually, lambda: not alive(running.pid), STOP)
+        self.stopped = time.monotonic() - begun
+        self.said = running.said
 
     def _balanced(self) -> bool:
         return not self.books[1] and not self.tight_books[1] and self.cost == self.books[0]
@@ -363,7 +374,7 @@ def report(chaos: Chaos) -> str:
         f"upstream saw {chaos.seen.total()}; rows: {len(chaos.rows)} {dict(outcomes)}\n"
         f"spent {chaos.books[0]} µ$ = rows {chaos.cost} µ$; reserved {chaos.books[1]}; "
         f"`tight`: {chaos.tight_books[0]} of {TIGHT} µ$; `limited`: {chaos.seen_by['limited']} of {LIMITED} an hour\n"
-        f"{chaos.scrapes} scrapes, no counter went down; at rest after {chaos.rested:.0f} s"
+        f"{chaos.scrapes} scrapes, no counter went down; at rest after {chaos.rested:.0f} s, stopped in {chaos.stopped:.1f} s"
     )
 
 

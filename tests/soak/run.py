@@ -33,7 +33,7 @@ ISSUER = {
     "audience": "xenios",
     "secret": "a-secret-of-32-bytes-or-more-for-this",
 }
-REST = 30.0
+REST = 120.0
 
 
 @dataclass
@@ -195,8 +195,9 @@ async def _held(session: aiohttp.ClientSession) -> dict[str, Any]:
 
 
 async def _jobs(session: aiohttp.ClientSession, status: str) -> bool:
+    """Whether there are any, or nobody can tell just now."""
     async with session.get(f"/v1/jobs?limit=1&status={status}&tenant=*") as reply:
-        return bool((await reply.json())["data"])
+        return reply.status != 200 or bool((await reply.json())["data"])
 
 
 @contextlib.asynccontextmanager

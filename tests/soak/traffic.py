@@ -12,8 +12,7 @@ import aiohttp
 
 DONE, ERROR = b"data: [DONE]\n\n", b"}}\n\n"
 ASYNC = {"Prefer": "respond-async"}
-MOST_PUT_OFF = 1000
-AWAY = b"the store that it needs"
+MOST_TRIES = 60
 PATIENCE = aiohttp.ClientTimeout(total=60)
 
 
@@ -131,7 +130,9 @@ class Traffic:
         self.sent[kind.name] += 1
         try:
             status, body = await self._ask(kind, number)
-            while status == 503 and AWAY in body and self.put_off < MOST_PUT_OFF:
+            for _ in range(MOST_TRIES):
+                if status != 503 or kind.status == 503:
+                    break
                 self.put_off += 1
                 await asyncio.sleep(0.5)
                 status, body = await self._ask(kind, number)
