@@ -65,7 +65,7 @@ def shares(path):
         stack, _, count = line.rpartition(" ")
         found = FRAME.fullmatch(stack.split(";")[-1])
         function = f"{found[1]} {'/'.join(found[2].split('/')[-3:])}" if found else stack.split(";")[-1]
-        if "idle" in function:
+        if not count.isdigit() or "idle" in function:
             continue
         functions[function] += int(count)
         part = next((name for name, pattern in PARTS if re.search(pattern, function)), "other")
