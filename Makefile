@@ -8,7 +8,7 @@ export PIP_REQUIRE_VIRTUALENV = 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-deploy test-full coverage transport full mutation lint types layers unit bench promises promises-check schema dashboards lock clean
+.PHONY: help setup run test test-deploy test-full coverage transport full mutation lint types layers unit bench soak promises promises-check schema dashboards lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -71,6 +71,9 @@ mutation: $(VENV)/.test  ## Change the core's logic in 1,900 places and see unit
 
 bench: $(VENV)/.test  ## Measure against a bare aiohttp proxy (12 minutes); options as ARGS='--quick'
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+soak: $(VENV)/.test  ## A million mixed requests: does memory grow? (15 minutes or more); options as ARGS='--minutes 10'
+	@$(BIN)/python -m tests.soak $(ARGS)
 
 promises: $(VENV)/.test  ## Which promises are proven, by which test
 	@$(BIN)/python -m tests.promises.report

@@ -455,13 +455,7 @@ async def _until_stopped(
 
 async def _serve_until(stop: asyncio.Event, notices: Notices, reloader: Reloader, config: str) -> None:
     """Tell whoever started this process that it is ready, lives, and stops."""
-    from gateway.tasks import Tasks
-
-    notices.ready(f"configuration {config}")
-    tasks = Tasks()
-    tasks.spawn(notices.alive(), "watchdog notices")
-    await stop.wait()
-    await tasks.drain(0)
+    await notices.until(stop, f"configuration {config}")
     server = reloader.loaded.settings.server
     notices.stopping(server.drain_delay + server.drain_timeout + STOP_SECONDS)
 

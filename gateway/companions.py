@@ -192,8 +192,10 @@ async def keep_several(
 ) -> None:
     """A command's several processes, until TERM or INT; `read` and `ordered` as for `headless.main`."""
     from gateway.cli import on_hangup, stop_signals  # noqa: PLC0415 - it imports this
+    from gateway.notices import Notices  # noqa: PLC0415 - as below
     from gateway.reload import Reloader  # noqa: PLC0415 - a gateway's parent does without
 
+    notices = Notices()
     kept = [Kept(loaded, plugin, arguments, alone=True) for _ in range(processes)]
 
     async def follow(new: Loaded) -> None:
@@ -220,7 +222,8 @@ async def keep_several(
         else:
             on_hangup(reloader.ask, stop.set)
             await stack.enter_async_context(reloader.listening())
-        await stop.wait()
+        await notices.until(stop, f"{processes} processes")
+        notices.stopping()
         for one in kept:
             one.end()
         for one in kept:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from gateway import logs
 from gateway.errors import StartError
 from gateway.metric_files import number_beside
+from gateway.notices import Notices
 from gateway.plugins import PluginStartError
 from gateway.processes import lines, loaded_of
 from gateway.reload import Reloader
@@ -91,7 +92,7 @@ class _Headless:
         """Raises `_Lost`, and as `Worker.running`."""
         from gateway.cli import on_hangup, stop_signals  # noqa: PLC0415 - as above
 
-        worker, stop = self._worker, stop_signals()
+        worker, stop, notices = self._worker, stop_signals(), Notices()
         told: list[Loaded] = []
         reloader = Reloader(
             self._loaded,
@@ -99,6 +100,7 @@ class _Headless:
             worker.put_in_force,
             lambda: worker.snapshot.hash,
             self._reloaded.set,
+            notices=notices,
         )
         worker.reloader = reloader
         if ordered:
@@ -110,6 +112,7 @@ class _Headless:
                     on_hangup(reloader.ask, stop.set)
                     await stack.enter_async_context(reloader.listening())
                 self._tasks.spawn(self._look(stop), "look for the gateway's Valkey")
+                self._tasks.spawn(self._tell(stop, notices), "tell systemd")
                 await self._until(stop)
         finally:
             await self._tasks.drain(0)
@@ -185,6 +188,10 @@ class _Headless:
                     return
         finally:
             stop.set()
+
+    async def _tell(self, stop: asyncio.Event, notices: Notices) -> None:
+        await notices.until(stop, f"configuration {self._worker.snapshot.hash}")
+        notices.stopping()  # how long that takes is the command's affair
 
     async def _look(self, stop: asyncio.Event) -> None:
         """A gateway that is started anew has its Valkey elsewhere."""

@@ -12,6 +12,8 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from gateway.tasks import Tasks
+
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
@@ -32,9 +34,19 @@ class Notices:
     def reloading(self) -> None:
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
-    def stopping(self, seconds: float) -> None:
+    def stopping(self, seconds: float | None = None) -> None:
         """`seconds`: that it may take, whatever the unit says."""
-        self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+        self._send("STOPPING=1", *([] if seconds is None else [f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}"]))
+
+    async def until(self, stop: asyncio.Event, status: str) -> None:
+        """Ready now, and alive until `stop` is set."""
+        self.ready(status)
+        tasks = Tasks()
+        tasks.spawn(self.alive(), "watchdog notices")
+        try:
+            await stop.wait()
+        finally:
+            await tasks.drain(0)
 
     async def alive(self) -> None:
         """Say so as long as the event loop turns, where the unit has a `WatchdogSec`."""

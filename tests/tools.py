@@ -24,7 +24,7 @@ def program(name: str, folder: str, *packages: str) -> tuple[Path, dict[str, str
     if found:
         return Path(found), {}
     root = _unpacked(name, packages)
-    libraries = ":".join(str(p) for p in sorted((root / "usr/lib").glob("*")) if p.is_dir())
+    libraries = ":".join(sorted({str(file.parent) for file in root.rglob("*.so*")}))
     return root / folder / name, {"LD_LIBRARY_PATH": libraries} if libraries else {}
 
 

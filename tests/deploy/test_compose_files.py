@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -18,13 +20,21 @@ TOOLS = Path(sys.executable).parent
 OWN = {"migrate", "gateway", "worker"}
 
 
-def compose(file, *args):
+def run(tool, *args, **variables):
     done = subprocess.run(
-        [TOOLS / "docker-compose", "--file", DEPLOY / file, "--profile", "*", "config", *args],
-        env=environment({"HOME": "/nowhere"}), capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        [TOOLS / tool, *args],
+        env=environment({"HOME": "/nowhere", **variables}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
+
+
+def compose(file, *args, **variables):
+    return run("docker-compose", "--file", DEPLOY / file, "--profile", "*", "config", *args, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +152,32 @@ def test_prometheus_finds_the_gateway_and_its_files(services, tmp_path):
     assert checked.returncode == 0, checked.stdout + checked.stderr
     aliases = services["gateway"]["networks"]["outer"]["aliases"]
     assert f"[{aliases[0]}:8080]" in (tmp_path / "prometheus.yml").read_text()
+
+
+def test_the_port_is_this_machines_to_choose():
+    """`XENIOS_PORT` is where it is reached, by this machine alone; the containers know nothing of it."""
+    [port] = json.loads(compose("compose.yaml", "--format", "json", XENIOS_PORT="18080"))["services"]["gateway"][
+        "ports"
+    ]
+    assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "18080", 8080)
+
+
+def test_the_readme_types_options_that_compose_has():
+    """As far as it can be asked without an engine."""
+    for line in (DEPLOY / "docker/README.md").read_text().splitlines():
+        if line.startswith("docker compose "):
+            words = shlex.split(line)
+            command = next(word for word in words if word in {"up", "run", "exec", "restart"})
+            helped = run("docker-compose", command, "--help")
+            typed = [word for word in words[words.index(command) :] if word.startswith("--")]
+            assert command == "exec" or [option for option in typed if option not in helped] == []
+
+
+def test_both_readmes_begin_with_the_same_commands():
+    """What `make test-deploy` types from the one is what the other says, too."""
+    told = [
+        re.search(r"```sh\n(docker build .*?)```", file.read_text(), re.DOTALL)[1].splitlines()
+        for file in (REPOSITORY / "README.md", DEPLOY / "docker/README.md")
+    ]
+    assert told[0][: len(told[1])] == told[1]
+    assert set(told[0]) <= set((DEPLOY / "docker/README.md").read_text().splitlines())

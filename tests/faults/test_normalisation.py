@@ -549,6 +549,7 @@ PASS = {
 OF_MESSAGES = {"anthropic-version": "2023-06-01", "anthropic-beta": "tools-2024"}
 
 
+@pytest.mark.promise("P14.upstream_cache")
 @pytest.mark.parametrize("endpoint", BODIES)
 async def test_headers_go_up_by_an_allow_list(endpoint):
     """Credentials, cookies, forwarding headers, cache switches and whatever isn't listed never reach the upstream."""
@@ -574,8 +575,9 @@ async def test_headers_go_up_by_an_allow_list(endpoint):
         assert secret not in everything
 
 
+@pytest.mark.promise("P14.upstream_cache")
 async def test_more_headers_pass_by_config():
-    """`upstream.forward_headers` lets others through; a credential can't be listed."""
+    """`upstream.forward_headers` lets others through; a credential or a cache's switch can't be listed."""
     async with Gateway.test(settings={"upstream": {"forward_headers": ["X-Anything", "traceparent"]}}) as gw:
         await gw.post("/v1/chat/completions", CHAT, headers=NEVER_UPSTREAM)
         seen = await sent(gw)

@@ -1,13 +1,19 @@
-"""Five hundred streams at once through a real process."""
+"""Five hundred streams at once through a real process, and a hundred that outlive its SIGTERM."""
 
 import asyncio
+import os
 import re
+import signal
+import time
 
+import aiohttp
 import pytest
 
 from gateway.kit.upstream import ScriptedUpstream, Stream, Until, chat_events
 from tests.faults.process import config, started
 from tests.full.load import PATIENCE, client, many_files, resident
+from tests.integration.process import serving_beside
+from tests.integration.test_workers import alive, eventually, refused
 
 STREAMS = 500
 LEAVING = 100
@@ -109,3 +115,41 @@ async def test_five_hundred_streams_at_once(tmp_path):
                 assert await gateway.exit_code() == 0
                 assert b"drain_cut_requests" not in gateway.err
                 await upstream.wait_connections(0)
+
+
+LIVE = 100
+DRAIN = 20.0
+
+
+async def test_a_hundred_streams_outlive_sigterm(tmp_path):
+    """SIGTERM with a hundred live streams on two workers: each ends whole within the drain time, none is cut, and new
+    connections are refused meanwhile.
+    """
+    gates = [asyncio.Event() for _ in range(LIVE)]
+    events = chat_events(TEXT, pieces=PIECES, comments=False, usage=False)
+    half = len(events) // 2
+    streams = [Stream(*events[:half], Until(gate), *events[half:]) for gate in gates]
+    with many_files():
+        async with ScriptedUpstream(*streams) as upstream:
+            server = {"workers": 2, "drain_timeout": DRAIN, "drain_delay": 0}
+            file = config(tmp_path, upstream, server=server, services={"redis": "embedded"})
+            async with serving_beside(tmp_path, "--config", file) as running, asyncio.timeout(PATIENCE):
+                headers = {"Authorization": f"Bearer {running.key}"}
+                async with aiohttp.ClientSession(
+                    running.url, headers=headers, connector=aiohttp.TCPConnector(limit=0)
+                ) as session:
+                    replies = [await session.post("/v1/chat/completions", json=BODY) for _ in range(LIVE)]
+                    assert {reply.status for reply in replies} == {200}
+                    begun = time.monotonic()
+                    os.kill(running.pid, signal.SIGTERM)
+                    await asyncio.to_thread(eventually, lambda: refused(running))
+                    assert upstream.connections == LIVE
+                    for gate in gates:  # one after the other: the last ones have waited for all others
+                        gate.set()
+                        await asyncio.sleep(0.01)
+                    bodies = await asyncio.gather(*(reply.read() for reply in replies))
+                await asyncio.to_thread(eventually, lambda: not alive(running.pid))
+                assert time.monotonic() - begun < DRAIN
+    assert {said(body) for body in bodies} == {TEXT}
+    assert all(body.endswith(b"data: [DONE]\n\n") for body in bodies)
+    assert "drain_cut_requests" not in "".join(running.said)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 
 import pytest
 
@@ -95,6 +96,26 @@ def test_the_table_of_queues():
         "default     1200        3          0      12     75s        2",
         "audio          0        0          0       0                0",
     ]
+
+
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.full)])
+def test_systemd_is_told_of_a_worker(tmp_path, monkeypatch, processes):
+    """`Type=notify` for `xenios worker` too: ready once it runs jobs, alive, stopping when it is asked to end."""
+    path = config(tmp_path)
+    with serving(tmp_path, "--config", path), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "20000000")
+        with command(tmp_path, "--config", path, "worker", "--processes", processes):
+            said = told.recv(4096).decode().splitlines()
+            assert said[0] == "READY=1"
+            assert said[1].startswith("STATUS=configuration " if processes == "1" else "STATUS=2 processes")
+            assert told.recv(4096) == b"WATCHDOG=1"
+        assert told.recv(4096) == b"STOPPING=1"
+        told.setblocking(False)
+        with pytest.raises(BlockingIOError):  # the processes of one say nothing themselves
+            told.recv(4096)
 
 
 @pytest.mark.full

@@ -253,6 +253,25 @@ async def test_jobs_are_their_tenants(url):
         assert (await gw.get("/v1/jobs?tenant=app", headers=of("other"))).status == 403
 
 
+@pytest.mark.promise("P14.cache")
+@pytest.mark.parametrize("late", [False, True], ids=["live", "job"])
+async def test_nobody_gets_what_another_was_answered(url, late):
+    """The same bytes from two tenants, as a job under the same `Idempotency-Key`: each has an answer made for it alone."""
+    answers = {name: Json(chat_completion(f"An answer for {name}")) for name in ("app", "other")}
+    async with gateway(url, upstream=ScriptedUpstream(*answers.values())) as gw:
+        for name in answers:
+            headers = of(name) | ({**ASYNC, "Idempotency-Key": "once"} if late else {})
+            reply = await gw.post("/v1/chat/completions", body(), headers=headers)
+            assert "idempotent-replayed" not in reply.headers
+            if late:
+                assert reply.status == 202
+                await work(gw, reply.data["id"])
+                reply = await gw.get(f"/v1/jobs/{reply.data['id']}/result", headers=of(name))
+            assert reply.status == 200
+            assert reply.data["choices"][0]["message"]["content"] == f"An answer for {name}"
+        assert len(gw.upstream.seen) == len(answers)
+
+
 async def test_a_list_is_paged_as_openais_are(url):
     """Newest first, `has_more` and `last_id`, filters; a page after a job that is not there is 400."""
     async with gateway(url) as gw:

@@ -1,0 +1,1 @@
+"""The whole gateway for minutes: does anything grow, does it survive what dies around it?"""
