@@ -93,6 +93,11 @@ class PostgresServer:
     def port(self) -> int:
         return urlsplit(self._base).port or 5432
 
+    @property
+    def programs(self) -> Path:
+        """The folder of `pg_dump` and the like, of the same version."""
+        return _binaries()
+
     def url(self, name: str) -> str:
         return urlunsplit(urlsplit(self._base)._replace(path=f"/{name}"))
 

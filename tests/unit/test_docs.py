@@ -46,7 +46,7 @@ MAP = ROOT / "gateway" / "README.md"
 DOCUMENTS = [
     ROOT / name
     for name in (
-        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "THREAT_MODEL.md", "config/README.md", "deploy/README.md", "gateway/README.md",
+        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "THREAT_MODEL.md", "config/README.md", "deploy/README.md", "deploy/ansible/README.md", "gateway/README.md",
         "plugins/README.md", "plugins/gateway_plugins/jobs/README.md", "plugins/template/README.md", "tests/README.md", "tests/benchmarks/README.md",
         "tests/promises/README.md",
     )
