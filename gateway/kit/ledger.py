@@ -49,6 +49,7 @@ LEASE_SECONDS = 15.0
 RENEW_SECONDS = 5.0
 SETTLE_SECONDS = 0.02
 NOTE_SECONDS = 0.2  # so long a note may be on its way
+AT_ONCE = 2  # times that is asked again without waiting for it
 PENDING_LIMIT = 100_000  # settlements kept while Redis is away
 ROWS_LIMIT = 100_000  # rows that nobody has taken yet
 MOVER_SECONDS = 10.0  # a worker that takes rows and isn't heard of for so long has died
@@ -991,13 +992,16 @@ class RedisLedger:
         return Verdict(rules, levels, allowed=allowed, granted=min(grants, default=0))
 
     async def _answer(self, keys: Sequence[str], arguments: Sequence[Any], *, after_notes: bool) -> Any:
+        tries = 0
         while True:
             heard, noted = self._heard, self._noted if after_notes and self._notes else 0
             answer = await self._store.script(_JUDGE, (*keys, heard), (*arguments, noted))
             if answer[0] >= 0:
                 return answer
-            async with self._flushing:
-                await self._hear()
+            tries += 1
+            if tries > AT_ONCE:  # nearly always it had only to read what had left before
+                async with self._flushing:
+                    await self._hear()
 
     def take(self, op: str, plan: Plan, held: Sequence[Held], row: bytes = b"") -> Admission | None:
         if not plan.leases or not self._leases or (plan.budgets and not self._store.posts) or self._store.is_open:

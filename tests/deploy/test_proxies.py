@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import re
+import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gateway import hookimpl
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Body, Json, ScriptedUpstream, Stream, Until, chat_completion, chat_events
 from gateway.settings import ServerSettings
+from gateway.units import parse_duration
 from tests.deploy.proxies import NAMES, SHIPPED, command, proxied
 from tests.faults.raw import CHAT, Raw, connect, head, request
+from tests.integration.process import REPOSITORY
+from tests.integration.test_listening import chat, instance
 from tests.stores.certificates import certificate_for
 
 STREAM = {**CHAT, "stream": True}
@@ -93,8 +101,9 @@ def test_its_own_tool_takes_the_file(name: str, tmp_path: Path) -> None:
 
 
 def test_they_wait_longer_than_the_gateway() -> None:
-    """No proxy gives a request up before the gateway does, nor keeps a connection that the gateway has closed."""
+    """No proxy gives a request up before the gateway does, nor keeps an idle connection until the gateway closes it."""
     server = ServerSettings()
+    production = yaml.safe_load((REPOSITORY / "config" / "production.yaml").read_text())["server"]
     waits = {
         "nginx.conf": [r"proxy_read_timeout (\d+)s;"],
         "Caddyfile": [r"response_header_timeout (\d+)s"],
@@ -111,7 +120,7 @@ def test_they_wait_longer_than_the_gateway() -> None:
             [seconds] = re.findall(pattern, text, re.MULTILINE)
             assert int(seconds) > server.request_timeout, (file, pattern)
         [kept] = re.findall(keeps[file], text, re.MULTILINE)
-        assert int(kept) < server.keepalive_timeout, file
+        assert int(kept) < min(server.keepalive_timeout, parse_duration(production["drain_delay"])), file
 
 
 @each_proxy
@@ -241,3 +250,42 @@ async def test_the_time_that_it_waits_is_the_files(name: str, tmp_path: Path, mo
     async with behind(name, tmp_path, Body(b"late", delay=60)) as it, it.connect() as client:
         await client.send(it.request())
         assert (await client.reply()).status == 504
+
+
+@pytest.mark.deploy
+@each_proxy
+async def test_an_upgrade_behind_a_proxy_fails_no_request(name: str, tmp_path: Path) -> None:
+    """Another gateway takes over on systemd's socket: each request of clients before the proxy is answered with 200."""
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        "server: {allow_anonymous: true, drain_delay: 5s}\nupstreams: {openrouter: {without_key: simulate}}\n"
+    )
+    statuses: list[int] = []
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        async with proxied(name, tmp_path, listening.getsockname()[1]) as proxy:
+
+            def go_on() -> None:
+                while not over.is_set():
+                    client = http.client.HTTPSConnection("localhost", proxy.port, timeout=20, context=proxy.context)
+                    with contextlib.closing(client):
+                        statuses.extend(chat(client, None) for _ in range(5))
+
+            def upgrade() -> None:
+                with ThreadPoolExecutor(4) as asking, contextlib.ExitStack() as old:
+                    old.enter_context(instance(tmp_path / "old", config, listening))
+                    clients = [asking.submit(go_on) for _ in range(4)]
+                    try:
+                        with instance(tmp_path / "new", config, listening):
+                            old.close()
+                            enough = len(statuses) + 100
+                            while len(statuses) < enough and not any(client.done() for client in clients):
+                                over.wait(0.01)
+                            over.set()
+                            for client in clients:
+                                client.result()
+                    finally:
+                        over.set()
+
+            await asyncio.to_thread(upgrade)
+    assert set(statuses) == {200}
