@@ -98,7 +98,10 @@ class _Connector(aiohttp.TCPConnector):
     """Aiohttp's own takes what an upstream said on an idle connection for the beginning of the next reply."""
 
     async def connect(
-        self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - its signature
     ) -> Connection:
         while True:
             connection = await super().connect(req, traces, timeout)

@@ -13,7 +13,7 @@ from pathlib import Path
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 STOP_LIMIT_S = 15
-STORES = ("valkey", "redis")  # what they use is no time of the gateway's
+STORES = ("valkey", "redis", "postgres")  # what they use is no time of the gateway's
 pause = threading.Event().wait  # seconds
 
 
