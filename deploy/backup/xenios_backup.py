@@ -3,7 +3,7 @@
     xenios_backup.py create /var/backups/xenios --keep 14 --with /etc/xenios
     xenios_backup.py restore /var/backups/xenios/xenios-20300101T030000Z.tar
 
-Runs on the Python that Xenios is installed in, with PostgreSQL's pg_dump, pg_restore and psql on the PATH. The addresses are
+Runs on the Python that Xenios is installed in, with PostgreSQL's pg_dump, pg_restore and psql on PATH. Addresses are
 those that the gateway uses: XENIOS_DATABASE_URL and XENIOS_REDIS_URL, or files of those names with _FILE. An archive
 holds secrets: it is readable for its owner alone, and whoever takes it elsewhere encrypts it first.
 """
@@ -40,7 +40,7 @@ BEGIN
   FOR name IN
     SELECT c.oid::regclass FROM pg_class c WHERE relkind IN ('r', 'p') AND relowner = current_user::regrole
       AND relpersistence <> 't' AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema')
-      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
+      AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = c.oid AND deptype = 'e')
   LOOP
     EXECUTE 'DROP TABLE IF EXISTS ' || name || ' CASCADE';
   END LOOP;
@@ -86,7 +86,7 @@ def restore(file: Path) -> list[str]:
             dump = Path(place) / "database.dump"
             with dump.open("wb") as out, _member(archive, dump.name) as bytes_of:
                 shutil.copyfileobj(bytes_of, out)
-            # Not by pg_restore alone: it leaves tables that are newer than the archive, and they would be made once more.
+            # Not by pg_restore alone: it leaves tables that are newer than the archive, which would be made again.
             nothing, all_of_it = Path(place) / "nothing.sql", Path(place) / "all.sql"
             nothing.write_text(NOTHING)
             options = ("--clean", "--if-exists", "--no-owner", "--no-privileges")
@@ -110,8 +110,8 @@ def _add(archive: tarfile.TarFile, path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         archive.add(path, f"files{path}", recursive=False)
         if path.is_dir() and not path.is_symlink():
-            for name in sorted(os.listdir(path)):
-                _add(archive, path / name)
+            for inner in sorted(path.iterdir()):
+                _add(archive, inner)
 
 
 def _keys(store: redis.Redis) -> Iterator[list[str | int]]:

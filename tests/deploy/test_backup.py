@@ -143,7 +143,7 @@ def test_a_file_that_goes_meanwhile_does_not_spoil_the_archive(tmp_path, monkeyp
     program = runpy.run_path(str(PROGRAM))
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "kept").write_text("x")
-    monkeypatch.setattr(os, "listdir", lambda _: ["gone", "kept"])
+    monkeypatch.setattr(Path, "iterdir", lambda folder: [folder / "gone", folder / "kept"])
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         program["_add"](archive, tmp_path / "files")
         assert archive.getnames() == [f"files{tmp_path}/files", f"files{tmp_path}/files/kept"]
