@@ -49,7 +49,7 @@ unit: $(VENV)/.test
 test-deploy: $(VENV)/.test  ## Build the image, run what deploy/ describes (as root, on Debian)
 	@$(BIN)/python -m pytest -m deploy tests/deploy
 
-test-full: lint types layers coverage transport full test-deploy promises-check mutation  ## What takes longer too (about 45 minutes)
+test-full: lint types layers coverage transport full test-deploy promises-check mutation  ## What takes longer too (about 100 minutes)
 
 # Processes that tests start are measured too.
 coverage: $(VENV)/.test  ## All tests under coverage: at least 90 % of the branches

@@ -358,6 +358,8 @@ class Plugin:
         number = int(correction.operation_id.rpartition("/")[2])
         true = correction.cost.micro_usd
         before = charged.pop(number, None)
+        if not charged:
+            self._correctable.pop(correction.exchange_id, None)
         if true is None or before is None or true == before:
             return
         for rule in rules:
