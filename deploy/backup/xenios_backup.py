@@ -3,7 +3,7 @@
     xenios_backup.py create /var/backups/xenios --keep 14 --with /etc/xenios
     xenios_backup.py restore /var/backups/xenios/xenios-20300101T030000Z.tar
 
-Runs on the Python that Xenios is installed in, with PostgreSQL's pg_dump and pg_restore on the PATH. The addresses are
+Runs on the Python that Xenios is installed in, with PostgreSQL's pg_dump, pg_restore and psql on PATH. Addresses are
 those that the gateway uses: XENIOS_DATABASE_URL and XENIOS_REDIS_URL, or files of those names with _FILE. An archive
 holds secrets: it is readable for its owner alone, and whoever takes it elsewhere encrypts it first.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -31,6 +32,20 @@ if TYPE_CHECKING:
     import redis
 
 OURS = ("{xenios}:*", "rq:*")  # Redis may hold more, which is nobody's business here
+# The user's tables with all that hangs on them; extensions' stay.
+NOTHING = """
+DO $$
+DECLARE name text;
+BEGIN
+  FOR name IN
+    SELECT c.oid::regclass FROM pg_class c WHERE relkind IN ('r', 'p') AND relowner = current_user::regrole
+      AND relpersistence <> 't' AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema')
+      AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = c.oid AND deptype = 'e')
+  LOOP
+    EXECUTE 'DROP TABLE IF EXISTS ' || name || ' CASCADE';
+  END LOOP;
+END $$;
+"""
 AT_ONCE = 500  # keys; Redis answers others in between
 
 
@@ -52,7 +67,8 @@ def create(folder: Path, keep: int, paths: Sequence[Path]) -> Path:
                 if (side / part).exists():
                     archive.add(side / part, part)
             for path in paths:
-                archive.add(path, f"files{path.absolute()}")
+                path.lstat()  # what is named must be there
+                _add(archive, path.absolute())
         (side / "archive").rename(done)
     for old in sorted(folder.glob("xenios-*.tar"))[:-keep]:
         old.unlink()
@@ -70,8 +86,13 @@ def restore(file: Path) -> list[str]:
             dump = Path(place) / "database.dump"
             with dump.open("wb") as out, _member(archive, dump.name) as bytes_of:
                 shutil.copyfileobj(bytes_of, out)
-            options = ("--clean", "--if-exists", "--no-owner", "--no-privileges", "--single-transaction")
-            _postgres("pg_restore", database, *options, str(dump))
+            # Not by pg_restore alone: it leaves tables that are newer than the archive, which would be made again.
+            nothing, all_of_it = Path(place) / "nothing.sql", Path(place) / "all.sql"
+            nothing.write_text(NOTHING)
+            options = ("--clean", "--if-exists", "--no-owner", "--no-privileges")
+            _run(["pg_restore", *options, f"--file={all_of_it}", str(dump)])
+            options = ("--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", "--single-transaction")
+            _postgres("psql", database, *options, f"--file={nothing}", f"--file={all_of_it}")
             did.append("The database is as it was.")
         if "redis.jsonl" in parts:
             if not (store := _address("XENIOS_REDIS_URL")):
@@ -82,6 +103,15 @@ def restore(file: Path) -> list[str]:
         if others:
             did.append(f"Not touched: the {len(others)} files and folders in it; `tar --extract` has them.")
     return did
+
+
+def _add(archive: tarfile.TarFile, path: Path) -> None:
+    """Gateways serve on: a file that is there no more when its turn comes is none."""
+    with contextlib.suppress(FileNotFoundError):
+        archive.add(path, f"files{path}", recursive=False)
+        if path.is_dir() and not path.is_symlink():
+            for inner in sorted(path.iterdir()):
+                _add(archive, inner)
 
 
 def _keys(store: redis.Redis) -> Iterator[list[str | int]]:

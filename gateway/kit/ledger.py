@@ -149,12 +149,12 @@ UNDER_WAY = Rule("core:run", "budget", ENDLESS, _never, amount=0)
 
 
 def admit_at_once(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> Admission | None:
-    """Where this process knows that there is room. None: ask `admit`."""
+    """The exchange's admission, where this process knows that there is room. None: ask `admit`."""
     plan = held[0].set.plan(held)
     if not plan.quick or exchange.late is not None:
         return None
     row = exchange.record(exchange) if exchange.record is not None and plan.budgets else b""
-    admission = ledger.take(exchange.id, plan, held, row)
+    admission = exchange.admission = ledger.take(exchange.id, plan, held, row)  # whatever comes next, it is settled
     if admission is not None and plan.admitted:
         levels: Sequence[Level] = admission.levels or ()
         for admitted, rules, places in plan.admitted:
@@ -185,8 +185,10 @@ async def admit(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> Adm
         if any(rule.on_store_error == "deny" for rule in rules):
             raise
         return admission
+    if verdict.allowed:
+        admission.levels, admission.granted = verdict.levels, verdict.granted
+        exchange.admission = admission  # whatever comes next, it is settled
     _take(exchange, rules, verdict)
-    admission.levels, admission.granted = verdict.levels, verdict.granted
     return admission
 
 
@@ -1104,9 +1106,10 @@ class RedisLedger:
                 lease.until, lease.left = 0.0, 0
         for note in self._notes:
             self._unsure[note.op] = note
-        await self._note_again()
+        # before anything is awaited: what is noted meanwhile is numbered anew
         self._notes.clear()
         self._noted, self._heard = 0, HEARD + secrets.token_hex(8)
+        await self._note_again()
 
     async def _note_again(self) -> None:
         for note in list(self._unsure.values()):

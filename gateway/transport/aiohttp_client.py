@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import io
 import ssl
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp import hdrs
@@ -97,6 +98,10 @@ class AiohttpResponse:
 class _Connector(aiohttp.TCPConnector):
     """Aiohttp's own takes what an upstream said on an idle connection for the beginning of the next reply."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._used: weakref.WeakSet[Any] = weakref.WeakSet()
+
     async def connect(
         self,
         req: aiohttp.ClientRequest,
@@ -105,7 +110,11 @@ class _Connector(aiohttp.TCPConnector):
     ) -> Connection:
         while True:
             connection = await super().connect(req, traces, timeout)
-            if connection.protocol is None or not connection.protocol.should_close:
+            protocol = connection.protocol
+            # What is said on a new one is nobody else's; and who always speaks first is not to be asked for ever.
+            if protocol is None or protocol not in self._used or not protocol.should_close:
+                if protocol is not None:
+                    self._used.add(protocol)
                 return connection
             connection.close()
 

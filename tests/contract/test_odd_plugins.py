@@ -6,9 +6,10 @@ import sys
 import pytest
 import structlog
 
-from gateway import Reply, hookimpl
+from gateway import RateLimited, Reply, hookimpl
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Error, ScriptedUpstream
+from gateway.limits import Rule
 
 
 @pytest.fixture
@@ -201,3 +202,29 @@ def test_a_file_that_exits_is_a_plugin_that_can_not_be_imported(tmp_path):
     with pytest.raises(LookupError, match=r"leaves\.py can't be imported: SystemExit: 4"):
         load("./leaves.py", tmp_path)
     assert not [name for name in sys.modules if name.startswith("xenios_file_plugin") and name.endswith("_leaves")]
+
+
+class Trips:
+    """Stumbles over the first request that its limit has room for."""
+
+    def __init__(self, config, services):
+        self.stumbled = False
+
+    @hookimpl
+    async def check_request(self, exchange):
+        exchange.hold(Rule("trips:one", "slots", 1, self.refuse, admitted=self.admitted))
+
+    def admitted(self, exchange, rules, levels, granted):
+        if not self.stumbled:
+            self.stumbled = True
+            raise ZeroDivisionError
+
+    def refuse(self, rule, state):
+        return RateLimited("One at a time.")
+
+
+async def test_what_was_taken_for_a_request_that_then_failed_is_given_back():
+    """A plugin that raises once its limit had room leaves no place taken for good."""
+    async with Gateway.test(plugins=[Trips]) as gw:
+        assert (await gw.chat()).status == 500
+        assert (await gw.chat()).status == 200

@@ -104,7 +104,9 @@ def booted(folder: Path) -> Iterator[Machine]:
         end = time.monotonic() + 60
         while True:
             first = children.read_text().split()
-            if first and "running" in Machine(int(first[0])).run("systemctl is-system-running", check=False).stdout:
+            # Until it has its own files, `systemctl` would ask this machine's systemd, and what is run would happen here.
+            ready = "grep -q container=other /proc/1/environ && [ -d /opt/source ] && systemctl is-system-running"
+            if first and "running" in Machine(int(first[0])).run(ready, check=False).stdout:
                 break
             if outside.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"systemd did not come up: {(folder / 'console.log').read_text()[-2000:]}")

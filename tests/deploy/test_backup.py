@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -118,6 +119,34 @@ async def test_an_archive_is_its_owners_alone_and_old_ones_go(postgres, valkey, 
     assert new.stat().st_mode & 0o777 == 0o600
     with tarfile.open(new) as archive:
         assert f"files{tmp_path}/etc/pepper" in archive.getnames()
+
+
+async def test_tables_that_are_newer_than_the_archive_are_gone(postgres, tmp_path):
+    """After a restore nothing is left of a newer release, so that its migrations can run once more, or never."""
+    database = await postgres.new()
+    connection = await asyncpg.connect(database)
+    await connection.execute("CREATE TABLE old (id int PRIMARY KEY); INSERT INTO old VALUES (1)")
+    made = backup(postgres, "create", tmp_path, XENIOS_DATABASE_URL=database)
+    assert made.returncode == 0, made.stderr
+    await connection.execute('DELETE FROM old; CREATE TABLE "New" (id int REFERENCES old)')
+    done = backup(postgres, "restore", made.stdout.strip(), XENIOS_DATABASE_URL=database)
+    assert done.returncode == 0, done.stderr
+    tables = await connection.fetch("SELECT relname FROM pg_class WHERE relkind = 'r' AND relowner = current_user::regrole "
+                                    "AND relnamespace = 'public'::regnamespace")  # fmt: skip
+    assert [row["relname"] for row in tables] == ["old"]
+    assert await connection.fetchval("SELECT id FROM old") == 1
+    await connection.close()
+
+
+def test_a_file_that_goes_meanwhile_does_not_spoil_the_archive(tmp_path, monkeypatch):
+    """Files of batches are deleted at any time: one that was listed and is not there any more is left out."""
+    program = runpy.run_path(str(PROGRAM))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "kept").write_text("x")
+    monkeypatch.setattr(Path, "iterdir", lambda folder: [folder / "gone", folder / "kept"])
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        program["_add"](archive, tmp_path / "files")
+        assert archive.getnames() == [f"files{tmp_path}/files", f"files{tmp_path}/files/kept"]
 
 
 @pytest.mark.parametrize("command", [("create", "x"), ("restore", "x.tar")])

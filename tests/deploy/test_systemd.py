@@ -73,12 +73,13 @@ over.set()
 for thread in threads: thread.join()
 print(json.dumps(got))
 """
-TAKE_OVER = """
-systemctl start xenios@{new} && ln -sfn {new} /opt/xenios/current
-systemctl enable xenios@{new} && systemctl disable xenios@{old}
-systemctl stop xenios@{old}
-systemctl restart xenios-worker@1
-"""
+README = (REPOSITORY / "deploy" / "systemd" / "README.md").read_text()
+
+
+def taking_over(section: str) -> str:
+    """As README says: from where the other gateway is started."""
+    said = README.split(f"\n## {section}\n")[1].split("```console\n")[1].split("```")[0]
+    return said[said.index("systemctl start") :]
 
 
 @pytest.mark.deploy
@@ -96,8 +97,8 @@ def test_an_upgrade_and_a_rollback_refuse_no_connection(tmp_path: Path) -> None:
             "/opt/python/bin/python3 /root/load.py <> /root/over > /root/got 2>&1 & "
         )
         machine.run("systemctl reload xenios@a")
-        for new, old in (("b", "a"), ("a", "b")):
-            machine.run(TAKE_OVER.format(new=new, old=old))
+        for section, old in (("Upgrade", "a"), ("Rollback", "b")):
+            machine.run(taking_over(section))
             assert machine.run(f"systemctl is-active xenios@{old}", check=False).stdout == "inactive\n"
         machine.run("echo > /root/over; until [ -s /root/got ]; do sleep 0.1; done")
         got = json.loads(machine.run("cat /root/got").stdout)

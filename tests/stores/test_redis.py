@@ -278,8 +278,8 @@ async def test_what_is_posted_is_done_and_nothing_answered(server, tmp_path, tls
                 while await valkey.get("k") != before + said.encode():
                     await asyncio.sleep(0.01)
             assert not answered
-            for writer in writers:
-                writer.transport.abort()
+            while writers:
+                writers.pop().transport.abort()
             async with asyncio.timeout(5):
                 while store.post(add, ["other"], ["x"]):
                     await asyncio.sleep(0.01)

@@ -303,6 +303,34 @@ async def test_what_comes_unasked_ends_the_connection():
         assert await post(transport) == (200, b"ok")
 
 
+async def test_who_speaks_first_is_not_connected_to_again_and_again():
+    """An upstream that refuses each connection in words, before it was asked anything, is asked once."""
+    upstream = Upstream()
+
+    async def refuse(reader, writer):
+        upstream.count += 1
+        upstream.writers.append(writer)
+        writer.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy")
+        await reader.read()
+
+    upstream.serve = refuse
+    async with running(upstream, by=AiohttpTransport) as transport:
+        connector = transport._open().connector
+        create = connector._create_connection
+
+        async def told_at_once(*args):
+            protocol = await create(*args)
+            async with asyncio.timeout(5):
+                while not protocol.should_close:
+                    await asyncio.sleep(0)
+            return protocol
+
+        connector._create_connection = told_at_once
+        async with asyncio.timeout(5):
+            assert await post(transport) == (503, b"busy")
+    assert upstream.count == 1
+
+
 async def test_nor_is_it_by_aiohttps_client():
     """What an upstream says unasked is never the next request's reply, whatever the transport."""
 
