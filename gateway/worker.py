@@ -21,6 +21,7 @@ from multidict import istr
 
 from gateway import dispatch, logs, vitals, watch
 from gateway.admin import add_admin_routes
+from gateway.begin import GC_SERVING
 from gateway.catalogue import Catalogue
 from gateway.core_routes import add_core_routes
 from gateway.corrections import Corrections
@@ -174,6 +175,7 @@ class Worker:
             # Not after a reload: it would stop all streams for a while, and what is frozen is never collected.
             gc.collect()
             gc.freeze()
+            gc.set_threshold(*GC_SERVING)
             stack.enter_context(watchdog(asyncio.get_running_loop(), self._count_slow, self._lag))
             yield self
 
