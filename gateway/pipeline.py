@@ -198,11 +198,8 @@ class Run:
             exchange.hold(ledger.UNDER_WAY)
         if exchange.held:
             books, held = exchange.snapshot.services.ledger, exchange.held
-            exchange.admission = ledger.admit_at_once(books, exchange, held)
-            if exchange.admission is None:
-                exchange.admission = await ledger.admit(books, exchange, held)
-            elif not exchange.admission.noted:
-                await ledger.noted(books, exchange.admission)
+            if not ledger.admit_at_once(books, exchange, held):
+                await ledger.admit(books, exchange, held)
         if hooks.lookup_response:
             hit: Reply | None = await dispatch.run_first(exchange, hooks.lookup_response, ignorable=True, returns=Reply)
             if hit is not None:

@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from gateway.dialects import DIALECTS
+from gateway.forwarded import UNIX
 from gateway.problems import MASK, ConfigError, Problem, Steps, did_you_mean, in_line_order, refusal
 from gateway.units import Duration, Size, format_duration, format_size
 from gateway.yaml_source import Source, read_file, read_text
@@ -123,7 +124,7 @@ _USE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|.*[^/]\.py:[A-Za-z_][A-Za
 
 
 def _trusted(value: str) -> str:
-    if value == "unix":
+    if value == UNIX:
         return value
     try:
         network = ipaddress.ip_network(value)

@@ -148,31 +148,26 @@ def _never(rule: Rule, state: State) -> GatewayError:
 UNDER_WAY = Rule("core:run", "budget", ENDLESS, _never, amount=0)
 
 
-def admit_at_once(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> Admission | None:
-    """The exchange's admission, where this process knows that there is room. None: ask `admit`."""
+def admit_at_once(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> bool:
+    """Where this process knows that there is room. False: await `admit`."""
     plan = held[0].set.plan(held)
     if not plan.quick or exchange.late is not None:
-        return None
+        return False
     row = exchange.record(exchange) if exchange.record is not None and plan.budgets else b""
     admission = exchange.admission = ledger.take(exchange.id, plan, held, row)  # whatever comes next, it is settled
-    if admission is not None and plan.admitted:
-        levels: Sequence[Level] = admission.levels or ()
-        for admitted, rules, places in plan.admitted:
-            admitted(exchange, rules, [levels[i] for i in places], admission.granted)
-    return admission
+    if admission is None:
+        return False
+    levels: Sequence[Level] = admission.levels or ()
+    for admitted, rules, places in plan.admitted:
+        admitted(exchange, rules, [levels[i] for i in places], admission.granted)
+    return admission.noted
 
 
-async def noted(ledger: Ledger, admission: Admission) -> None:
-    """Raises StoreUnavailable if a rule wants that."""
-    try:
-        await ledger.noted(admission.op)
-    except StoreUnavailable:
-        if any(rule.on_store_error == "deny" for rule in admission.rules):
-            raise
-
-
-async def admit(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> Admission:
-    """Raises what the rule without room says, or StoreUnavailable if a rule wants that."""
+async def admit(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> None:
+    """What `admit_at_once` left to do. Raises what a rule without room says; StoreUnavailable if a rule wants that."""
+    if exchange.admission is not None:
+        await _noted(ledger, exchange.admission)
+        return
     op, row = exchange.id, b""
     if exchange.record is not None and any(rule.kind == "budget" for one in held for rule in one.set.rules):
         row = exchange.record(exchange)
@@ -184,12 +179,20 @@ async def admit(ledger: Ledger, exchange: Exchange, held: Sequence[Held]) -> Adm
     except StoreUnavailable:
         if any(rule.on_store_error == "deny" for rule in rules):
             raise
-        return admission
+        exchange.admission = admission
+        return
     if verdict.allowed:
         admission.levels, admission.granted = verdict.levels, verdict.granted
         exchange.admission = admission  # whatever comes next, it is settled
     _take(exchange, rules, verdict)
-    return admission
+
+
+async def _noted(ledger: Ledger, admission: Admission) -> None:
+    try:
+        await ledger.noted(admission.op)
+    except StoreUnavailable:
+        if any(rule.on_store_error == "deny" for rule in admission.rules):
+            raise
 
 
 async def admit_again(ledger: Ledger, exchange: Exchange, admission: Admission) -> None:

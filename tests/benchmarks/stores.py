@@ -17,16 +17,12 @@ from pathlib import Path
 import asyncpg
 import redis
 
-from tests.benchmarks.processes import TICK, family, move_stores, pause
+from tests.benchmarks.processes import cpu_s, move_stores, pause
 from tests.benchmarks.rounds import Rig
 from tests.benchmarks.sections import REQUEST
 from tests.benchmarks.targets import LIMITS, xenios
 from tests.stores.postgres import postgres_server
 from tests.stores.servers import valkey_server
-
-
-def cpu_of(pid):
-    return sum(sum(map(int, fields[11:15])) for _, fields in family(pid).values()) / TICK
 
 
 def seen_by_valkey(client):
@@ -84,10 +80,10 @@ def main():
         rig.sample(target, dataclasses.replace(REQUEST, seconds=1))
         while asyncio.run(seen_by_postgres(database))[1] < target.answered:
             pause(0.1)  # rows are written a second late at most
-        before = seen_by_valkey(client), asyncio.run(seen_by_postgres(database)), [cpu_of(pid) for pid in stores]
+        before = seen_by_valkey(client), asyncio.run(seen_by_postgres(database)), [cpu_s(pid)[1] for pid in stores]
         report = rig.sample(target, dataclasses.replace(REQUEST, seconds=asked.seconds))
         target.stop()  # what waits is written
-        after = seen_by_valkey(client), asyncio.run(seen_by_postgres(database)), [cpu_of(pid) for pid in stores]
+        after = seen_by_valkey(client), asyncio.run(seen_by_postgres(database)), [cpu_s(pid)[1] for pid in stores]
     n = report["asked"]
     commands, scripts, traffic, memory = ((b - a) / n for a, b in zip(before[0], after[0], strict=True))
     transactions, rows, size = ((b - a) / n for a, b in zip(before[1], after[1], strict=True))

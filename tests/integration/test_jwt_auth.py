@@ -12,6 +12,7 @@ import jwt
 import openai
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from pydantic import ValidationError
@@ -74,13 +75,9 @@ async def issuer():
     app.router.add_get("/.well-known/openid-configuration", made.configuration)
     app.router.add_get("/auth/v1/.well-known/jwks.json", made.jwks)
     app.router.add_get("/keys", made.jwks)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    yield made
-    await runner.cleanup()
+    async with TestServer(app) as server:
+        made.url = str(server.make_url("")).rstrip("/")
+        yield made
 
 
 def gateway(*issuers, plugins=()):
@@ -565,18 +562,15 @@ async def test_a_slow_issuer_holds_up_nobody_else(issuer):
 
     app = web.Application()
     app.router.add_get("/keys", slow)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
     with contextlib.suppress(asyncio.CancelledError):
-        jwks = f"http://127.0.0.1:{runner.addresses[0][1]}/keys"
-        async with gateway(entry(issuer, jwks_url=jwks), plugins=["api_keys"]) as gw:
+        async with (
+            TestServer(app) as server,
+            gateway(entry(issuer, jwks_url=str(server.make_url("/keys"))), plugins=["api_keys"]) as gw,
+        ):
             waiting = Tasks().spawn(ask(gw, issuer.token()), "waits for the keys")
             assert (await gw.chat()).status == 200
             held.set()
             assert (await waiting).status == 200
-    await runner.cleanup()
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import jwt
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from gateway.simulator import Simulator
 from tests.benchmarks.targets import LIMITS, PLENTY
@@ -210,11 +211,5 @@ async def _collector() -> AsyncIterator[str]:
 
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/v1/traces", taken)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with TestServer(app) as server:
+        yield str(server.make_url("")).rstrip("/")

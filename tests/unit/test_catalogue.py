@@ -6,6 +6,7 @@ from decimal import Decimal
 
 import pytest
 from aiohttp import ClientSession, web
+from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import OpenAI
@@ -767,14 +768,8 @@ async def serving(found):
     app.router.add_get("/v1/models", many)
     app.router.add_get("/api/v1/models", many)
     app.router.add_get("/v1/models/{id:.+}", one)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with TestServer(app) as server:
+        yield str(server.make_url("")).rstrip("/")
 
 
 # The blocking clients, in a thread: coverage's tracing on CPython 3.11 breaks anyio's connect, which the others use.
