@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.deploy import debian
 from tests.deploy.containers import Root
 from tests.deploy.test_rules import DEPLOY
-from tests.tools import CACHE, program
+from tests.tools import program
 
 _LOCAL_AUTHORITIES = Path("/usr/local/share/ca-certificates")
 _LIBRARIES = ("libgpgme11", "libassuan0", "libsubid4", "libdevmapper1.02.1")
@@ -112,28 +113,18 @@ def _buildah() -> Path:
 def _debian() -> Path:
     """The release that the Dockerfile names, as small as the image of that name: no manuals, no translations."""
     [release] = re.findall(r"^ARG BASE=debian:(\w+)-slim$", (DEPLOY / "docker/Dockerfile").read_text(), re.MULTILINE)
-    folder = CACHE / f"debian-{release}"
-    if not folder.exists():
-        debootstrap, _ = program("debootstrap", "usr/sbin", "debootstrap")
-        own = debootstrap.parents[2] / "usr/share/debootstrap"
-        side = Path(tempfile.mkdtemp(dir=CACHE))
-        side.chmod(0o755)
-        made = subprocess.run(
-            [debootstrap, "--variant=minbase", release, side],
-            env={**os.environ, "DEBOOTSTRAP_DIR": str(own)}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-1000:]
-        unwanted = ("doc", "man", "locale", "info")
-        rules = "".join(f"path-exclude=/usr/share/{name}/*\n" for name in unwanted)
-        (side / "etc/dpkg/dpkg.cfg.d/slim").write_text(rules)
-        for gone in (*(f"usr/share/{name}" for name in unwanted), "var/cache/apt", "var/lib/apt/lists"):
-            shutil.rmtree(side / gone)
-            (side / gone).mkdir()
-        if _LOCAL_AUTHORITIES.is_dir():
-            shutil.copytree(_LOCAL_AUTHORITIES, side / "usr/local/share/ca-certificates", dirs_exist_ok=True)
-        with contextlib.suppress(OSError):  # another was first
-            side.rename(folder)
-    return folder
+    return debian.tree(f"debian-{release}", release, _slim)
+
+
+def _slim(tree: Path) -> None:
+    unwanted = ("doc", "man", "locale", "info")
+    rules = "".join(f"path-exclude=/usr/share/{name}/*\n" for name in unwanted)
+    (tree / "etc/dpkg/dpkg.cfg.d/slim").write_text(rules)
+    for gone in (*(f"usr/share/{name}" for name in unwanted), "var/cache/apt", "var/lib/apt/lists"):
+        shutil.rmtree(tree / gone)
+        (tree / gone).mkdir()
+    if _LOCAL_AUTHORITIES.is_dir():
+        shutil.copytree(_LOCAL_AUTHORITIES, tree / "usr/local/share/ca-certificates", dirs_exist_ok=True)
 
 
 def _bytes(text: str) -> int:

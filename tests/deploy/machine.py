@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.tools import CACHE, program
+from tests.deploy import debian
+from tests.integration.process import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-MIRROR = os.environ.get("XENIOS_TEST_DEBIAN", "http://deb.debian.org/debian")
 RELEASE, PYTHON = "bookworm", "3.11"
 BARE = ("systemd", "systemd-sysv", "dbus", "python3", "python3-apt", "ca-certificates")
 FETCHED = ("python3-venv", "curl", "openssl", "nftables", "postgresql", "postgresql-client", "redis-server", "caddy")
@@ -58,27 +55,10 @@ def wheel(folder: Path) -> Path:
 
 
 def _bare() -> Path:
-    target = CACHE / f"machine-{RELEASE}"
-    if target.exists():
-        return target
-    debootstrap, _ = program("debootstrap", "usr/sbin", "debootstrap")
-    scripts = debootstrap.parents[1] / "share" / "debootstrap"
-    CACHE.mkdir(exist_ok=True)
-    side = Path(tempfile.mkdtemp(dir=CACHE))
-    side.chmod(0o755)
-    env = {**os.environ, "DEBOOTSTRAP_DIR": str(scripts)}
-    _quiet([debootstrap, "--variant=minbase", f"--include={','.join(BARE)}", RELEASE, side, MIRROR], env)
-    _quiet(["chroot", side, "apt-get", "update"])
-    _quiet(["chroot", side, "apt-get", "install", "--yes", "--download-only", "--no-install-recommends", *FETCHED])
-    (side / "etc" / "machine-id").write_text("")  # a first boot makes it
-    try:
-        side.rename(target)
-    except OSError:  # another was first
-        shutil.rmtree(side)
-    return target
+    return debian.tree(f"machine-{RELEASE}", RELEASE, _fetched, f"--include={','.join(BARE)}")
 
 
-def _quiet(command: list[object], env: dict[str, str] | None = None) -> None:
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed: {(done.stdout + done.stderr)[-2000:]}")
+def _fetched(tree: Path) -> None:
+    debian.run(["chroot", tree, "apt-get", "update"])
+    debian.run(["chroot", tree, "apt-get", "install", "--yes", "--download-only", "--no-install-recommends", *FETCHED])
+    (tree / "etc" / "machine-id").write_text("")  # a first boot makes it

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.deploy import machine
+from tests.integration.process import REPOSITORY
 from tests.tools import CACHE
 
-ANSIBLE = machine.REPOSITORY / "deploy" / "ansible"
+ANSIBLE = REPOSITORY / "deploy" / "ansible"
 TOOLS = CACHE / "ansible"
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3000)]
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3000)]
 @pytest.fixture(scope="module")
 def tools():
     """Ansible and its friends in an environment of their own: they are as large as all that the gateway needs."""
-    locked = machine.REPOSITORY / "requirements" / "deploy.txt"
+    locked = REPOSITORY / "requirements" / "deploy.txt"
     stamp = TOOLS / ".done"
     if not stamp.exists() or stamp.read_text() != locked.read_text():
         subprocess.run([sys.executable, "-m", "venv", "--clear", TOOLS], check=True)
