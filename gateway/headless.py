@@ -85,6 +85,7 @@ class _Headless:
         self._plugin = plugin
         self._run = run
         self._reloaded = asyncio.Event()
+        self._told: Loaded | None = None  # the parent's latest
         self._lost = ""
         self._tasks = Tasks()
 
@@ -93,10 +94,9 @@ class _Headless:
         from gateway.cli import on_hangup, stop_signals  # noqa: PLC0415 - as above
 
         worker, stop, notices = self._worker, stop_signals(), Notices()
-        told: list[Loaded] = []
         reloader = Reloader(
             self._loaded,
-            (lambda: told[-1]) if ordered else read,
+            (lambda: self._told or self._loaded) if ordered else read,
             worker.put_in_force,
             lambda: worker.snapshot.hash,
             self._reloaded.set,
@@ -104,7 +104,7 @@ class _Headless:
         )
         worker.reloader = reloader
         if ordered:
-            self._tasks.spawn(self._listen(told, reloader, stop), "listen to the parent")
+            self._tasks.spawn(self._listen(reloader, stop), "listen to the parent")
         try:
             async with contextlib.AsyncExitStack() as stack:
                 await stack.enter_async_context(worker.running())
@@ -177,11 +177,11 @@ class _Headless:
             for snapshot in held:
                 snapshot.users.leave()
 
-    async def _listen(self, told: list[Loaded], reloader: Reloader, stop: asyncio.Event) -> None:
+    async def _listen(self, reloader: Reloader, stop: asyncio.Event) -> None:
         """Do what the parent says, until it ends."""
         try:
             async for message in lines(sys.stdin):
-                told.append(await asyncio.to_thread(loaded_of, message["config"]))
+                self._told = await asyncio.to_thread(loaded_of, message["config"])
                 result = await reloader.reload()
                 if result.code is not None:  # the gateway has it in force all the same
                     self._lost = "the gateway's new configuration can't be put in force here"

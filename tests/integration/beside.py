@@ -1,11 +1,13 @@
 """A plugin that works in a process of its own: its command says what it does in a file, line by line."""
 
+import gc
 import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from gateway import hookimpl
+from gateway.settings import Loaded
 
 
 class Config(BaseModel):
@@ -18,7 +20,7 @@ class Config(BaseModel):
 
 
 class Plugin:
-    """Counts what its command does, and writes it down."""
+    """Counts what its command does and how many configurations its process holds, and writes it down."""
 
     Config = Config
     reads_settings = ()
@@ -43,6 +45,9 @@ class Plugin:
     async def work(self, stop):
         self.say("works")
         self.counted.add(1)
+        gc.collect()
+        with self.config.diary.with_name("configurations").open("a") as file:
+            file.write(f"{sum(isinstance(each, Loaded) for each in gc.get_objects())}\n")
         await stop.wait()
         self.say("ends")
 

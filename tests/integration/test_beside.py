@@ -227,6 +227,19 @@ def test_a_companion_gets_what_is_in_force_after_a_reload(tmp_path, workers):
     assert [word for word, _ in said(tmp_path, "ends")] == ["first", "second", "third", "third"]
 
 
+def test_a_companion_keeps_no_configuration_of_before(tmp_path):
+    """However many reloads there were: each would stay in memory, a hundred kilobytes and more, until it ends."""
+    with serving(tmp_path, "--config", config(tmp_path, embedded="true")) as running:
+        for n in range(1, 9):
+            works(tmp_path, n)
+            config(tmp_path, embedded="true", word=f"w{n}")
+            assert running.request("POST", "/admin/reload").status == 200
+        works(tmp_path, 9)
+        eventually(lambda: len((tmp_path / "configurations").read_text().split()) == 9)
+    held = [int(number) for number in (tmp_path / "configurations").read_text().split()]
+    assert held[8] <= held[2]
+
+
 @pytest.mark.full
 def test_a_companion_that_can_not_start_does_not_hold_up_the_gateway(tmp_path):
     """It is tried again, after longer and longer waits; requests are answered meanwhile."""
