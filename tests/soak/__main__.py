@@ -23,7 +23,7 @@ from pathlib import Path
 import uvloop
 
 from tests.soak.judge import ALLOWED, PROMISED, WARM
-from tests.soak.run import Soak, shown
+from tests.soak.run import Soak, shown, until_told
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
         told=lambda line: print(line, flush=True),
     )
     with tempfile.TemporaryDirectory(prefix="xenios-soak-") as folder:
-        uvloop.run(soak.run(Path(folder)))
+        uvloop.run(until_told(soak.run(Path(folder))))
     if options.json:
         options.json.write_text(json.dumps(figures(soak), indent=1))
     print(report(soak))

@@ -39,6 +39,7 @@ from tests.integration.test_metrics import not_gone_down, samples
 from tests.integration.test_workers import alive, eventually, workers
 from tests.jobs.processes import WorkerProcess
 from tests.jobs.processes import workers as job_workers
+from tests.soak.run import until_told
 from tests.stores.postgres import PostgresServer, postgres_server
 from tests.stores.servers import ValkeyServer, valkey_server
 from tests.stores.test_money import held_ahead
@@ -413,7 +414,7 @@ def main() -> None:
     chaos = Chaos(options.minutes * 60, options.seed)
     with tempfile.TemporaryDirectory(prefix="xenios-chaos-") as folder:
         try:
-            asyncio.run(_quietly(chaos.run(Path(folder))))
+            asyncio.run(until_told(_quietly(chaos.run(Path(folder)))))
         finally:
             print(report(chaos))
     must_hold(chaos)

@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,15 @@ class Soak:
                 found |= {"jobs memory": resident(pid), "jobs files": sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())}
         self.rounds.append((asked, found))
         self.told(f"{asked:>9,} requests  " + "  ".join(f"{name} {shown(name, held)}" for name, held in found.items()))
+
+
+async def until_told(work: Coroutine[Any, Any, None]) -> None:
+    """Whoever ends it by TERM or Ctrl-C ends what it started too, also where a shell has put it into the background."""
+    task = asyncio.current_task()
+    assert task is not None
+    for each in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(each, task.cancel)
+    await work
 
 
 def shown(name: str, value: float) -> str:
