@@ -15,7 +15,8 @@ from gateway.core_routes import add_core_routes
 from gateway.errors import GatewayError
 from gateway.exchange import Principal
 from gateway.health import Health
-from gateway.kit.ledger import MemoryLedger, RedisLedger
+from gateway.kit.ledger import MemoryLedger
+from gateway.kit.ledger_redis import RedisLedger
 from gateway.logs import hide
 from gateway.plugins import schemas
 from gateway.services import Services

@@ -29,7 +29,8 @@ from gateway.errors import StartError, StoreUnavailable
 from gateway.finisher import Finisher
 from gateway.health import Health
 from gateway.inner import InnerCalls
-from gateway.kit.ledger import MemoryLedger, RedisLedger
+from gateway.kit.ledger import MemoryLedger
+from gateway.kit.ledger_redis import RedisLedger
 from gateway.listening import Certificates, close, open_sockets, port_of, tls_context
 from gateway.metric_files import start_anew
 from gateway.metrics import Metrics

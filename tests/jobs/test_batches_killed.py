@@ -11,7 +11,7 @@ from collections import Counter
 import openai
 import pytest
 
-from gateway.kit.ledger import RedisLedger
+from gateway.kit.ledger_redis import RedisLedger
 from gateway.kit.upstream import COST, MODEL, Json, ScriptedUpstream, chat_completion
 from gateway.stores.redis import RedisStore
 from tests.integration.process import serving_beside

@@ -9,7 +9,7 @@ from collections import Counter
 import aiohttp
 import pytest
 
-from gateway.kit.ledger import RedisLedger
+from gateway.kit.ledger_redis import RedisLedger
 from gateway.kit.upstream import COST, Json, ScriptedUpstream, chat_completion
 from gateway.stores.redis import RedisStore
 from gateway.tasks import Tasks

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from gateway.kit import hash_key, new_key
-from gateway.kit.ledger import RedisLedger
+from gateway.kit.ledger_redis import RedisLedger
 from gateway.kit.upstream import MODEL, Json, Pause, ScriptedUpstream, Slow, Stream, chat_completion, chat_events
 from gateway.stores.redis import RedisStore
 from tests.integration.process import Running, serving_beside

@@ -7,7 +7,7 @@ import pytest
 
 from gateway import LateRequest, Principal, Reply, hookimpl
 from gateway.kit import Rule
-from gateway.kit.ledger import LEASE_SECONDS, RedisLedger
+from gateway.kit.ledger_redis import LEASE_SECONDS, RedisLedger
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import MODEL, Hang, Json, ScriptedUpstream, Slow, chat_completion
 from gateway.stores.redis import RedisStore

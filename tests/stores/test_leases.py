@@ -14,9 +14,10 @@ import pytest
 import redis.asyncio
 import uvloop
 
-from gateway.errors import RateLimited
+from gateway.errors import RateLimited, StoreUnavailable
+from gateway.kit import ledger_lua as lua
 from gateway.kit.leases import USE_SECONDS
-from gateway.kit.ledger import _JUDGE, LEASE_SECONDS, RedisLedger, StoreUnavailable
+from gateway.kit.ledger_redis import LEASE_SECONDS, RedisLedger
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import MODEL
 from gateway.limits import Held, Rule, RuleSet
@@ -490,5 +491,5 @@ async def test_a_typical_request_asks_nobody(server):
                 assert reply.status == 200
                 assert reply.headers["x-ratelimit-remaining-requests"] in {str(10**4 - n) for n in range(1, number + 2)}
             await settled(gw, gw.snapshot.services.ledger, 100)
-        judge = hashlib.sha1(_JUDGE.encode()).hexdigest()
+        judge = hashlib.sha1(lua.JUDGE.encode()).hexdigest()
         assert sum(words[:2] == ["EVALSHA", judge] for words in commands) <= 20

@@ -1,4 +1,4 @@
-"""What kit/ledger.py promises, of the ledger in memory and of that on a real Valkey alike."""
+"""What kit/ledger.py promises, of the ledger in memory and of that on a real Valkey (kit/ledger_redis.py) alike."""
 
 import asyncio
 import contextlib
@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from gateway.errors import RateLimited
+from gateway.errors import RateLimited, StoreUnavailable
 from gateway.kit import Rule
 from gateway.kit import ledger as kit_ledger
-from gateway.kit.ledger import LEASE_SECONDS, MemoryLedger, RedisLedger, StoreUnavailable
+from gateway.kit import ledger_lua as lua
+from gateway.kit.ledger import MemoryLedger
+from gateway.kit.ledger_redis import LEASE_SECONDS, RedisLedger
 from gateway.limits import Held, RuleSet
 from gateway.stores.redis import RedisStore
 
@@ -344,7 +346,7 @@ async def shared(server):
 async def test_what_waits_and_what_was_lost_is_told_by_one(shared, monkeypatch):
     """Of all workers the one that stores rows tells how many there are, and each that found no place is told once."""
     (one, two), _ = shared
-    monkeypatch.setattr(kit_ledger, "_SETTLE", kit_ledger._SETTLE.replace(f">= {kit_ledger.ROWS_LIMIT}", ">= 3"))
+    monkeypatch.setattr(lua, "SETTLE", lua.SETTLE.replace(f">= {kit_ledger.ROWS_LIMIT}", ">= 3"))
     for name in "abcde":
         two.settle(name, [], name.encode())
     assert (one.waiting_rows, two.waiting_rows) == (0, 5)  # none has left its worker yet
@@ -652,7 +654,7 @@ async def test_one_key_that_is_broken_spoils_no_other_settlement(server):
 
 async def test_what_is_kept_for_the_store_is_bounded_and_what_is_lost_is_said(server, monkeypatch):
     """An outage longer than the memory for it: the rest is counted, and the log says so, not line by line."""
-    monkeypatch.setattr("gateway.kit.ledger.PENDING_LIMIT", 100)
+    monkeypatch.setattr("gateway.kit.ledger_redis.PENDING_LIMIT", 100)
     cap, two = budget(10**6), slots(1000)
     async with living(server) as (ledger, store):
         for i in range(300):
@@ -674,7 +676,7 @@ async def test_what_is_kept_for_the_store_is_bounded_and_what_is_lost_is_said(se
 
 async def test_renewal_outlives_a_server_that_refuses_it(server, monkeypatch):
     """Whatever the server says to one renewal, the worker goes on renewing what it holds."""
-    monkeypatch.setattr("gateway.kit.ledger.RENEW_SECONDS", 0.05)
+    monkeypatch.setattr("gateway.kit.ledger_redis.RENEW_SECONDS", 0.05)
     async with living(server) as (ledger, store):
         await ledger.judge("a", [budget(100), slots(1)])
         await store.client.rename("{xenios}:ledger:leases", "aside")

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 import redis.asyncio
 
-from gateway.kit.ledger import RedisLedger
+from gateway.kit.ledger_redis import RedisLedger
 from gateway.kit.upstream import MODEL, Json, ScriptedUpstream, Slow, chat_completion
 from gateway.stores.redis import RedisStore
 from gateway.tasks import Tasks

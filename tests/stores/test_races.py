@@ -12,7 +12,8 @@ import aiohttp
 import pytest
 import redis.asyncio
 
-from gateway.kit.ledger import _JUDGE, _SETTLE, RENEW_SECONDS, SETTLE_SECONDS
+from gateway.kit import ledger_lua as lua
+from gateway.kit.ledger_redis import RENEW_SECONDS, SETTLE_SECONDS
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import Hang, Json, ScriptedUpstream, chat_completion, chat_usage
 from gateway.tasks import Tasks
@@ -152,7 +153,7 @@ async def test_one_call_whatever_the_number_of_rules(server):
         {"use": "rate_limit", "config": {"limits": limits, "lease": False}},
         {"use": "budgets", "config": {"budgets": budgets, "unknown_price": "allow", "lease": False}},
     ]
-    judge, settle = (hashlib.sha1(text.encode()).hexdigest() for text in (_JUDGE, _SETTLE))
+    judge, settle = (hashlib.sha1(text.encode()).hexdigest() for text in (lua.JUDGE, lua.SETTLE))
     async with (
         redis.asyncio.Redis.from_url(server.url) as valkey,
         Gateway.test(plugins=plugins, settings={"services": {"redis": server.url}}) as gw,

@@ -12,6 +12,7 @@ import structlog
 
 from gateway import StoreUnavailable
 from gateway.kit import ledger
+from gateway.kit import ledger_lua as lua
 from gateway.kit.testing import Gateway
 from gateway.kit.upstream import (
     MODEL,
@@ -641,7 +642,7 @@ async def test_the_command_line_shows_the_same(tmp_path):
 async def test_metrics_tell_how_many_rows_wait_and_how_many_were_lost(services, monkeypatch):
     """While the database is away rows wait, and are told; beyond the bound they are dropped and counted, once each."""
     monkeypatch.setattr(ledger, "ROWS_LIMIT", 3)
-    monkeypatch.setattr(ledger, "_SETTLE", ledger._SETTLE.replace(">= 100000", ">= 3"))
+    monkeypatch.setattr(lua, "SETTLE", lua.SETTLE.replace(">= 100000", ">= 3"))
     monkeypatch.setattr(usage, "RETRY_SECONDS", 0.05)
     away = asyncio.Event()
 
