@@ -60,7 +60,7 @@ async def _catalogue(settings: Settings, cache_dir: Path | None) -> AsyncIterato
         for name, upstream in settings.upstreams.items():
             url = upstream.base_url
             if upstream.api_key is None and upstream.without_key == "simulate":
-                url = (await stack.enter_async_context(Simulator())).url
+                url = (await stack.enter_async_context(Simulator(remembered=0))).url
             clients[name] = client = _client(name, upstream, url, settings)
             stack.push_async_callback(client.transport.close)
         yield catalogue

@@ -247,7 +247,7 @@ def simulate(
 
     async def run() -> None:
         stop = stop_signals()
-        simulator = Simulator(latency=latency, chunk_delay=chunk_delay)
+        simulator = Simulator(latency=latency, chunk_delay=chunk_delay, remembered=0)
         await simulator.start(host, port)
         typer.echo(f"Simulated OpenRouter at {simulator.url} (Ctrl-C ends it)")
         await stop.wait()

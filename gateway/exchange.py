@@ -142,7 +142,7 @@ class Scopes:
         return globs is None or any(fnmatchcase(name, glob) for glob in globs)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Principal:
     """Who is calling. `reference` is what a job keeps to restore the principal: an id, never a secret."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -67,7 +68,6 @@ class Rule(msgspec.Struct, eq=False):
         return made
 
 
-_TOGETHER = 256  # sets that one set is known to be held with
 Level: TypeAlias = "float | tuple[float, float]"  # µs of a bucket, places taken, or (spent, reserved)
 
 
@@ -129,29 +129,40 @@ class RuleSet:
     Of those that are `varies`, each request takes an amount of its own, the same of all.
     """
 
-    __slots__ = ("_alone", "_together", "about", "rules", "varies")
+    __slots__ = ("__weakref__", "_plans", "about", "rules", "varies")
 
     def __init__(self, rules: Sequence[Rule], about: Any = None) -> None:
         """`about` is its plugin's own."""
         self.rules = tuple(rules)
         self.about = about
         self.varies = any(rule.varies for rule in rules)
-        self._alone: Plan | None = None
-        self._together: dict[RuleSet | tuple[RuleSet, ...], Plan] = {}  # with others' sets
+        self._plans = _Plans()
 
     def plan(self, held: Sequence[Held]) -> Plan:
         """Of these, the first of which is this set's."""
-        if len(held) == 1:
-            if self._alone is None:
-                self._alone = Plan((self,))
-            return self._alone
-        others = held[1].set if len(held) == 2 else tuple([one.set for one in held[1:]])
-        plan = self._together.get(others)
+        plans = self._plans
+        for number in range(1, len(held)):
+            other = held[number].set
+            with_it = plans.together.get(other)
+            if with_it is None:
+                with_it = plans.together[other] = _Plans()
+            plans = with_it
+        plan = plans.plan
         if plan is None:
-            if len(self._together) >= _TOGETHER:
-                self._together.clear()
-            plan = self._together[others] = Plan([one.set for one in held])
+            plan = plans.plan = Plan([one.set for one in held])
         return plan
+
+
+class _Plans:
+    """Of some sets together: their plan, and those with one set more. A plan goes when one of its sets does: a caller's
+    budgets are other ones each hour, and those of an end user may be one request's.
+    """
+
+    __slots__ = ("plan", "together")
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.together: weakref.WeakKeyDictionary[RuleSet, _Plans] = weakref.WeakKeyDictionary()
 
 
 class Held(msgspec.Struct, eq=False):

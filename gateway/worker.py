@@ -300,7 +300,7 @@ class Worker:
         if self._simulator is None and any(_simulates(u) for u in settings.upstreams.values()):
             from gateway.simulator import Simulator  # noqa: PLC0415 - who has keys needs none
 
-            simulator = Simulator()
+            simulator = Simulator(remembered=0)
             await simulator.start()
             self._simulator = simulator
 

@@ -461,4 +461,8 @@ class MemoryLedger:
     def _sweep(self, now: float) -> None:
         self._full_at = {key: at for key, at in self._full_at.items() if at > now}
         date = time.time()
-        self._budgets = {key: b for key, b in self._budgets.items() if b.held or b.until is None or b.until > date}
+        self._budgets = {
+            key: b
+            for key, b in self._budgets.items()
+            if b.held or (b.spent and (b.until is None or b.until > date))  # who spent nothing may be an invented name
+        }

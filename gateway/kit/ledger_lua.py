@@ -179,10 +179,20 @@ local function give_back(worker)
 end
 """
 
+# Whose requests cost nothing need no count: clients may invent as many names as they like.
+_FORGET_IF_UNUSED = """
+local function forget_if_unused(key)
+  for _, micros in ipairs(redis.call('HMGET', key, 'spent', 'reserved', 'leased')) do
+    if micros and tonumber(micros) ~= 0 then return end
+  end
+  redis.call('DEL', key)
+end
+"""
+
 # KEYS: one per change. ARGV: the time, the lease, then four per change: its kind, operation, value, and more.
 #   'r' moves a bucket by µs; 's' frees a slot; 'l' renews a slot's lease; 'k' a reservation's.
-#   'b' spends the value of what an operation reserved ('' all). More is 'charge' if it is to be spent also without a
-#   reservation, once: that is remembered for a day.
+#   'b' spends the value of what an operation reserved ('' all). More is not '' if it is to be spent also without a
+#   reservation, once: that is remembered for a day. It is when the count may be forgotten in ms, or a word.
 #   'w' records the value as a row.
 #   'm' gives back a rate's lease that would have melted at the value, 'e' what a worker (the operation) leased of a
 #   budget, 'p' what it leased of slots but for the value, 'x' all that it leased but of rates.
@@ -190,6 +200,7 @@ SETTLE = (
     _TIME
     + _AFTER_NOTES
     + _GIVE_BACK
+    + _FORGET_IF_UNUSED
     + f"""
 local leases, operation, adjusted, rows, dropped, leased =
   '{LEASES}', '{OPERATION}', '{ADJUSTED}', '{ROWS}', '{DROPPED}', '{LEASED}'
@@ -221,7 +232,10 @@ for i = 1, #KEYS - 1 do
     end
   elseif kind == 'e' then
     local before = tonumber(redis.call('HGET', leased .. op, 'b' .. key) or 0)
-    if before > 0 then redis.call('HINCRBY', key, 'leased', text(0 - before)) end
+    if before > 0 then
+      redis.call('HINCRBY', key, 'leased', text(0 - before))
+      forget_if_unused(key)
+    end
     redis.call('HDEL', leased .. op, 'b' .. key)
   elseif kind == 'x' then
     give_back(op)
@@ -258,10 +272,12 @@ for i = 1, #KEYS - 1 do
         redis.call('DEL', held)
         redis.call('ZREM', leases, op)
       end
-    elseif more == 'charge' and redis.call('EXISTS', adjusted .. op .. ':' .. key) == 0 then
+      if tonumber(spent) == 0 then forget_if_unused(key) end
+    elseif more ~= '' and redis.call('EXISTS', adjusted .. op .. ':' .. key) == 0 then
       redis.call('HINCRBY', key, 'spent', text(tonumber(value)))
+      if tonumber(more) and redis.call('PTTL', key) == -1 then redis.call('PEXPIREAT', key, more) end
     end
-    if more == 'charge' then redis.call('SET', adjusted .. op .. ':' .. key, '1', 'EX', 86400) end
+    if more ~= '' then redis.call('SET', adjusted .. op .. ':' .. key, '1', 'EX', 86400) end
   end
 end
 return 1

@@ -46,6 +46,11 @@ class _Change(NamedTuple):
     more: str = ""
 
 
+def _charged(rule: Rule) -> str:
+    """`more` of a change that is spent also without a reservation. The count may begin with it, so it says the end."""
+    return "charge" if rule.until is None else str(int(rule.until * 1000))
+
+
 class _Note(NamedTuple):
     """Of an admission within leases."""
 
@@ -410,7 +415,7 @@ class RedisLedger:
                 if admitted:
                     changes.append(_Change(key, "b", op, "" if used is None else str(used)))
                 else:
-                    changes.append(_Change(key, "b", op, str(rule.amount if used is None else used), "charge"))
+                    changes.append(_Change(key, "b", op, str(rule.amount if used is None else used), _charged(rule)))
             elif admitted and used is not None and used != rule.amount:
                 changes.append(_Change(key, "r", op, repr((used - rule.amount) * rule.unit)))
         if row:
@@ -420,7 +425,7 @@ class RedisLedger:
 
     def adjust(self, op: str, rule: Rule, delta: int) -> None:
         # An operation of its own: the settled one's reservation is gone, or was spent as reserved and stays so.
-        self._put((_Change(lua.PREFIX + rule.key, "b", op + "/corrected", str(delta), "charge"),))
+        self._put((_Change(lua.PREFIX + rule.key, "b", op + "/corrected", str(delta), _charged(rule)),))
 
     async def rows(self, most: int) -> list[Row]:
         arguments = (self._name, int(MOVER_SECONDS * 1000), most)

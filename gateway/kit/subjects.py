@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from decimal import Decimal
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
@@ -267,29 +268,41 @@ T = TypeVar("T")
 
 
 class PerCaller(Generic[T]):
-    """What a plugin works out once for each caller, whose principal is one object from request to request."""
+    """What a plugin works out once for each caller, whose principal is one object from request to request.
+
+    It goes with the principal: with each token that is renewed there comes another.
+    """
 
     __slots__ = ("_known", "_make", "_most")
 
     def __init__(self, make: Callable[[Exchange], T], most: int = 4096) -> None:
-        """`make` is to ask for nothing but the principal; what it raises is not remembered."""
+        """`make` is to ask for nothing but the principal, and not to keep it; what it raises is not remembered."""
         self._make = make
         self._most = most
-        self._known: dict[int, tuple[Principal | None, T]] = {}
+        self._known: dict[int, tuple[Callable[[], Principal | None], T]] = {}
 
     def of(self, exchange: Exchange) -> T:
         principal = exchange.principal
         known = self._known.get(id(principal))
-        if known is not None and known[0] is principal:
+        if known is not None and known[0]() is principal:
             return known[1]
         made = self._make(exchange)
         if len(self._known) >= self._most:
             self._known.clear()
-        self._known[id(principal)] = (principal, made)
+        self._known[id(principal)] = (self._weakly(principal), made)
         return made
+
+    def _weakly(self, principal: Principal | None) -> Callable[[], Principal | None]:
+        if principal is None:
+            return _nobody
+        known, key = self._known, id(principal)
+        return weakref.ref(principal, lambda _: known.pop(key, None))
 
     def clear(self) -> None:
         self._known.clear()
+
+
+def _nobody() -> None: ...
 
 
 _EVERYBODY = [""]
@@ -334,13 +347,17 @@ def end_user(body: dict[str, Any]) -> str:
     return named if isinstance(named, str) else ""
 
 
-@functools.lru_cache(maxsize=4096)
 def _quoted(value: str) -> str:
-    """Two subjects never make the same key, however long a client makes its name."""
+    """Two subjects never make the same key, however long a client makes its name; of that no more is kept than this."""
     if len(value) > 200:
         import hashlib  # noqa: PLC0415 - rare
 
-        value = "#" + hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+        return "#" + hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+    return _kept_quoted(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_quoted(value: str) -> str:
     return value.encode("utf-8", "backslashreplace").decode().replace("\\", "\\\\").replace("|", "\\p")
 
 

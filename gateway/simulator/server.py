@@ -175,10 +175,20 @@ ENDPOINTS = {
 
 
 class Simulator:
-    """Times are seconds; `api_key`: any other key gets OpenRouter's 401. Also an async context manager."""
+    """Times are seconds; `api_key`: any other key gets OpenRouter's 401. Also an async context manager.
 
-    def __init__(self, *, latency: float = 0.02, chunk_delay: float = 0.005, api_key: str | None = None) -> None:
-        self.requests: collections.deque[SeenRequest] = collections.deque(maxlen=_REMEMBERED)
+    `remembered`: how many requests it keeps for tests to look at, bodies and all.
+    """
+
+    def __init__(
+        self,
+        *,
+        latency: float = 0.02,
+        chunk_delay: float = 0.005,
+        api_key: str | None = None,
+        remembered: int = _REMEMBERED,
+    ) -> None:
+        self.requests: collections.deque[SeenRequest] = collections.deque(maxlen=remembered)
         self.generations: collections.OrderedDict[str, Generation] = collections.OrderedDict()
         self.running = 0
         self.url = ""
@@ -376,6 +386,8 @@ class Simulator:
 
     def _flakes(self, model: str, percent: int) -> bool:
         """Spread evenly: `flaky-25` fails each fourth request."""
+        if len(self._flaky) > _REMEMBERED:  # names are as many as clients like
+            self._flaky.clear()
         self._flaky[model] += 1
         count = self._flaky[model]
         return count * percent // 100 > (count - 1) * percent // 100

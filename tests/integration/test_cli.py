@@ -15,6 +15,7 @@ import pytest
 
 from gateway.cli import BUILT_IN
 from gateway.kit import hash_key, is_well_formed, new_key
+from tests.full.load import resident
 from tests.integration.process import CONFIG, MODULE, XENIOS, environment, serving, xenios
 
 HERE = Path(__file__).parent
@@ -619,3 +620,17 @@ def test_check_live_says_when_there_is_no_list(tmp_path: Path) -> None:
     done = xenios("check", "--live", "--config", write(tmp_path, upstream), cwd=tmp_path)
     assert done.returncode == 1
     assert ":1:13: upstreams.openrouter: error: its list of models can't be had: UpstreamError: " in done.stdout
+
+
+def test_the_simulation_keeps_no_requests(tmp_path):
+    """Who tries the gateway without a key may send what they like: what was answered is forgotten."""
+    body = {"model": "openai/gpt-5-mini", "messages": [{"role": "user", "content": "long " * 800_000}]}
+    with serving(tmp_path, "--config", write(tmp_path, simulated("  - use: api_keys\n"))) as running:
+
+        def ask(times):
+            for _ in range(times):
+                assert running.request("POST", "/v1/chat/completions", body).status == 200
+            return resident(running.pid)
+
+        first = ask(5)
+        assert ask(30) - first < 60_000_000  # kept, they were twice that

@@ -1,6 +1,9 @@
 """The plugin budgets in a real gateway, counting in memory and on a real Valkey."""
 
 import asyncio
+import gc
+import time
+from collections import Counter
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -21,6 +24,7 @@ from gateway.kit.upstream import (
     chat_completion,
     chat_events,
 )
+from gateway.limits import Plan, RuleSet
 from gateway.tasks import Tasks
 from gateway_plugins import budgets
 from tests.scraped import closed, scraped
@@ -282,6 +286,42 @@ def test_periods_follow_the_time_zone():
     assert (name, end) == ("week-2026-11-16", datetime(2026, 11, 23, tzinfo=UTC).timestamp())
     name, end = budgets._period(datetime(2026, 12, 31, 23, 59, tzinfo=UTC), "hour")
     assert (name, end) == ("2026-12-31T23Z", datetime(2027, 1, 1, tzinfo=UTC).timestamp())
+
+
+@pytest.mark.parametrize("by", ["key", "user"])
+async def test_an_hour_that_is_over_leaves_no_rules_behind(monkeypatch, by):
+    """A budget begins anew each hour, for each caller or end user: a gateway that runs for months holds those of now."""
+
+    class Clock:
+        now = time.time()
+
+        def time(self):
+            return self.now
+
+    def held():
+        gc.collect()
+        return Counter(type(each) for each in gc.get_objects() if type(each) in {Plan, RuleSet})
+
+    async def hour():
+        clock.now += 3600
+        for user in ("a", "b", "c"):
+            assert (await gw.chat(user=user)).status == 200
+        gw._recorder.exchanges.clear()
+
+    clock = Clock()
+    monkeypatch.setattr(budgets, "time", clock)
+    each = {"name": "each", "by": [by], "usd": 5, "per": "hour"}
+    plugins = [
+        "api_keys",
+        {"use": "rate_limit", "config": {"limits": [{"name": "each", "requests": 1000}]}},
+        {"use": "budgets", "config": {"unknown_price": "allow", "budgets": [each]}},
+    ]
+    async with Gateway.test(plugins=plugins) as gw:
+        await hour()
+        first = held()
+        for _ in range(5):
+            await hour()
+        assert held() == first
 
 
 def test_mistakes_in_the_settings_are_named():

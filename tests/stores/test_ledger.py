@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import time
 
 import pytest
 import structlog
@@ -46,8 +47,8 @@ def slots(limit, *, key="slots"):
     return Rule(key, "slots", limit, refuse)
 
 
-def budget(limit, *, key="budget", amount=10, least=None):
-    return Rule(key, "budget", limit, refuse, amount=amount, least=least)
+def budget(limit, *, key="budget", amount=10, least=None, until=None):
+    return Rule(key, "budget", limit, refuse, amount=amount, least=least, until=until)
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -341,6 +342,43 @@ async def shared(server):
     yield [RedisLedger(store, clock) for store in stores], clock
     for store in stores:
         await store.close()
+
+
+async def test_a_budget_of_which_nothing_was_spent_is_not_kept(shared):
+    """Clients may invent as many end users as they like: those whose requests cost nothing leave nothing in Redis."""
+    (one, _), _ = shared
+    for op, used in (("failed", 0), ("charged", 7)):
+        await one.judge(op, [budget(100, key=op)])
+        one.settle(op, [(budget(100, key=op), used)])
+    await one.flush()
+    assert await one.budgets(["failed", "charged"]) == [(0, 0), (7, 0)]
+    left = [await one._store.client.exists(lua.PREFIX + key) for key in ("failed", "charged")]
+    assert left == [0, 1]
+
+
+async def test_a_budget_that_was_charged_first_is_forgotten_with_its_period_too(shared):
+    """What was let through while Redis was away is charged when it is back, and its count ends as others do."""
+    (one, _), _ = shared
+    one.settle("away", [(dated := budget(100, key="dated", until=time.time() + 3600), 7)], admitted=False)
+    one.adjust("corrected", budget(100, key="corrected", until=time.time() + 3600), 3)
+    one.settle("endless", [(budget(100, key="endless"), 7)], admitted=False)
+    await one.flush()
+    assert await one.budgets([dated.key, "corrected", "endless"]) == [(7, 0), (3, 0), (7, 0)]
+    left = [await one._store.client.ttl(lua.PREFIX + key) for key in ("dated", "corrected", "endless")]
+    assert 3500 < left[0] <= 3600
+    assert 3500 < left[1] <= 3600
+    assert left[2] == -1
+
+
+async def test_in_memory_nothing_is_kept_of_budgets_without_spending(monkeypatch):
+    """As in Redis; what was spent stays until its period is over."""
+    monkeypatch.setattr(kit_ledger, "SWEEP_EVERY", 2)
+    ledger = MemoryLedger(Clock())
+    for op, used in (("failed", 0), ("charged", 7), ("last", 0)):
+        await ledger.judge(op, [budget(100, key=op)])
+        ledger.settle(op, [(budget(100, key=op), used)])
+    await ledger.judge("under way", [budget(100, key="under way")])
+    assert ledger._budgets.keys() == {"charged", "under way"}
 
 
 async def test_what_waits_and_what_was_lost_is_told_by_one(shared, monkeypatch):

@@ -1,3 +1,6 @@
+import gc
+import tracemalloc
+import weakref
 from decimal import Decimal
 
 import pytest
@@ -5,7 +8,7 @@ from plugin_objects import exchange
 
 from gateway.errors import Forbidden
 from gateway.exchange import Principal
-from gateway.kit import choices, output_cap, own_limits
+from gateway.kit import PerCaller, choices, output_cap, own_limits, subjects
 
 
 def own(limits):
@@ -54,3 +57,32 @@ def test_every_answer_that_may_be_billed_counts(body, count):
 def test_the_largest_limit_that_the_dialect_knows_counts(body, cap):
     """Of several limits the upstream may take any; a field of another dialect it ignores."""
     assert output_cap(body, ("a", "b")) == cap
+
+
+def test_a_client_can_not_fill_the_memory_with_names():
+    """Of an end user whose name is long no more is kept than what tells it from others; requests may be megabytes."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        made = {subjects(["user"], exchange(body={"user": f"{n}" * 100_000}))[0] for n in range(10, 60)}
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(made) == 50
+    assert after - before < 500_000
+
+
+def test_what_is_worked_out_for_a_caller_goes_with_it():
+    """Each token that is renewed is another principal: of those of before nothing is kept."""
+
+    class Made: ...
+
+    for_each = PerCaller(lambda _: Made())
+    principals = [Principal(f"p{n}") for n in range(5)]
+    made = [weakref.ref(for_each.of(exchange(principal=principal))) for principal in principals]
+    nobody = for_each.of(exchange(principal=None))
+    assert [for_each.of(exchange(principal=principal)) for principal in principals] == [one() for one in made]
+    assert for_each.of(exchange(principal=None)) is nobody
+    principals.clear()
+    gc.collect()
+    assert [one() for one in made] == [None] * 5

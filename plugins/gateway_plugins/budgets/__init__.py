@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from gateway import AttemptRecord, Cell, Correction, Exchange, GatewayError, Services
 
-_SUBJECTS = 10_000  # whose rules are kept
+_SUBJECTS = 4096  # whose rules are kept ready: about 9 KB each
 # An attempt that failed like this may have been billed all the same.
 _PERHAPS_BILLED = frozenset({Cause.TIMEOUT, Cause.TRUNCATED, Cause.BAD_REPLY, Cause.CLIENT_DISCONNECT, Cause.ABANDONED})
 _TOLD = frozenset({Source.UPSTREAM, Source.CATALOGUE})
@@ -154,6 +154,8 @@ class _Compiled:
         period, end = self._window.now()
         for subject in subjects(self.budget.by, exchange):
             if period != self._period or len(self._known) >= _SUBJECTS:
+                if self._period and not self.of_caller:  # of callers' each plan says when it ends
+                    self.owner.forget()
                 self._period = period
                 self._known.clear()
             known = self._known.get(subject)
@@ -257,11 +259,16 @@ class Plugin:
         else:
             self._hold(exchange)
 
+    def forget(self) -> None:
+        """Sets of rules, of which some have ended."""
+        self._plans.clear()
+        self._set.cache_clear()
+
     def _rules(self, exchange: Exchange) -> RuleSet:
         """Of the budgets that it falls under; `about`: is one of them hard?"""
         plan = self._plans.of(exchange)
         if time.time() >= plan.until:
-            self._plans.clear()
+            self.forget()
             plan = self._plans.of(exchange)
         if plan.all is not None:
             return plan.all
