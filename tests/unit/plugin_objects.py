@@ -1,6 +1,9 @@
 """What a plugin is given, made by hand: real exchanges and services, no server."""
 
+import contextlib
+import gc
 import itertools
+import tracemalloc
 from types import SimpleNamespace
 
 import msgspec
@@ -55,3 +58,17 @@ def exchange(body=None, *, headers=None, principal=None, bearer=None, api_key=No
     made.principal = principal
     made.credentials = Credentials(bearer, api_key)
     return made
+
+
+@contextlib.contextmanager
+def kept():
+    """A list that has, after the block, the bytes that were allocated in it and are still held."""
+    held = []
+    gc.collect()
+    tracemalloc.start()
+    try:
+        yield held
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gateway_plugins.routing import settings
 
 _REMEMBERED = 1000
-_REMEMBERED_LENGTH = 200
+_LONGEST_REMEMBERED = 1000  # characters
 _PICO = 10**12
 
 
@@ -262,8 +262,8 @@ class Table:
         way = self._kept.get(key)
         if way is None:
             way = self._way(exchange, model, task)
-            # clients choose the names: what is remembered is bounded
-            if len(model) <= _REMEMBERED_LENGTH and len(task) <= _REMEMBERED_LENGTH:
+            # clients choose names and headers: what is remembered is bounded
+            if len(repr(key)) <= _LONGEST_REMEMBERED:
                 if len(self._kept) >= _REMEMBERED:
                     self._kept.clear()
                 self._kept[key] = way
