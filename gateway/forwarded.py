@@ -13,6 +13,7 @@ Peer: TypeAlias = "tuple[Any, ...] | str | None"  # as sockets name it: text whe
 
 UNIX = "unix"
 HOPS = 16  # more are not looked at
+_LONGEST = 64  # characters: an IPv6 in full, with zone and port
 
 
 class TrustedProxies:
@@ -44,10 +45,14 @@ class TrustedProxies:
         return address is not None and any(address in network for network in self._networks)
 
 
-@functools.lru_cache(maxsize=4096)
 def _address(text: str) -> IPv4Address | IPv6Address | None:
     """With or without a port, as proxies differ; None: it is none."""
     text = text.strip()
+    return _parsed(text) if len(text) <= _LONGEST else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(text: str) -> IPv4Address | IPv6Address | None:
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:

@@ -1,4 +1,5 @@
 import pytest
+from plugin_objects import kept
 from pydantic import ValidationError
 
 from gateway.forwarded import HOPS, TrustedProxies
@@ -6,6 +7,7 @@ from gateway.kit.testing import Gateway
 from gateway.settings import ServerSettings
 
 PROXY, SECOND, OTHER = ("10.0.0.5", 41000), "10.0.0.6", ("192.0.2.1", 41000)
+FULL = "fe80:1111:2222:3333:4444:5555:6666:7777"
 TRUSTED = TrustedProxies(["10.0.0.0/24", "2001:db8::/32"])
 
 
@@ -28,6 +30,8 @@ TRUSTED = TrustedProxies(["10.0.0.0/24", "2001:db8::/32"])
         (["6.6.6.6, [2001:db9::1]:4711"], "2001:db9::1"),
         (["6.6.6.6, 2001:db9::1, [2001:db8::7]"], "2001:db9::1"),
         (["::ffff:203.0.113.9"], "203.0.113.9"),
+        ([f"[{FULL}%enp199s0f1np1v7]:65535"], f"{FULL}%enp199s0f1np1v7"),
+        ([f"{FULL}%{'x' * 25}"], "10.0.0.5"),
         (["6.6.6.6, 203.0.113.9, ::ffff:10.0.0.9"], "203.0.113.9"),
     ],
 )
@@ -56,6 +60,14 @@ def test_a_chain_without_end_is_not_followed():
     endless = ",".join(["6.6.6.6", *[SECOND] * 3000])
     assert TRUSTED.client(PROXY, [endless]) == SECOND
     assert TRUSTED.client(PROXY, [",".join(["6.6.6.6", *[SECOND] * (HOPS - 1)])]) == "6.6.6.6"
+
+
+def test_what_is_too_long_for_an_address_is_not_kept():
+    """Long texts in place of addresses cost no memory, however many clients send."""
+    with kept() as held:
+        for n in range(200):
+            assert TRUSTED.client(PROXY, [f"{n:030000}, {SECOND}"]) == SECOND
+    assert held[0] < 500_000
 
 
 @pytest.mark.parametrize(
