@@ -129,7 +129,7 @@ class Companions:
 
     def __init__(self) -> None:
         self._kept: dict[str, Kept] = {}  # by plugin
-        self._leaving: list[Kept] = []
+        self._leaving: set[Kept] = set()
         self._loaded: Loaded | None = None
         self._stopping = False
         self._following = asyncio.Lock()
@@ -153,10 +153,15 @@ class Companions:
                 kept.follow(loaded)
             else:
                 kept.end()
-                self._leaving.append(self._kept.pop(plugin))
+                self._leaving.add(self._kept.pop(plugin))
+                self._tasks.spawn(self._forget(kept), "a companion that ends")
         for plugin, arguments in wanted.items():
             if plugin not in self._kept:
                 self._kept[plugin] = Kept(loaded, plugin, arguments)
+
+    async def _forget(self, kept: Kept) -> None:
+        await kept.ended()
+        self._leaving.discard(kept)
 
     def stop(self) -> None:
         """All of them begin to end."""
