@@ -229,7 +229,8 @@ class Catalogue:
     ) -> Callable[[], None]:
         """Work out what other settings make of the lists. Blocks for milliseconds; what it returns puts it in force.
 
-        Prices of an upstream that is no longer there stay known: requests that go on with it are billed.
+        Prices of an upstream that is no longer there stay known until `forget_others`: requests that go on with it are
+        billed.
         """
         other = Catalogue(kinds, settings, self._cache_dir, self._fetch, default=default)
         before = dict(self._models)
@@ -246,6 +247,12 @@ class Catalogue:
             self._stay_fresh()
 
         return put_in_force
+
+    def forget_others(self, used: Collection[str]) -> None:
+        """The lists of upstreams that neither these settings nor `used` name. On disk they stay: they may come back."""
+        known = {*self._kinds, *used}
+        self._models = {name: models for name, models in self._models.items() if name in known}
+        self._errors = {name: error for name, error in self._errors.items() if name in known}
 
     def _again(self, upstream: str, known: _Models | None) -> _Models:
         """The list that is known already, under these overrides."""

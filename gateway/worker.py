@@ -47,7 +47,7 @@ from gateway.upstream import UpstreamClient, fetch_models
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
     from pathlib import Path
 
     from gateway.plugins import Blueprint, Instance
@@ -153,7 +153,7 @@ class Worker:
                 )
             )
             services = self._services(settings, redis, database)
-            stack.push_async_callback(self._close_transports, everything=True)
+            stack.push_async_callback(self._close_transports)
             self._snapshot = self._build(self._loaded, blueprints, services)
             if self.serves:
                 _refuse_open_door(self._snapshot)
@@ -216,7 +216,7 @@ class Worker:
                 raise
         except BaseException:
             self._preparing = False
-            await self._close_transports()
+            await self._close_unused()
             raise
         self._preparing = False
         self._prepared = snapshot, changes
@@ -323,7 +323,7 @@ class Worker:
 
     async def _close(self, snapshot: Snapshot) -> None:
         await self._close_plugins(snapshot)
-        await self._close_transports()
+        await self._close_unused()
 
     async def _close_plugins(self, snapshot: Snapshot) -> None:
         if snapshot not in self._open:
@@ -338,12 +338,16 @@ class Worker:
         for snapshot in self._open[::-1]:
             await self._close_plugins(snapshot)
 
-    async def _close_transports(self, *, everything: bool = False) -> None:
-        """Those that no configuration uses any more, nor one that is being prepared."""
-        if self._preparing and not everything:
-            return  # it closes them when it is done, or is closed itself
-        used = {id(client.transport) for snapshot in self._open for client in snapshot.upstreams.values()}
-        gone = [key for key, transport in self._transports.items() if everything or id(transport) not in used]
+    async def _close_unused(self) -> None:
+        """Upstreams that no configuration uses any more, nor one that is being prepared."""
+        if self._preparing:
+            return  # it does so when it is done, or is closed itself
+        clients = [client for snapshot in self._open for client in snapshot.upstreams.values()]
+        self.snapshot.services.catalogue.forget_others({client.name for client in clients})
+        await self._close_transports({id(client.transport) for client in clients})
+
+    async def _close_transports(self, used: Collection[int] = ()) -> None:
+        gone = [key for key, transport in self._transports.items() if id(transport) not in used]
         for transport in [self._transports.pop(key) for key in gone]:
             await transport.close()
 

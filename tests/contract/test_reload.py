@@ -381,6 +381,27 @@ async def test_an_upstream_that_is_gone_is_billed_for_what_still_runs():
             assert list(gw.snapshot.services.catalogue.status()) == ["openrouter"]
 
 
+async def test_an_upstream_that_is_gone_is_forgotten_when_nobody_uses_it():
+    """Its list of models is kept for streams that go on, however many reloads later, and no longer; if it comes back,
+    its models are known as at a start."""
+    answer, go = held_stream()
+    prices = {"catalogue": {"overrides": {"mine/model": {"input": 1, "upstream": "away"}}}}
+    away = {"upstreams": {"away": {"kind": "openai", "base_url": "http://127.0.0.1:9/v1", "without_key": "allow"}}}
+    async with Gateway.test(settings={**away, **prices}) as gw:
+        gw.upstream.script(answer)
+        catalogue = gw.snapshot.services.catalogue
+        async with open_stream(gw) as reply:
+            for number in range(3):
+                await gw.reload(settings={"server": {"max_body": 1000 + number}})
+            await until(lambda: len(gw.worker._open) == 2)
+            assert catalogue.model("away", "mine/model").price.input == 10**6
+            go.set()
+            await reply.content.read()
+        await until(lambda: catalogue.model("away", "mine/model") is None)
+        await gw.reload(settings={**away, **prices})
+        assert catalogue.model("away", "mine/model").price.input == 10**6
+
+
 # --- settings take effect ------------------------------------------------------------------------------------------
 
 
