@@ -10,10 +10,25 @@ from hypothesis import strategies as st
 from plugin_objects import exchange, services
 from pydantic import ValidationError
 
-from gateway import Attempt, AttemptRecord, Cause, Cost, Decision, Limits, RateLimited, Source, Target, UpstreamError
+from gateway import (
+    Attempt,
+    AttemptRecord,
+    Cause,
+    Cost,
+    Decision,
+    Limits,
+    RateLimited,
+    Source,
+    StoreUnavailable,
+    Target,
+    UpstreamError,
+)
+from gateway.kit import BreakerPolicy, Breakers
+from gateway.kit.breaker import MOST
 from gateway.settings import load_text
 from gateway_plugins import fallback
 from gateway_plugins.fallback.plan import Entry, Plan, Policy
+from gateway_plugins.fallback.shared import Shared
 
 A, B, C, D = (Target(name, "openrouter") for name in "abcd")
 T = 1000.0
@@ -522,6 +537,25 @@ async def test_invented_models_have_no_state_of_their_own():
         )
         plugin.breakers.find("elsewhere/a").close()
         assert await counted(plugin, "xenios_breaker_state") == {("openrouter", "other"): 2}
+
+
+async def test_names_are_not_kept_for_a_redis_that_is_away():
+    """While Redis is away, what is to be told to it is bounded as circuits are, however many models clients make up."""
+
+    class Away:
+        async def script(self, *_):
+            raise StoreUnavailable
+
+    clock = Clock()
+    breakers = Breakers(BreakerPolicy(), lambda breaker, _: told.note(breaker))
+    told = Shared(replace(services(), redis=Away()), breakers, clock)
+    for n in range(3 * MOST):
+        clock.now += 1
+        breakers.of(f"openrouter/invented-{n}", clock.now).rest(clock.now + 60, "rate_limit")
+        if n % 100 == 99:
+            with pytest.raises(StoreUnavailable):
+                await told.sync()
+    assert len(told._changed) <= MOST
 
 
 # --- explain ---------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class Shared:
         try:
             answer = await self._redis.script(_SCRIPT, [self._key], self._arguments(told))
         except BaseException:
-            self._changed |= told
+            self._changed.update(name for name in told if self._breakers.find(name) is not None)  # not the forgotten
             raise
         now, found = self._clock(), set()
         for i in range(0, len(answer), 5):
