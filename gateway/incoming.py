@@ -74,7 +74,6 @@ def parse_body(exchange: Exchange, content_type: str) -> None:
     exchange.stream = exchange.dialect.wants_stream(exchange.body)
 
 
-@functools.lru_cache(maxsize=256)
 def _media_type(content_type: str) -> tuple[str, str]:
     """The type itself, and its parameters."""
     kind, _, parameters = content_type.partition(";")
