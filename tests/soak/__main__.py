@@ -1,6 +1,6 @@
 """`make soak`: does a gateway grow with the number of requests that it has served?
 
-    make soak                              # a million requests: a quarter of an hour or more
+    make soak                              # a million requests: an hour or more
     make soak ARGS='--minutes 10'          # as many as come; the million is reckoned from the line through them
     make soak ARGS='--json soak.json'      # the figures of each round too
 

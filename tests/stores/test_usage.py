@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 import structlog
+from pydantic import ValidationError
 
 from gateway import StoreUnavailable
 from gateway.kit import ledger
@@ -584,6 +585,32 @@ async def test_old_rows_become_sums(services, roll_up):
         # the next day's come on top
         assert await store.prune(database, begin + 2 * 86_400_000, roll_up=roll_up) == 24
         assert (await gw.get(question)).data == before if roll_up else True
+
+
+async def test_old_sums_go_too_if_that_is_wanted(services):
+    """`keep_sums`: sums of older days are gone, from its first day on they stay."""
+    today = int(time.time() // 86400)
+    days = [today - age for age in (50, 41, 39, 35)]
+    async with gateway(services) as gw:
+        database = gw.snapshot.services.database
+        requests = [a_request(f"r{day}", at=day * store.DAY) for day in days]
+        await store.store(database, [pending(i, r.id, r) for i, r in enumerate(requests)])
+        await gw.reload(**as_gateway(services, config={"keep": "30d", "keep_sums": "40d"}))
+        start = datetime.fromtimestamp(days[0] * 86400, UTC).strftime("%Y-%m-%d")
+        async with asyncio.timeout(10):
+            while len(sums := (await gw.get(f"/admin/usage?group_by=day&from={start}")).data["data"]) > 2:
+                await asyncio.sleep(0.02)
+        assert (await gw.get(f"/admin/usage?from={start}")).data["data"] == []
+        assert [row["day"] for row in sums] == [
+            datetime.fromtimestamp(day * 86400, UTC).strftime("%Y-%m-%d") for day in days[2:]
+        ]
+
+
+def test_sums_are_kept_longer_than_rows():
+    """Else they would go as soon as they are made: the mistake is named, with what to do."""
+    with pytest.raises(ValidationError, match="keep_sums must be longer than keep; roll_up: false"):
+        usage.Config(keep="90d", keep_sums="30d")
+    assert usage.Config(keep="90d", keep_sums="400d").keep_sums == 400 * 86400
 
 
 async def test_the_command_line_shows_the_same(tmp_path):

@@ -6,7 +6,7 @@ away they wait: in Redis, or with `services.redis: memory` in this process, whic
 it is killed. Requests without a valid key leave none. Never a prompt, an answer or a secret.
 
 `GET /v1/usage` shows callers their own tenant's; `/admin/usage` and `xenios usage` all of it. Rows older than `keep`
-become sums per day.
+become sums per day, and these go when they are older than `keep_sums`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gateway import Duration, StoreUnavailable, Tasks, hookimpl
 from gateway.kit import Schema
@@ -46,6 +46,19 @@ class Config(BaseModel):
     roll_up: bool = Field(
         True, description="Keep of older rows their sums by day, key, model, task and endpoint. Default true."
     )
+    keep_sums: Duration | None = Field(
+        None,
+        ge=86400,
+        le=3650 * 86400,
+        description="How old such sums may become; longer than `keep`. They are a row a day for each key or user, "
+        "model and so on, of 200 bytes. Default: for ever.",
+    )
+
+    @model_validator(mode="after")
+    def _sums_outlive_rows(self) -> Config:
+        if self.keep_sums is not None and self.keep_sums <= self.keep:
+            raise ValueError("keep_sums must be longer than keep; roll_up: false keeps no sums at all")
+        return self
 
 
 class Plugin:
@@ -170,6 +183,8 @@ class Plugin:
             before -= before % store.DAY
             try:
                 pruned = await store.prune(self._services.database, before, roll_up=self._config.roll_up)
+                if self._config.keep_sums is not None:
+                    await store.prune_sums(self._services.database, int((time.time() - self._config.keep_sums) / 86400))
             except StoreUnavailable:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue

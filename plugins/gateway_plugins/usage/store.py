@@ -144,6 +144,16 @@ async def prune(database: Database, before: int, *, roll_up: bool) -> int:
             return total
 
 
+async def prune_sums(database: Database, before: int) -> None:
+    """Sums of days before this one (since 1970, UTC), a day at a time. Raises StoreUnavailable."""
+    while True:
+        async with database.transaction() as statements:
+            oldest = await statements.fetch_one("SELECT min(day) AS day FROM usage_days WHERE day < $1", before)
+            if oldest is None or oldest["day"] is None:
+                return
+            await statements.execute("DELETE FROM usage_days WHERE day = $1", oldest["day"])
+
+
 _DAY_KEYS = ("day", "tenant", "principal", "team", "model", "task", "endpoint", "outcome")
 _DAY_VALUES = (*_COUNTS, *_SUMS)
 _ADD_DAYS = (
