@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from gateway import Tasks
 from gateway.stores.redis import RedisStore
 from gateway_plugins.jobs.events import SPAN, Events, Splitter, base, events_of, numbered, run_of
 from tests.jobs.support import until
+from tests.stores.servers import valkey_server
 
 A, B, C = b"data: a\n\n", b"event: b\ndata: b\n\n", b"data: [DONE]\n\n"
 
@@ -124,3 +126,56 @@ async def test_a_lost_connection_is_made_again(url, server):
             pass
         await worker.ring("job_1")
         assert await bell.wait(5)
+
+
+async def watched(redis):
+    """The jobs whose channels somebody is subscribed to."""
+    prefix = b"{xenios}:jobs:bell:"
+    return [name[len(prefix) :][:20] for name in await redis.pubsub_channels() if name.startswith(prefix)]
+
+
+async def test_who_leaves_while_redis_does_not_read_leaves_at_once_and_for_good():
+    """Whoever comes and goes while Redis hangs waits for nothing; once it is back nothing is subscribed to on their
+    behalf, over the next connection neither.
+    """
+    with valkey_server() as valkey:
+        async with open_events(valkey.url) as other, open_events(valkey.url) as gateway, gateway.watch("stays") as bell:
+            redis, tasks, watching = other._services.redis.client, Tasks(), []
+
+            async def only_who_stays():
+                return await watched(redis) == [b"stays"]
+
+            async def watch(n):
+                async with gateway.watch(f"{n}".ljust(100_000, "x")):  # more than fits into a socket
+                    await asyncio.Event().wait()
+
+            await bell.wait(5)
+            await until(only_who_stays)
+            valkey.freeze()
+            try:
+                for n in range(20):
+                    watching.append(tasks.spawn(watch(n), "watching"))
+                    await asyncio.sleep(0)  # what is to be told is told, as far as it can
+                for task in watching:
+                    task.cancel()
+                assert not (await asyncio.wait(watching, timeout=5))[1]
+            finally:
+                valkey.thaw()
+            await until(only_who_stays)
+            await redis.client_kill_filter(_type="pubsub")
+            await until(only_who_stays)
+
+
+async def test_who_leaves_while_it_connects_is_forgotten():
+    """A watcher that is gone before Redis has answered has no subscription afterwards."""
+    with valkey_server() as valkey:
+        async with open_events(valkey.url) as other, open_events(valkey.url) as gateway:
+            valkey.freeze()
+            try:
+                async with gateway.watch("gone"):
+                    await asyncio.sleep(0)  # it begins to connect
+            finally:
+                valkey.thaw()
+            async with gateway.watch("there") as bell:
+                await bell.wait(5)
+                assert await watched(other._services.redis.client) == [b"there"]

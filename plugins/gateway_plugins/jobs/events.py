@@ -15,7 +15,8 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
+import structlog
+from redis.asyncio.client import PubSub
 
 from gateway import StoreUnavailable, Tasks
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from gateway import Services
+
+log = structlog.get_logger("gateway.plugin", plugin="jobs")
 
 SPAN = 1_000_000
 KEPT_SECONDS = 3600
@@ -109,6 +112,13 @@ class Bell:
         return state
 
 
+class _Channels(PubSub):
+    """Two tasks use its connection. One that is lost is not made again under their hands: each would make one."""
+
+    async def _reconnect(self, *_: Any, **__: Any) -> None:
+        """`_listen` does."""
+
+
 class Events:
     """One per process. Watchers share one connection."""
 
@@ -117,7 +127,9 @@ class Events:
         self._tasks = Tasks()
         self._bells: dict[str, set[Bell]] = {}
         self._listening: asyncio.Task[None] | None = None
-        self._pubsub: Any = None
+        self._told: set[str] = set()  # the channels that Redis was asked for, over the connection that there is
+        self._changed: set[str] = set()  # those of which it is to be told that somebody came, or the last one left
+        self._change = asyncio.Event()
 
     async def close(self) -> None:
         await self._tasks.drain(0)
@@ -165,27 +177,32 @@ class Events:
         channel, bell = _channel(job_id), Bell()
         bells = self._bells.setdefault(channel, set())
         bells.add(bell)
+        # The listener tells Redis: who waited for that, and left meanwhile, would leave a bell and a subscription.
+        if len(bells) == 1:
+            self._heed(channel)
         if self._listening is None:
             self._listening = self._tasks.spawn(self._keep_listening(), "jobs: events")
-        elif len(bells) == 1:
-            await self._tell("subscribe", channel)
         try:
             yield bell
         finally:
             bells.discard(bell)
-            if not bells and self._bells.pop(channel, None) is not None:
-                await self._tell("unsubscribe", channel)
+            if not bells:
+                del self._bells[channel]
+                self._heed(channel)
 
-    async def _tell(self, command: str, channel: str) -> None:
-        if self._pubsub is not None:
-            # if it fails, the listener notices too, and subscribes to all anew
-            with contextlib.suppress(Exception):
-                await getattr(self._pubsub, command)(channel)
+    def _heed(self, channel: str) -> None:
+        if channel in self._bells or channel in self._told:
+            self._changed.add(channel)
+            self._change.set()
+        else:
+            self._changed.discard(channel)
 
     async def _keep_listening(self) -> None:
         while True:
-            with contextlib.suppress(RedisError, OSError):
+            try:
                 await self._listen()
+            except* Exception as lost:  # noqa: BLE001 - redis-py's own too: one task may end what the other uses
+                log.debug("jobs_events_lost", errors=[type(error).__name__ for error in lost.exceptions])
             for channel in self._bells:
                 self._ring(channel, state=True)
             await asyncio.sleep(RECONNECT_SECONDS)
@@ -194,20 +211,35 @@ class Events:
         redis = self._services.redis
         if redis is None:
             raise ConnectionError
-        async with redis.client.pubsub() as pubsub:
-            known = {*self._bells}
-            await pubsub.subscribe(_EVERYBODY, *known)
-            self._pubsub = pubsub
-            try:
-                if meanwhile := self._bells.keys() - known:
-                    await pubsub.subscribe(*meanwhile)
-                while True:
-                    message = await pubsub.get_message(timeout=LISTEN_SECONDS)
-                    # also when its subscription is confirmed: something may have happened just before
-                    if message is not None and message["type"] in {"message", "subscribe"}:
-                        self._ring(message["channel"].decode(), state=message["data"] != b"events")
-            finally:
-                self._pubsub = None
+        async with _Channels(redis.client.connection_pool) as pubsub:
+            await pubsub.subscribe(_EVERYBODY)
+            self._told, self._changed = set(), {*self._bells}
+            self._change.set()
+            async with asyncio.TaskGroup() as group:  # if one of them fails, the connection is of no use to the other
+                group.create_task(self._keep_telling(pubsub))
+                group.create_task(self._hear(pubsub))
+
+    async def _keep_telling(self, pubsub: Any) -> None:
+        """Redis, of who came and left, however long it does not read."""
+        while True:
+            await self._change.wait()
+            self._change.clear()
+            changed, self._changed = self._changed, set()
+            come = [channel for channel in changed if channel in self._bells]
+            gone = changed.difference(come)
+            self._told.difference_update(gone)
+            self._told.update(come)
+            if gone:
+                await pubsub.unsubscribe(*gone)
+            if come:
+                await pubsub.subscribe(*come)
+
+    async def _hear(self, pubsub: Any) -> None:
+        while True:
+            message = await pubsub.get_message(timeout=LISTEN_SECONDS)
+            # also when its subscription is confirmed: something may have happened just before
+            if message is not None and message["type"] in {"message", "subscribe"}:
+                self._ring(message["channel"].decode(), state=message["data"] != b"events")
 
     def _ring(self, channel: str, *, state: bool) -> None:
         for bell in self._bells.get(channel, ()):
