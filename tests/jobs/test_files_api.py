@@ -142,6 +142,16 @@ async def test_the_files_of_a_tenant_have_a_bound_together():
     assert "Delete some" in second.data["error"]["message"]
 
 
+async def test_a_small_file_takes_as_much_of_the_bound_as_it_costs():
+    """A tenant can't keep more files than blocks of the disk fit into its room, however small they are."""
+    async with files(max_total=10 * 4096) as gw:
+        statuses = [(await upload(gw, b"x")).status for _ in range(10)]
+        over = await upload(gw, b"x")
+    assert statuses == [200] * 10
+    assert (over.status, over.data["error"]["code"]) == (413, "storage_limit_exceeded")
+    assert "each counts for 4,096 at least" in over.data["error"]["message"]
+
+
 async def test_an_upload_whose_sender_leaves_leaves_nothing():
     """Neither a row nor a byte."""
     begun = asyncio.Event()
@@ -230,6 +240,33 @@ async def test_what_is_deleted_or_expired_is_gone():
     assert gone.data == {"id": deleted, "object": "file", "deleted": True}
     assert statuses == [404, 404, 200]
     assert [file["id"] for file in listed] == [fresh]
+
+
+async def test_one_round_of_tidying_takes_all_that_is_over(monkeypatch):
+    """However many files expired since the last one, and whatever else lies there: nobody lists the folder for each."""
+    async with files() as gw:
+        part = gw.plugin("Inline").part("Files")
+        fresh = (await upload(gw)).data["id"]
+        old = [f"file-{number}" for number in range(350)]
+        for key in old:
+            (part.storage._folder / key).write_bytes(b"x")
+        async with gw.snapshot.services.database.transaction() as statements:
+            await statements.execute_many(
+                "INSERT INTO jobs_files (id, tenant, principal, purpose, filename, state, bytes, created_at, "
+                "expires_at) VALUES ($1, 'default', '', 'batch', '', 'stored', 1, 1, 1)",
+                [(key,) for key in old],
+            )
+        listed = []
+
+        def scandir(path=".", look=os.scandir):
+            listed.append(path)
+            return look(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "scandir", scandir)
+            await part.tidy()
+        assert part.storage._folder not in listed
+        assert stored(gw) == [row["id"] for row in await rows(gw)] == [fresh]
 
 
 async def test_what_a_killed_upload_left_is_tidied():

@@ -97,11 +97,11 @@ async def test_a_file_that_lost_its_end_is_told_as_lost(storage):
 
 
 async def test_what_a_killed_upload_left_goes_with_its_file(tmp_path):
-    """The store's half-written part, which nobody ever lists."""
+    """The store's half-written parts, which nobody ever lists: of each try one, and of some there is none any more."""
     storage = on_disk(tmp_path)
     await storage.put("file-1", repeated(b"a", 1))
-    left = tmp_path / "files" / "file-1#1"
-    left.write_bytes(b"half")
+    for number in (1, 3, 17, 33):
+        (tmp_path / "files" / f"file-1#{number}").write_bytes(b"half")
     await storage.delete("file-1")
     assert [*(tmp_path / "files").iterdir()] == []
 

@@ -6,8 +6,10 @@ goes after a while.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
+import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -18,7 +20,7 @@ from gateway_plugins.jobs.storage import PIECE, MissingError, Storage
 from gateway_plugins.jobs.upload import OVERHEAD, Form
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from gateway import Exchange, Router, Services
     from gateway.kit import Row, Statements
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 MOST_LISTED = 10_000
 SHORTEST, LONGEST = 3600, 2_592_000  # of `expires_after`, as OpenAI has it
 UPLOAD_SECONDS = 6 * 3600.0  # an upload that has not ended by then never will
+SMALLEST = 4096  # what a file counts for at least: a block of the disk, and a row
 TIDIED_AT_ONCE = 100
+TIDY_SECONDS = 10.0  # the rest comes with the next round
+DELETED_AT_ONCE = 10  # requests to S3
 _LIVE = "state = 'stored' AND (expires_at IS NULL OR expires_at > $1)"
 
 
@@ -131,13 +136,16 @@ class Files:
         )
         # with what others reserved meanwhile: two who come together see each other
         taken = await self._services.database.fetch_one(
-            "SELECT CAST(coalesce(sum(bytes), 0) AS BIGINT) AS bytes FROM jobs_files WHERE tenant = $1", tenant
+            "SELECT CAST(coalesce(sum(CASE WHEN bytes < $2 THEN $2 ELSE bytes END), 0) AS BIGINT) AS bytes "
+            "FROM jobs_files WHERE tenant = $1",
+            tenant,
+            SMALLEST,
         )
         if taken is not None and taken["bytes"] > settings.max_total:
             await self._services.database.execute("DELETE FROM jobs_files WHERE id = $1", file_id)
             raise TooLarge(
                 f"Your files may take {settings.max_total:,} bytes together, and with this one they would take "
-                f"{taken['bytes']:,}. Delete some.",
+                f"{taken['bytes']:,} (each counts for {SMALLEST:,} at least). Delete some.",
                 code="storage_limit_exceeded",
             )
 
@@ -267,27 +275,42 @@ class Files:
     # --- what is over ------------------------------------------------------------------------------------------------
 
     async def tidy(self) -> None:
-        now = api.now()
-        rows = await self._services.database.fetch(
-            # what batches read is left out: as many of those would keep all others waiting
-            "SELECT id FROM jobs_files WHERE (state = 'deleted' OR expires_at <= $1) AND NOT EXISTS (SELECT 1 FROM "
-            "jobs_batches WHERE input_file_id = jobs_files.id AND ended_at IS NULL) ORDER BY expires_at LIMIT $2",
-            now,
-            TIDIED_AT_ONCE,
-        )
-        for row in rows:
-            await self.forget(row["id"])
+        end = time.monotonic() + TIDY_SECONDS
+        found = TIDIED_AT_ONCE
+        while found == TIDIED_AT_ONCE and time.monotonic() < end:
+            rows = await self._services.database.fetch(
+                # what batches read is left out: as many of those would keep all others waiting
+                "SELECT id FROM jobs_files WHERE (state = 'deleted' OR expires_at <= $1) AND NOT EXISTS (SELECT 1 FROM "
+                "jobs_batches WHERE input_file_id = jobs_files.id AND ended_at IS NULL) ORDER BY expires_at LIMIT $2",
+                api.now(),
+                TIDIED_AT_ONCE,
+            )
+            found = len(rows)
+            await self.forget(*(row["id"] for row in rows))
 
-    async def forget(self, file_id: str) -> None:
-        """Its bytes and then its row; a batch that still reads it keeps both, hidden."""
-        database = self._services.database
-        await database.execute("UPDATE jobs_files SET state = 'deleted' WHERE id = $1", file_id)
-        used = await database.fetch_one(
-            "SELECT 1 AS used FROM jobs_batches WHERE input_file_id = $1 AND ended_at IS NULL LIMIT 1", file_id
+    async def forget(self, *file_ids: str) -> None:
+        """Their bytes and then their rows; what a batch still reads keeps both, hidden."""
+        if not file_ids:
+            return
+        database, these = self._services.database, _listed(file_ids)
+        await database.execute(f"UPDATE jobs_files SET state = 'deleted' WHERE id IN {these}", *file_ids)  # noqa: S608
+        used = await database.fetch(
+            f"SELECT input_file_id FROM jobs_batches WHERE input_file_id IN {these} AND ended_at IS NULL",  # noqa: S608
+            *file_ids,
         )
-        if used is None:
-            await self.storage.delete(file_id)
-            await database.execute("DELETE FROM jobs_files WHERE id = $1 AND state = 'deleted'", file_id)
+        free = [*{*file_ids}.difference(row["input_file_id"] for row in used)]
+        for start in range(0, len(free), DELETED_AT_ONCE):
+            some = free[start : start + DELETED_AT_ONCE]
+            await asyncio.gather(*map(self.storage.delete, some))
+            await database.execute(
+                f"DELETE FROM jobs_files WHERE id IN {_listed(some)} AND state = 'deleted'",  # noqa: S608
+                *some,
+            )
+
+
+def _listed(values: Sequence[str]) -> str:
+    """The place of each of them in a statement that has no others."""
+    return f"({', '.join(f'${place}' for place in range(1, len(values) + 1))})"
 
 
 def _check(fields: Mapping[str, str], *, whole: bool) -> float | None:

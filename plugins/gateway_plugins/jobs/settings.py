@@ -115,7 +115,9 @@ class Files(BaseModel):
         209_715_200, gt=0, le=1 << 34, description="Largest file. OpenAI's batches take 200 MB. Default 200MiB."
     )
     max_total: Size = Field(
-        10_737_418_240, gt=0, description="What the files of one tenant may take together. Default 10GiB."
+        10_737_418_240,
+        gt=0,
+        description="What the files of one tenant may take together; each counts for 4 KiB at least. Default 10GiB.",
     )
     keep: Duration = Field(
         30 * 86400.0, ge=3600, le=3650 * 86400, description="How long a file is kept that says nothing. Default 30d."

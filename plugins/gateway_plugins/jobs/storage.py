@@ -20,6 +20,7 @@ PIECE = 4 << 20  # bytes that are read at once
 PART = 5 << 20  # S3 takes no smaller part of an upload, but the last
 AT_ONCE = 2  # parts of one upload under way: with PART, the memory that it takes
 SECONDS = 30.0  # for one request to S3
+WRITERS = 16  # of one key at the same time, at most
 
 
 class MissingError(Exception):
@@ -67,7 +68,7 @@ class Storage:
         with contextlib.suppress(MissingError), self._told(reads=True):
             await obstore.delete_async(self._opened(), key)
         if self._folder is not None:
-            await asyncio.to_thread(_unlink, [*self._folder.glob(f"{key}#*")])
+            await asyncio.to_thread(_unlink_halves, self._folder / key)
 
     def _opened(self) -> Any:
         if self._store is None:
@@ -138,6 +139,14 @@ def _s3(settings: Files) -> Any:
     )
 
 
-def _unlink(paths: list[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+def _unlink_halves(path: Path) -> None:
+    """What uploads were to become `path` and were killed: each has the first number from 1 that nobody had then.
+
+    The folder is not listed: with each file of many that would take longer than all the rest.
+    """
+    number, last = 1, WRITERS
+    while number <= last:
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(f"{path.name}#{number}").unlink()
+            last = number + WRITERS
+        number += 1
