@@ -290,6 +290,17 @@ async def test_old_messages_are_forgotten():
         assert (await plugin.row(waiting))["status"] == "waiting"
 
 
+async def test_one_round_forgets_all_messages_that_are_too_old():
+    """However many ended since the last one: they don't become more and more."""
+    async with hooked() as gw:
+        plugin = gw.plugin("Hooked")
+        async with plugin.database.transaction() as statements:
+            await store.add(statements, "default", "job.failed", "{}", [(None, "http://127.0.0.1/")] * 12_001)
+        await plugin.database.execute("UPDATE jobs_webhook_deliveries SET status = 'delivered', expires_at = 1")
+        await plugin.part.tidy()
+        assert await plugin.database.fetch("SELECT id FROM jobs_webhook_deliveries") == []
+
+
 async def test_a_receiver_that_never_answers_costs_its_time_and_no_more():
     """One that takes the connection and says nothing, and one that says it byte by byte, fail after the time-out."""
 

@@ -43,6 +43,7 @@ BUSY_SECONDS = 1.0
 # others waiting, whatever number of names they have.
 MOST_AT_ONCE, MOST_OF_TENANT = 20, 50
 PAGE = 500
+PRUNE_SECONDS = 10.0  # the rest goes with the next round
 
 
 class Webhooks:
@@ -221,7 +222,6 @@ class Webhooks:
         if not self.config.enabled:
             return
         database = self.services.database
-        await store.prune(database)
         before, after = api.now() - int(LATE_SECONDS * 1000), (0, "")
         while rows := await store.due(database, before, limit=PAGE, after=after):
             # also those that somebody wants to be sent again, sooner than their next try
@@ -229,3 +229,6 @@ class Webhooks:
                 await self._queue.put(KIND, key, queue=QUEUE)
             after = (rows[-1]["next_at"], rows[-1]["id"])
         self._waiting = (time.monotonic(), await store.count_waiting(database))
+        end = time.monotonic() + PRUNE_SECONDS
+        while await store.prune(database) == store.PRUNED_AT_ONCE and time.monotonic() < end:
+            pass

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gateway.kit import Database, Row, Statements
 
 MOST_ENDPOINTS = 50  # of one tenant: each event makes a message for each
+PRUNED_AT_ONCE = 1000  # within one transaction
 _ENDPOINT = "id, tenant, name, url, event_types, version, created_at, updated_at, old_until, disabled_at"
 _DELIVERY = (
     "id, tenant, event_type, body, status, endpoint, url, created_at, attempts, next_at, finished_at, last_status, "
@@ -232,9 +233,10 @@ async def count_waiting(database: Database) -> int:
 
 
 async def prune(database: Database) -> int:
-    """How many were too old to keep."""
+    """How many were too old to keep, PRUNED_AT_ONCE at most."""
     return await database.execute(
         "DELETE FROM jobs_webhook_deliveries WHERE id IN "
-        "(SELECT id FROM jobs_webhook_deliveries WHERE expires_at < $1 LIMIT 5000)",
+        "(SELECT id FROM jobs_webhook_deliveries WHERE expires_at < $1 LIMIT $2)",
         api.now(),
+        PRUNED_AT_ONCE,
     )
