@@ -180,6 +180,30 @@ async def test_an_upload_whose_sender_leaves_leaves_nothing():
         await until(nothing)
 
 
+async def test_an_upload_whose_sender_leaves_while_room_is_reserved_takes_none(monkeypatch):
+    """A row that stands already goes, and the room is free for the next."""
+    async with files() as gw:
+        database, asked = gw.snapshot.services.database, asyncio.Event()
+
+        async def fetch_one(sql, *values, fetch_one=database.fetch_one):
+            if "sum(" in sql and not asked.is_set():
+                asked.set()
+                await asyncio.Event().wait()
+            return await fetch_one(sql, *values)
+
+        monkeypatch.setattr(database, "fetch_one", fetch_one)
+        sending = Tasks().spawn(upload(gw), "upload")
+        await asked.wait()
+        assert [row["state"] for row in await rows(gw)] == ["uploading"]
+        sending.cancel()
+
+        async def nothing():
+            return await rows(gw) == []
+
+        await until(nothing)
+        assert (await upload(gw)).status == 200
+
+
 @pytest.mark.promise("P14.files")
 async def test_a_tenant_sees_its_own_files_alone():
     """Every route answers another tenant's file as one that isn't there."""

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from gateway import BadRequest, NotFound, Reply, TooLarge
+from gateway import BadRequest, NotFound, Reply, StoreUnavailable, TooLarge
 from gateway.kit import limit_of, query_of
 from gateway_plugins.jobs import api
 from gateway_plugins.jobs.storage import PIECE, MissingError, Storage
@@ -113,7 +113,7 @@ class Files:
 
     async def _reserve(self, file_id: str, exchange: Exchange) -> None:
         """Room for the upload within the tenant's, before anything is read. Raises TooLarge."""
-        settings, tenant = self._settings, api.tenant_of(exchange)
+        settings = self._settings
         length = exchange.request.header("content-length") or ""
         packed = exchange.request.header("content-encoding") is not None
         known = length.isascii() and length.isdigit() and len(length) < 16 and not packed
@@ -122,6 +122,15 @@ class Files:
             raise TooLarge(
                 f"The file is larger than {settings.max_bytes:,} bytes.", param="file", code="file_too_large"
             )
+        try:
+            await self._take_room(file_id, min(size, settings.max_bytes), exchange)
+        except BaseException:
+            # in a task of its own: whoever uploads may have left meanwhile
+            await asyncio.shield(self._services.spawn(self._give_back(file_id), "an upload without room"))
+            raise
+
+    async def _take_room(self, file_id: str, size: int, exchange: Exchange) -> None:
+        settings, tenant = self._settings, api.tenant_of(exchange)
         now = api.now()
         principal = exchange.principal.reference if exchange.principal else ""
         await self._services.database.execute(
@@ -130,7 +139,7 @@ class Files:
             file_id,
             tenant,
             principal,
-            min(size, settings.max_bytes),
+            size,
             now,
             now + int(UPLOAD_SECONDS * 1000),
         )
@@ -142,12 +151,15 @@ class Files:
             SMALLEST,
         )
         if taken is not None and taken["bytes"] > settings.max_total:
-            await self._services.database.execute("DELETE FROM jobs_files WHERE id = $1", file_id)
             raise TooLarge(
                 f"Your files may take {settings.max_total:,} bytes together, and with this one they would take "
                 f"{taken['bytes']:,} (each counts for {SMALLEST:,} at least). Delete some.",
                 code="storage_limit_exceeded",
             )
+
+    async def _give_back(self, file_id: str) -> None:
+        with contextlib.suppress(StoreUnavailable):  # its row, if there is one, is tidied later
+            await self._services.database.execute("DELETE FROM jobs_files WHERE id = $1", file_id)
 
     async def _list(self, exchange: Exchange) -> Reply:
         given = query_of(exchange, ("purpose", "limit", "order", "after", *admins(exchange)))
