@@ -80,15 +80,22 @@ class Kept:
     async def _keep(self) -> None:
         waits = Waits()
         while not self._ending.is_set():
-            process = self._process = await self._start()
-            if self._ending.is_set():
-                self._signal(signal.SIGTERM)
             began = time.monotonic()
-            code = await process.wait()
-            if self._ending.is_set():
-                return
-            wait = waits.after(time.monotonic() - began)
-            log.error("companion_ended", plugin=self.plugin, pid=process.pid, code=code, again_in_seconds=wait)
+            try:
+                process = await self._start()
+            except OSError as error:  # no memory or no process is left: there may be again
+                wait = waits.after(0.0)
+                log.error(  # noqa: TRY400 - it says it all
+                    "companion_not_started", plugin=self.plugin, error=str(error), again_in_seconds=wait
+                )
+            else:
+                if self._ending.is_set():
+                    self._signal(signal.SIGTERM)
+                code = await process.wait()
+                if self._ending.is_set():
+                    return
+                wait = waits.after(time.monotonic() - began)
+                log.error("companion_ended", plugin=self.plugin, pid=process.pid, code=code, again_in_seconds=wait)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._ending.wait()

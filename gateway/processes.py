@@ -251,16 +251,21 @@ class Group:
     async def _start(self, number: int) -> _Child:
         read, write = os.pipe()
         fds = [s.fileno() for s in self._sockets]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "gateway.begin",
-            "gateway.processes",
-            stdin=asyncio.subprocess.PIPE,
-            pass_fds=[*fds, write],
-            start_new_session=True,  # Ctrl-C is for the parent, which passes it on once
-        )
-        os.close(write)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "gateway.begin",
+                "gateway.processes",
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=[*fds, write],
+                start_new_session=True,  # Ctrl-C is for the parent, which passes it on once
+            )
+        except BaseException:
+            os.close(read)
+            raise
+        finally:
+            os.close(write)
         worker = self._workers[number] = _Child(number, process)
         self._tasks.spawn(worker.listen(read, self._asked), f"listen to worker {number}")
         server = self._loaded.settings.server
@@ -287,14 +292,23 @@ class Group:
                 return
             wait = waits.after(time.monotonic() - worker.started)
             log.error("worker_ended", worker=worker.number, pid=worker.process.pid, code=code, again_in_seconds=wait)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._stopping.wait()
-                    return
-            async with self._changing:
-                if self._stopping.is_set():
-                    return
-                worker = await self._start(worker.number)
+            another = None
+            while another is None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self._stopping.wait()
+                        return
+                async with self._changing:
+                    if self._stopping.is_set():
+                        return
+                    try:
+                        another = await self._start(worker.number)
+                    except OSError as error:  # no memory or no process is left: there may be again
+                        wait = waits.after(0.0)
+                        log.error(  # noqa: TRY400 - it says it all
+                            "worker_not_started", worker=worker.number, error=str(error), again_in_seconds=wait
+                        )
+            worker = another
 
     def _signal(self, number: int) -> None:
         for worker in self._workers.values():

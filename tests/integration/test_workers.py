@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from tests.integration.process import XENIOS, environment, serving, xenios
+from tests.integration.process import MODULE, XENIOS, environment, serving, xenios
 
 CONFIG = """
 server: {{data_dir: ./data, workers: {workers}, drain_timeout: 10s}}
@@ -51,6 +52,10 @@ def children(parent):
 
 def workers(parent):
     return [pid for pid, command in children(parent).items() if "gateway.processes" in command]
+
+
+def open_files(pid):
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def xenios_pid(folder):
@@ -93,6 +98,26 @@ def test_workers_share_a_port_a_key_and_their_limits(tmp_path):
         parent = xenios_pid(tmp_path)
         assert len(workers(parent)) == 3
         assert sum("valkey-server" in command for command in children(parent).values()) == 1
+
+
+def test_a_worker_that_can_not_be_started_is_tried_again(tmp_path):
+    """A host that has no memory or no process left for a moment costs no worker for good: the place is filled later."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(Path(sys.executable).resolve())
+    env = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = (str(python), *MODULE[1:])
+    with serving(tmp_path, "--config", config(tmp_path), env=env, command=command) as running:
+        parent = xenios_pid(tmp_path)
+        before, files = workers(parent), open_files(parent)
+        python.rename(aside := python.with_name("aside"))
+        os.kill(before[0], signal.SIGKILL)
+        eventually(lambda: sum("worker_not_started" in line for line in running.said) >= 2, 20)
+        assert set(fresh_chats(running, 10)) == {200}
+        aside.rename(python)
+        eventually(lambda: len(workers(parent)) == 2, 20)
+        assert set(fresh_chats(running, 10)) == {200}
+        eventually(lambda: open_files(parent) == files)
 
 
 def test_a_worker_that_is_killed_is_replaced_while_others_serve(tmp_path):
