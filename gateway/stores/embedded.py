@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -93,7 +94,8 @@ async def _keep(child: asyncio.subprocess.Process, path: Path, directory: Path, 
             code = await child.wait()
             log.error("embedded_valkey_ended", code=code, output=str(directory / "log"))
             await asyncio.sleep(0.2)
-            with contextlib.suppress(EmbeddedError):
+            # also where the host has no memory or process left: there may be again
+            with contextlib.suppress(EmbeddedError, OSError, subprocess.SubprocessError):
                 child = await _start(path, directory, output)
     finally:
         await _stop(child)
