@@ -47,7 +47,7 @@ class Plugin:
         self.counted.add(1)
         gc.collect()
         with self.config.diary.with_name("configurations").open("a") as file:
-            file.write(f"{sum(isinstance(each, Loaded) for each in gc.get_objects())}\n")
+            file.write(f"{sum(type(each) is Loaded for each in gc.get_objects())}\n")
         await stop.wait()
         self.say("ends")
 
