@@ -12,15 +12,15 @@ import pytest
 from tests.clients.process import Served, plain_environment, served
 
 
-# One for each file: what a file's failing models do to a circuit must not depend on the files before it.
-@pytest.fixture(scope="module")
+# One for all files: a model that answers 429 is left alone as it asked, so each test that wants one names its own (`-n1`).
+@pytest.fixture(scope="session")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`xenios serve` with the configuration that is shipped, as a newcomer has it: its simulation answers."""
     with served(tmp_path_factory.mktemp("gateway")) as running:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def script(gateway: Served) -> Callable[[str], dict[str, Any]]:
     """Runs a script beside the tests as its own process with base URL and key; what it prints is JSON."""
 

@@ -62,7 +62,7 @@ async def errors(client: AsyncOpenAI) -> dict[str, str | None]:
     cases = (
         (client.with_options(api_key="sk-wrong"), MODEL),
         (client, "nobody/nothing"),
-        (client, "xenios/sim-fail-429"),
+        (client, "xenios/sim-fail-429-n3"),
     )
     for asked, model in cases:
         try:

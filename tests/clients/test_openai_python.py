@@ -275,7 +275,7 @@ def test_an_unknown_model_is_a_not_found_error(client: OpenAI) -> None:
 def test_a_rate_limit_is_a_rate_limit_error(client: OpenAI) -> None:
     """The upstream's 429 reaches the SDK with its Retry-After."""
     with pytest.raises(openai.RateLimitError) as caught:
-        client.chat.completions.create(model="xenios/sim-fail-429", messages=HELLO)
+        client.chat.completions.create(model="xenios/sim-fail-429-n2", messages=HELLO)
     assert caught.value.code == "rate_limit_exceeded"
     assert caught.value.response.headers["retry-after"] == "1"
 

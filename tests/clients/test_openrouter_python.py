@@ -97,5 +97,5 @@ def test_a_wrong_key_is_refused(gateway: Served) -> None:
 def test_a_rate_limit_is_told(client: OpenRouter) -> None:
     """And for a 429."""
     with pytest.raises(errors.OpenRouterError) as caught:
-        client.chat.send(model="xenios/sim-fail-429", messages=HELLO)
+        client.chat.send(model="xenios/sim-fail-429-n4", messages=HELLO)
     assert caught.value.status_code == 429

@@ -109,7 +109,7 @@ const scenarios = {
     return {
       wrongKey: await raised(() => stranger.chat.completions.create({ model, messages })),
       unknownModel: await raised(() => chat.create({ model: 'nobody/nothing', messages })),
-      rateLimit: await raised(() => chat.create({ model: 'xenios/sim-fail-429', messages })),
+      rateLimit: await raised(() => chat.create({ model: 'xenios/sim-fail-429-n5', messages })),
       upstreamDown: await raised(() => chat.create({ model: 'xenios/sim-reset', messages })),
       brokenAnswer: await raised(() => chat.create({ model: 'xenios/sim-err200', messages })),
       midStream: await raised(() => streamed({ model: 'xenios/sim-n10-d1-errmid' })),
