@@ -58,10 +58,8 @@ def served(folder: Path, config: Path = SHIPPED, within: float = 20.0) -> Iterat
         process.send_signal(signal.SIGTERM)
         code = process.wait(within)
         reader.join()
-        # on a busy machine or disk warnings may stand there, that the loop was held up, and that Valkey was for 200 ms
-        failures = [
-            line for line in rest if "Traceback" in line or ('"level":"error"' in line and '_away"' not in line)
-        ]
+        # warnings may stand there: that the loop was held up, on a busy machine
+        failures = [line for line in rest if "Traceback" in line or '"level":"error"' in line]
         assert (code, failures) == (0, []), "".join(rest)
     finally:
         if process.poll() is None:
