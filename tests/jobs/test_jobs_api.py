@@ -20,6 +20,7 @@ from gateway.kit.upstream import (
     chat_events,
     encode_step,
 )
+from gateway_plugins.jobs import functions
 from gateway_plugins.jobs.runner import MOST_LOSSES
 from tests.jobs.gateways import (
     ASYNC,
@@ -522,6 +523,34 @@ async def test_what_waits_is_cancelled_at_once(url):
         assert gw.upstream.seen == []
         result = await gw.get(f"/v1/jobs/{job_id}/result", headers=of("app"))
         assert (result.status, result.data["error"]["code"]) == (409, "job_cancelled")
+
+
+@pytest.mark.parametrize("moment", ["begin", "ring", "request"])
+async def test_what_is_stopped_as_it_begins_is_cancelled(url, monkeypatch, moment):
+    """Whoever sees that a job runs and cancels it at once sees it end: not one that runs on and on without a worker."""
+    async with gateway(url) as gw:
+        job_id, runner = await taken(gw), jobs(gw).runner
+        there = runner._events if moment == "ring" else runner._store
+        does, reached = getattr(there, moment), asyncio.Event()
+
+        async def lasts(*given):
+            await does(*given)
+            reached.set()
+            await asyncio.Event().wait()
+
+        async def run():
+            functions.reason.set(lambda: "stop")
+            await runner.run(job_id)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(there, moment, lasts)
+            running = spawn(run())
+            await reached.wait()
+        assert (await shown(gw, job_id))["status"] == "running"
+        running.cancel()
+        await asyncio.wait([running])
+        assert (await shown(gw, job_id))["status"] == "cancelled"
+        assert gw.upstream.seen == []
 
 
 # --- looked after -----------------------------------------------------------------------------------------------------

@@ -87,6 +87,28 @@ async def test_of_what_waits_high_runs_before_normal_before_low(url):
         assert done == ["a", "b", "c"]
 
 
+async def test_what_is_stopped_before_it_begins_keeps_no_place(url):
+    """A stop that comes right when a job was taken ends it; whatever is put next has its place."""
+    async with open_queue(url) as queue:
+        waits = Waits(queue)
+        async with running(url, {"job": waits}, concurrency=1) as worker:
+            spawn = worker._spawn
+
+            def stopped_at_once(run):
+                worker._spawn = spawn
+                spawn(run)
+                worker._cancel([run], "stop")
+
+            worker._spawn = stopped_at_once
+            await queue.put("job", "stopped")
+            await until(lambda: worker._spawn == spawn and not worker._runs)
+            with client(url) as connection:
+                assert status(connection, "job", "stopped") == "stopped"
+            await queue.put("job", "next")
+            await until(lambda: waits.begun == ["next"])
+            waits.going.set()
+
+
 async def test_what_is_put_begins_within_milliseconds(url):
     """An idle worker is told when something is put, and does not find it at its next look only."""
     async with open_queue(url) as queue:

@@ -194,15 +194,33 @@ class Runner:
         try:
             if job.status == "running":
                 job = await self._lost(job)
-            job = await self._store.begin(job, f"{job.id}-{job.attempts + 1}")
+            job, late, sink = await self._begin(job)
         except Lost:
             return
-        await self._events.ring(job.id)
         self._running[job.id] = job.operation or ""
         try:
-            await self._through(job)
+            await self._through(job, late, sink)
         finally:
             self._running.pop(job.id, None)
+
+    async def _begin(self, job: Job) -> tuple[Job, LateRequest, Sink]:
+        """It is running, by us, and who watches it knows. Raises Lost."""
+        operation = f"{job.id}-{job.attempts + 1}"
+        try:
+            begun = await self._store.begin(job, operation)
+            await self._events.ring(job.id)
+            late = LateRequest.from_json(await self._store.request(job.id))
+            return begun, late, await self.sink(begun)
+        except asyncio.CancelledError:
+            # Others may see it running already, who have it stopped: they are to see how that ended.
+            with contextlib.suppress(StoreUnavailable):
+                await asyncio.shield(self._end_at_once(job.id, operation))
+            raise
+
+    async def _end_at_once(self, job_id: str, operation: str) -> None:
+        job = await self._store.get(job_id)
+        if job is not None and job.status == "running" and job.operation == operation:
+            await self._after(await self._end(job, self._interrupted(job)))
 
     async def close(self, job: Job, end: End) -> Job | None:
         """A job that is not being run ends. None: it is not as it was read any more."""
@@ -242,10 +260,8 @@ class Runner:
             raise Again(after)
         return job
 
-    async def _through(self, job: Job) -> None:
+    async def _through(self, job: Job, late: LateRequest, sink: Sink) -> None:
         """The pipeline, and what comes of it."""
-        late = LateRequest.from_json(await self._store.request(job.id))
-        sink = await self.sink(job)
         ended: list[Ended] = []
         over = False
 
@@ -273,7 +289,7 @@ class Runner:
                 raise Again(RETRY_SECONDS) from error
             ended.extend(await self._end(job, self._later(job, error, counts=False)))
         finally:
-            await asyncio.shield(self._after(sink, ended))
+            await asyncio.shield(self._after(ended, sink))
         for _, end in ended:
             if end.status == "queued":
                 raise Again(end.after)
@@ -303,8 +319,9 @@ class Runner:
                 await self._webhooks.wake()  # by the task that told
                 return [Ended(ended, end)]
 
-    async def _after(self, sink: Sink, ended: list[Ended]) -> None:
-        await sink.close()
+    async def _after(self, ended: list[Ended], sink: Sink | None = None) -> None:
+        if sink is not None:
+            await sink.close()
         for job, _ in ended:
             if job.ended and job.stream:
                 await self._events.forget(job.id, job.attempts)

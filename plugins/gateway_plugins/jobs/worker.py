@@ -110,7 +110,7 @@ class Run:
     lane: Lane
     execution: Execution
     began: float = field(default_factory=time.monotonic)
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[None] | None = None  # once it has begun: one that is cancelled before does nothing at all
     ending: Why = ""  # why it is cancelled
     settling: bool = False
     told: list[str] = field(default_factory=list)  # by the handler
@@ -381,9 +381,7 @@ class AsyncWorker(BaseWorker):
     # --- running them: on the event loop -----------------------------------------------------------------------------
 
     def _spawn(self, run: Run) -> None:
-        run.task = self._tasks.spawn(self._work(run), f"jobs: {run.job.id}")
-        if run.ending:  # cancelled before it began
-            run.task.cancel()
+        self._tasks.spawn(self._work(run), f"jobs: {run.job.id}")
 
     def _cancel(self, runs: Iterable[Run], why: Why) -> None:
         for run in runs:
@@ -393,6 +391,7 @@ class AsyncWorker(BaseWorker):
                     run.task.cancel()
 
     async def _work(self, run: Run) -> None:
+        run.task = asyncio.current_task()
         kind, work = run.job.work
         functions.handlers.set(self._handlers)
         functions.reason.set(lambda: run.ending)
@@ -402,6 +401,8 @@ class AsyncWorker(BaseWorker):
         after, failure = 0.0, ""
         outcome: Outcome = "done"
         try:
+            if run.ending:
+                raise asyncio.CancelledError  # noqa: TRY301 - as if it had come a moment later
             await functions.run(kind, work)
         except Again as again:
             outcome, after = "again", again.after
