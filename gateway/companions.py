@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.logs import get_logger
 from gateway.plugins import read_plugins
-from gateway.processes import Waits, lines, loaded_of, text_of
+from gateway.processes import Waits, begun, lines, loaded_of, text_of
 from gateway.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -101,15 +101,7 @@ class Kept:
                     await self._ending.wait()
 
     async def _start(self) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "gateway.begin",
-            "gateway.companions",
-            stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the parent, which passes it on once
-        )
-        self._process = process
+        process = self._process = await begun("gateway.companions")
         self._send(
             {
                 "config": text_of(self._loaded),

@@ -85,6 +85,19 @@ class Waits:
         return WAITS[min(self._quick, len(WAITS) - 1)]
 
 
+async def begun(module: str, pass_fds: Sequence[int] = ()) -> asyncio.subprocess.Process:
+    """A process of ours, told on standard input what to do. Raises OSError."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "gateway.begin",
+        module,
+        stdin=asyncio.subprocess.PIPE,
+        pass_fds=pass_fds,
+        start_new_session=True,  # Ctrl-C is for the parent, which passes it on once
+    )
+
+
 class _Child:
     """A worker, as the parent sees it."""
 
@@ -252,15 +265,7 @@ class Group:
         read, write = os.pipe()
         fds = [s.fileno() for s in self._sockets]
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "gateway.begin",
-                "gateway.processes",
-                stdin=asyncio.subprocess.PIPE,
-                pass_fds=[*fds, write],
-                start_new_session=True,  # Ctrl-C is for the parent, which passes it on once
-            )
+            process = await begun("gateway.processes", pass_fds=[*fds, write])
         except BaseException:
             os.close(read)
             raise
