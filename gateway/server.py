@@ -13,6 +13,7 @@ import contextvars
 import functools
 import re
 import time
+import weakref
 from email.utils import formatdate
 from http import HTTPStatus
 from socket import AF_UNIX
@@ -58,6 +59,8 @@ SERVER_NAME = "xenios"
 _X_REQUEST_ID, _X_API_KEY, _API_KEY = istr("X-Request-Id"), istr("X-Api-Key"), istr("Api-Key")
 _ONCE = (hdrs.AUTHORIZATION, _X_API_KEY, _API_KEY)
 LINGER_SECONDS = 3.0
+NEWCOMER_SECONDS = 1.0  # for the first request of a connection that was accepted just before the end
+NEWCOMER_TURN = 0.02
 PIECE = 256 * 1024
 JOINED = 64 * 1024  # smaller bodies are cheaper copied behind their head than written beside it
 PROGRESS = 64 * 1024  # bytes of a streamed body that must come within each `body_timeout`
@@ -80,14 +83,19 @@ class _Connection(RequestHandler):
     It has a time limit for each request's head, and is quiet about malformed input.
     """
 
-    __slots__ = ("_context", "_head_timer", "_limits", "_serve", "_serving", "full", "on_room", "peer")
+    __slots__ = (
+        "__weakref__", "_context", "_head_timer", "_last", "_limits", "_listener", "_serve", "_serving", "full",
+        "on_room", "peer",
+    )  # fmt: skip
 
     def __init__(self, manager: _Listener, *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
         # those of aiohttp's own are for the connection's life, ours are asked for anew
         super().__init__(manager, loop=loop, keepalive_timeout=manager.limits().keepalive_timeout, **kwargs)
+        self._listener = manager
         self._limits = manager.limits
         self._serve = manager.serve
         self._serving = False
+        self._last = False
         self._context = manager.context
         self._head_timer: asyncio.TimerHandle | None = None
         self.peer: tuple[Any, ...] | str | None = None
@@ -111,6 +119,7 @@ class _Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._listener.unmade.discard(self)
         self.peer = transport.get_extra_info("peername")
         manager = self._manager
         if manager is not None and len(manager.connections) > self._limits().max_connections:
@@ -151,7 +160,7 @@ class _Connection(RequestHandler):
 
     def served(self, *, keep_alive: bool) -> None:
         """A request has been answered, and no byte of it is left."""
-        if not keep_alive or self._close or self._force_close:
+        if not keep_alive or self._last or self._force_close:
             self._serving = False
             self.close()
             return
@@ -193,10 +202,21 @@ class _Connection(RequestHandler):
             self.transport.write(_bare(408))
             self.force_close()
 
+    @property
+    def expects(self) -> bool:
+        """A request is on its way: the connection is new, or its head has begun."""
+        return self._head_timer is not None and self.transport is not None
+
     def close(self) -> None:
-        """No further request. An idle connection is closed now: aiohttp's own leaves it open until the process ends."""
+        """No request after the one that is under way, or on its way.
+
+        Of aiohttp's own, a body that is still coming is lost, and an idle connection stays open until the process ends.
+        """
+        self._last = True
+        if self._serving or self.expects:
+            return
         super().close()
-        if not self._serving and self.transport is not None:
+        if self.transport is not None:
             self.transport.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -243,10 +263,18 @@ class _Listener(web.Server):
         )
         self.serve = serve
         self.limits = limits
+        self.unmade: weakref.WeakSet[_Connection] = weakref.WeakSet()  # accepted; with TLS, shaking hands
         self.context = contextvars.copy_context()  # what one request's task leaves in its own is not the next one's
 
     def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
+        connection = _Connection(self, loop=self._loop, **self._kwargs)
+        self.unmade.add(connection)
+        return connection
+
+    @property
+    def expecting(self) -> list[_Connection]:
+        """On which a request is on its way."""
+        return [c for c in self.connections if isinstance(c, _Connection) and c.expects]
 
 
 class _Asker(DirectClient):
@@ -530,6 +558,7 @@ class Server:
             listening.close()
         if self._listener is not None:
             self._listener.pre_shutdown()
+            await self._hear_newcomers(self._listener, timeout)
         if self._runs:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
@@ -540,6 +569,18 @@ class Server:
         if self._listener is not None:
             await self._listener.shutdown(5.0)
         return cut
+
+    async def _hear_newcomers(self, listener: _Listener, timeout: float) -> None:  # noqa: ASYNC109 - as for `drain`
+        """Who has connected and not asked yet may do so: another instance on the same socket doesn't know of them."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + min(NEWCOMER_SECONDS, timeout)
+        while True:
+            await asyncio.sleep(NEWCOMER_TURN)  # the loop may have accepted some that it has not told us of
+            expecting = listener.expecting
+            if loop.time() >= end or not (expecting or listener.unmade):
+                break
+        for connection in expecting:
+            connection.force_close()
 
     async def _serve(self, connection: _Connection, message: RawRequestMessage, payload: StreamReader) -> None:
         """One request, from its head to the end of its reply."""
