@@ -4,6 +4,8 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
+from tests.tools import keep_files_in_memory
+
 # How long an example takes says how busy the machine is.
 untimed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 # `make test` tries the same examples each time, so a red run is the change's doing. `make test-full` looks for new ones
@@ -11,6 +13,11 @@ untimed = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("repeatable", derandomize=True, **untimed)
 settings.register_profile("new", **untimed)
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    if config.option.markexpr != "deploy":  # whose images and machines are large
+        keep_files_in_memory()
 
 
 @pytest.fixture(autouse=True)

@@ -116,6 +116,7 @@ class PostgresServer:
             [
                 _binaries() / "postgres", "-D", self._directory / "data", "-p", str(self.port), "-h", "127.0.0.1",
                 "-k", str(self._directory), "-c", "fsync=off", "-c", "max_connections=60", "-c", "log_min_messages=fatal",
+                "-c", "dynamic_shared_memory_type=mmap",  # or each that is killed leaves some
             ],
             stderr=self._log,
             start_new_session=True,
