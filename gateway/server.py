@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import gc
 import re
 import time
 import weakref
@@ -59,8 +60,9 @@ SERVER_NAME = "xenios"
 _X_REQUEST_ID, _X_API_KEY, _API_KEY = istr("X-Request-Id"), istr("X-Api-Key"), istr("Api-Key")
 _ONCE = (hdrs.AUTHORIZATION, _X_API_KEY, _API_KEY)
 LINGER_SECONDS = 3.0
-NEWCOMER_SECONDS = 1.0  # for the first request of a connection that was accepted just before the end
-NEWCOMER_TURN = 0.02
+LAST_SECONDS = 1.0  # at the end: for a request that is on its way, and for what was written last
+MOMENT = 0.1  # since its last reply, in which a client that was not told otherwise is about to ask again
+TURN = 0.02
 PIECE = 256 * 1024
 JOINED = 64 * 1024  # smaller bodies are cheaper copied behind their head than written beside it
 PROGRESS = 64 * 1024  # bytes of a streamed body that must come within each `body_timeout`
@@ -84,18 +86,18 @@ class _Connection(RequestHandler):
     """
 
     __slots__ = (
-        "__weakref__", "_context", "_head_timer", "_last", "_limits", "_listener", "_serve", "_serving", "full",
+        "__weakref__", "_context", "_head_timer", "_limits", "_serve", "_serving", "full", "listener", "lost",
         "on_room", "peer",
     )  # fmt: skip
 
     def __init__(self, manager: _Listener, *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
         # those of aiohttp's own are for the connection's life, ours are asked for anew
         super().__init__(manager, loop=loop, keepalive_timeout=manager.limits().keepalive_timeout, **kwargs)
-        self._listener = manager
+        self.listener = manager
         self._limits = manager.limits
         self._serve = manager.serve
         self._serving = False
-        self._last = False
+        self.lost = False  # closed, and all that was written has gone out
         self._context = manager.context
         self._head_timer: asyncio.TimerHandle | None = None
         self.peer: tuple[Any, ...] | str | None = None
@@ -119,7 +121,10 @@ class _Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._listener.unmade.discard(self)
+        self.listener.unmade.discard(self)
+        if self.listener.over:  # its handshake took too long
+            self.force_close()
+            return
         self.peer = transport.get_extra_info("peername")
         manager = self._manager
         if manager is not None and len(manager.connections) > self._limits().max_connections:
@@ -160,7 +165,7 @@ class _Connection(RequestHandler):
 
     def served(self, *, keep_alive: bool) -> None:
         """A request has been answered, and no byte of it is left."""
-        if not keep_alive or self._last or self._force_close:
+        if not keep_alive or self.listener.over or self._force_close:
             self._serving = False
             self.close()
             return
@@ -203,23 +208,25 @@ class _Connection(RequestHandler):
             self.force_close()
 
     @property
-    def expects(self) -> bool:
-        """A request is on its way: the connection is new, or its head has begun."""
-        return self._head_timer is not None and self.transport is not None
+    def awaited(self) -> bool:
+        """A request may be on its way: the connection is new, a head has begun, or its client was just answered."""
+        if self._serving or self._close or self.transport is None:
+            return False
+        idle_since = self._next_keepalive_close_time - self._keepalive_timeout
+        return self._head_timer is not None or self._loop.time() < idle_since + MOMENT
+
+    @property
+    def serving(self) -> bool:
+        return self._serving
 
     def close(self) -> None:
-        """No request after the one that is under way, or on its way.
-
-        Of aiohttp's own, a body that is still coming is lost, and an idle connection stays open until the process ends.
-        """
-        self._last = True
-        if self._serving or self.expects:
-            return
+        """Of a connection that is not served: at once. Aiohttp's own leaves it open until the process ends."""
         super().close()
         if self.transport is not None:
             self.transport.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self.lost = True
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -253,7 +260,7 @@ class _Connection(RequestHandler):
 
 
 class _Listener(web.Server):
-    def __init__(self, serve: Serve, limits: Callable[[], ServerSettings]) -> None:
+    def __init__(self, serve: Serve, limits: Callable[[], ServerSettings], *, tls: bool) -> None:
         super().__init__(
             serve,  # type: ignore[arg-type]  # by `_Connection` alone
             handler_cancellation=True,
@@ -263,7 +270,10 @@ class _Listener(web.Server):
         )
         self.serve = serve
         self.limits = limits
+        self._tls = tls
         self.unmade: weakref.WeakSet[_Connection] = weakref.WeakSet()  # accepted; with TLS, shaking hands
+        self.draining = False  # each reply says that it is its connection's last
+        self.over = False  # nobody is heard any more
         self.context = contextvars.copy_context()  # what one request's task leaves in its own is not the next one's
 
     def __call__(self) -> RequestHandler:
@@ -271,10 +281,32 @@ class _Listener(web.Server):
         self.unmade.add(connection)
         return connection
 
-    @property
-    def expecting(self) -> list[_Connection]:
-        """On which a request is on its way."""
-        return [c for c in self.connections if isinstance(c, _Connection) and c.expects]
+    def close_idle(self) -> list[_Connection]:
+        """Those that are left and may still ask."""
+        idle = [connection for connection, _ in self._open() if not connection.serving]
+        for connection in idle:
+            if not connection.awaited:
+                connection.close()
+        return [connection for connection in idle if connection.awaited]
+
+    async def end(self, until: float) -> None:
+        """Close all, and wait for what was written to them to go out, to the loop's time `until` or a second at least.
+
+        Up to 64 KiB of a reply lie here while its reader is slow, and would end with the process. TLS does not tell of
+        them: there it is a second at most.
+        """
+        connections = self._open()
+        await self.shutdown(5.0)
+        second = self._loop.time() + LAST_SECONDS
+        until = second if self._tls else max(until, second)
+        while self._loop.time() < until and any(  # noqa: ASYNC110 - nobody is told of it
+            not connection.lost and (self._tls or transport.get_write_buffer_size())
+            for connection, transport in connections
+        ):
+            await asyncio.sleep(TURN)
+
+    def _open(self) -> list[tuple[_Connection, asyncio.Transport]]:
+        return [(c, transport) for c, transport in self._connections.items() if isinstance(c, _Connection)]
 
 
 class _Asker(DirectClient):
@@ -287,13 +319,7 @@ class _Asker(DirectClient):
     )  # fmt: skip
 
     def __init__(
-        self,
-        connection: _Connection,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        *,
-        seconds: float,
-        closing: bool,
+        self, connection: _Connection, message: RawRequestMessage, payload: StreamReader, seconds: float
     ) -> None:
         """`seconds`: for the body."""
         self._connection = connection
@@ -303,7 +329,7 @@ class _Asker(DirectClient):
         self._chunked = False
         self._head = b""  # not sent yet
         self.begun = False  # the reply
-        self.keep_alive = not (message.should_close or closing)
+        self.keep_alive = not message.should_close
         self.content_type = message.headers.get(hdrs.CONTENT_TYPE, "")
 
     # --- what it says --------------------------------------------------------------------------------------------
@@ -420,7 +446,7 @@ class _Asker(DirectClient):
     def _made(self, status: int, headers: CIMultiDict[str], length: int | None = None) -> bytes:
         """The head, of headers that were found sound."""
         version = self._message.version
-        if hdrs.CONNECTION in headers or not self._payload.is_eof():
+        if hdrs.CONNECTION in headers or not self._payload.is_eof() or self._connection.listener.draining:
             # refused for its framing, or before its body came: what follows on this connection is no request
             self.keep_alive = False
         if not self.keep_alive:
@@ -542,7 +568,7 @@ class Server:
 
     async def start(self, sockets: Sequence[socket.socket], tls: ssl.SSLContext | None = None) -> None:
         """Accept connections from sockets that listen."""
-        self._listener = _Listener(self._serve, lambda: self._current().settings.server)
+        self._listener = _Listener(self._serve, lambda: self._current().settings.server, tls=tls is not None)
         loop = asyncio.get_running_loop()
         seconds = self._current().settings.server.header_timeout if tls else None
         for sock in sockets:
@@ -553,45 +579,38 @@ class Server:
     async def drain(self, delay: float, timeout: float) -> int:  # noqa: ASYNC109 - a phase's length, not a limit on it
         """Not ready but accepting for `delay`, then closed; requests get `timeout` to end. Returns the number cut."""
         self.draining = True
+        listener = self._listener
+        if listener is None:
+            return 0
+        listener.draining = True
         await asyncio.sleep(delay)
-        for listening in self._sockets:
-            listening.close()
-        if self._listener is not None:
-            self._listener.pre_shutdown()
-            await self._hear_newcomers(self._listener, timeout)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
+        await self._accept_no_more()
+        await _hear_the_last(listener, min(timeout, LAST_SECONDS))
         if self._runs:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), timeout)
+                await asyncio.wait_for(self._idle.wait(), end - loop.time())
         cut = len(self._runs)
         for run in list(self._runs):
             run.watch.expire(SHUTDOWN)
-        if self._listener is not None:
-            await self._listener.shutdown(5.0)
+        await listener.end(end)
         return cut
 
-    async def _hear_newcomers(self, listener: _Listener, timeout: float) -> None:  # noqa: ASYNC109 - as for `drain`
-        """Who has connected and not asked yet may do so: another instance on the same socket doesn't know of them."""
+    async def _accept_no_more(self) -> None:
         loop = asyncio.get_running_loop()
-        end = loop.time() + min(NEWCOMER_SECONDS, timeout)
-        while True:
-            await asyncio.sleep(NEWCOMER_TURN)  # the loop may have accepted some that it has not told us of
-            expecting = listener.expecting
-            if loop.time() >= end or not (expecting or listener.unmade):
-                break
-        for connection in expecting:
-            connection.force_close()
+        for listening in self._sockets:
+            for sock in listening.sockets:
+                loop.remove_reader(sock.fileno())
+        await asyncio.sleep(0)  # asyncio's loop forgets whom it has accepted in the turn in which it closes
+        for listening in self._sockets:
+            listening.close()
 
     async def _serve(self, connection: _Connection, message: RawRequestMessage, payload: StreamReader) -> None:
         """One request, from its head to the end of its reply."""
         snapshot = self._current()
-        asker = _Asker(
-            connection,
-            message,
-            payload,
-            seconds=snapshot.settings.server.body_timeout,
-            closing=self.draining,
-        )
+        asker = _Asker(connection, message, payload, snapshot.settings.server.body_timeout)
         snapshot.users.enter()
         try:
             run = Run(
@@ -620,6 +639,24 @@ class Server:
             connection.served(keep_alive=asker.keep_alive)
         finally:
             snapshot.users.leave()
+
+
+async def _hear_the_last(listener: _Listener, seconds: float) -> None:
+    """Who was let in and is about to ask may do so: another instance on the same socket doesn't know of them."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    collected = False
+    while True:
+        await asyncio.sleep(TURN)  # the loop may have accepted some that it has not told us of
+        if listener.unmade and not collected:
+            gc.collect()  # nobody is told of handshakes that broke
+            collected = True
+        awaited = listener.close_idle()
+        if loop.time() >= end or not (awaited or listener.unmade):
+            break
+    listener.over = True
+    for connection in awaited:
+        connection.force_close()
 
 
 def _exchange(snapshot: Snapshot, connection: _Connection, message: RawRequestMessage) -> Exchange:

@@ -227,10 +227,12 @@ def instance(folder: Path, config: Path, listening: socket.socket) -> Iterator[R
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_upgrade_refuses_no_connection(tmp_path: Path, workers: int) -> None:
-    """Two instances on one socket of systemd: the new one starts beside the old, which then drains. All are answered."""
+    """Two instances on one socket of systemd: the new one starts beside the old, which then drains. All are answered,
+    those too who keep their connection for the next request.
+    """
     config = tmp_path / "own.yaml"
     config.write_text(
-        f"server: {{workers: {workers}, allow_anonymous: true}}\n"
+        f"server: {{workers: {workers}, allow_anonymous: true, drain_delay: 1s}}\n"
         "services: {redis: embedded}\nupstreams: {openrouter: {without_key: simulate}}\n"
     )
     statuses: list[int] = []
@@ -238,13 +240,17 @@ def test_an_upgrade_refuses_no_connection(tmp_path: Path, workers: int) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
         port = listening.getsockname()[1]
 
-        def go_on() -> None:
+        def go_on(keep: bool) -> None:
+            kept = http.client.HTTPConnection("127.0.0.1", port, timeout=20)  # connects anew when it was told to close
             while not over.is_set():
-                statuses.append(chat_once(http.client.HTTPConnection("127.0.0.1", port, timeout=20), None))
+                statuses.append(chat(kept, None))
+                if not keep:
+                    kept.close()
+            kept.close()
 
         with contextlib.ExitStack() as old:
             old.enter_context(instance(tmp_path / "old", config, listening))
-            asking = [threading.Thread(target=go_on) for _ in range(4)]
+            asking = [threading.Thread(target=go_on, args=(keep,)) for keep in (True, False) * 2]
             for thread in asking:
                 thread.start()
             with instance(tmp_path / "new", config, listening) as new:
