@@ -86,8 +86,8 @@ if wishes then
   workers = redis.call('ZCOUNT', '{WORKERS}', now, '+inf')
 end
 -- of what is left when the request has taken its own: nothing that is not good for two more such requests
-local function share(left, room, taken)
-  local part = left / (4 * workers)
+local function share(left, room, taken, most)
+  local part = math.min(left / (4 * workers), most)
   if left * 10 < room or part < 2 * taken then return 0 end
   return part
 end
@@ -99,7 +99,7 @@ for i = 1, n do
     redis.call('ZADD', key, now + lease, op)
     redis.call('PEXPIRE', key, math.ceil(lease / 1000) * 2)
     if wish then
-      local spare = math.floor(share(room - tonumber(out[i + 1]) - 1, room, 1))
+      local spare = math.floor(share(room - tonumber(out[i + 1]) - 1, room, 1, room))
       local more = wish + spare - own('s', key)
       if more ~= 0 then redis.call('INCRBY', key .. ':leased', more) end
       redis.call('HSET', mine, 's' .. key, text(wish + spare))
@@ -113,7 +113,7 @@ for i = 1, n do
     redis.call('HINCRBY', KEYS[n + 1], key, text(taken))
     if wish then
       local spent, reserved = string.match(out[i + 1], '(%S+) (%S+)')
-      local part = math.floor(share(room - tonumber(spent) - tonumber(reserved) - taken, room, taken))
+      local part = math.floor(share(room - tonumber(spent) - tonumber(reserved) - taken, room, taken, room))
       redis.call('HINCRBY', key, 'leased', text(part - own('b', key)))
       redis.call('HSET', mine, 'b' .. key, text(part))
       out[n + 1 + i] = text(part)
@@ -122,7 +122,7 @@ for i = 1, n do
     local taken = tonumber(ARGV[p + 2])
     local ahead = tonumber(out[i + 1]) + taken
     if wish then
-      local part = math.min(share(room - ahead, room, taken), lease)
+      local part = share(room - ahead, room, taken, lease)
       ahead = ahead + part
       out[n + 1 + i] = string.format('%.3f', now + part)
     end

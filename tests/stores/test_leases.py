@@ -106,6 +106,20 @@ async def leased(worker, key="{xenios}:ledger:budget"):
     return int(await worker.store.client.hget(key, "leased") or 0)
 
 
+async def test_nothing_is_held_that_could_admit_nobody(server):
+    """40 an hour over three workers: a lease is worth less than one request, so that none of the 40 is kept from whoever
+    asks last.
+    """
+    rules = RuleSet([rate(40, per=3600.0)])
+    async with workers(server, 3, Clock()) as group:
+        for worker in group:
+            for _ in range(3):
+                assert await worker.ask(rules)
+        last = group[-1]
+        assert [await last.ask(rules) is not None for _ in range(35)] == [True] * 31 + [False] * 4
+        assert sum(worker.alone for worker in group) == 0
+
+
 @pytest.mark.promise("P4.leased")
 async def test_four_workers_never_pass_a_limit(server):
     """Whatever they lease, use, keep and give back: in no span more than the rate allows, never more at once than there
