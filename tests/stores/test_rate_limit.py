@@ -61,9 +61,11 @@ async def test_tokens_count_what_was_used_in_the_end(services):
     async with limited(services, {"name": "t", "tokens": 1000}, upstream=ScriptedUpstream(long)) as gw:
         assert (await gw.chat(max_tokens=10)).status == 200
         await gw.finished()
-        refused = await until(lambda: gw.chat(max_tokens=10), 429)
-        assert refused.data["error"]["type"] == "tokens"
-        assert float(refused.headers["retry-after"]) > 200
+        # until the debt is settled small ones are admitted, which may use up what there is
+        async with asyncio.timeout(5):
+            while float((refused := await gw.chat(max_tokens=10)).headers.get("retry-after", 0)) <= 200:
+                pass
+        assert (refused.status, refused.data["error"]["type"]) == (429, "tokens")
 
 
 async def test_tokens_that_were_not_used_come_back(services):
