@@ -7,7 +7,8 @@ before a request of the same worker is refused. What a dead worker held is there
 
 - A rate's lease melts as the bucket refills, from the moment it was taken. So what is outstanding is never more than
   what the bucket lacks because of it, and in any span of t seconds at most burst + limit · t / per are admitted, as
-  without leases. It is worth `LEASE_SECONDS` at most: by then a dead worker's has come back by itself.
+  without leases. It is worth `LEASE_SECONDS` at most: by then a dead worker's has come back by itself. Where that is
+  less than two requests, as with 40 an hour, there is none.
 - Slots are leased as a number of places. Who sits where is known here alone; the number is renewed.
 - Of a budget's lease each admission is noted in Redis without waiting for an answer, but before its request goes out;
   from then on it is a reservation like any. What is admitted in one turn of the loop is noted together. Notes go over a
