@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -29,9 +31,14 @@ def keep_files_in_memory() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """For a server that can't say which it took. Not of those that outgoing connections get, of which other tests make
+    hundreds meanwhile: from 32768 on, on macOS from 49152.
+    """
+    chance = secrets.SystemRandom()  # hypothesis seeds the other, alike in both processes
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port := chance.randrange(20_000, 32_000)))
+            return port
 
 
 def program(name: str, folder: str, *packages: str) -> tuple[Path, dict[str, str]]:

@@ -23,6 +23,7 @@ from tests.integration import metrics_table
 from tests.integration.metrics_table import README
 from tests.integration.process import serving
 from tests.integration.test_workers import eventually, workers
+from tests.tools import free_port
 
 CONFIG = """
 server: {{data_dir: ./data, workers: {workers}, drain_timeout: 10s}}
@@ -279,12 +280,6 @@ async def test_who_may_read_them(config, stranger, scraper, admin):
             if config.get("token"):
                 expected = 200 if wrong.strip() == "Bearer scrape-me-please" else 401
                 assert (await gw.get("/metrics", headers={"Authorization": wrong})).status == expected
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 async def test_a_port_of_its_own():
