@@ -43,6 +43,8 @@ async def refused(process: Process) -> None:
                 _, writer = await asyncio.open_connection("127.0.0.1", process.port)
             except ConnectionRefusedError:
                 return
+            except ConnectionResetError:  # nobody had accepted it when the port was closed
+                continue
             writer.close()
             await asyncio.sleep(0.02)
 
