@@ -209,6 +209,8 @@ def refused(running):
         socket.create_connection((host, int(port)), timeout=2).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # nobody had accepted it when the port was closed
+        return False
     return False
 
 
