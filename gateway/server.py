@@ -86,19 +86,15 @@ class _Connection(RequestHandler):
     """
 
     __slots__ = (
-        "__weakref__", "_context", "_head_timer", "_limits", "_serve", "_serving", "full", "listener", "lost",
-        "on_room", "peer",
+        "__weakref__", "_head_timer", "full", "listener", "lost", "on_room", "peer", "serving",
     )  # fmt: skip
 
     def __init__(self, manager: _Listener, *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
         # those of aiohttp's own are for the connection's life, ours are asked for anew
         super().__init__(manager, loop=loop, keepalive_timeout=manager.limits().keepalive_timeout, **kwargs)
         self.listener = manager
-        self._limits = manager.limits
-        self._serve = manager.serve
-        self._serving = False
+        self.serving = False
         self.lost = False  # closed, and all that was written has gone out
-        self._context = manager.context
         self._head_timer: asyncio.TimerHandle | None = None
         self.peer: tuple[Any, ...] | str | None = None
         self.full = False  # `writing_paused`, which is a call
@@ -126,29 +122,28 @@ class _Connection(RequestHandler):
             self.force_close()
             return
         self.peer = transport.get_extra_info("peername")
-        manager = self._manager
-        if manager is not None and len(manager.connections) > self._limits().max_connections:
+        if len(self.listener.connections) > self.listener.limits().max_connections:
             transport.write(_bare(503, "Retry-After: 1\r\n"))  # type: ignore[attr-defined]  # a stream transport
             self.force_close()
             return
-        self._head_timer = self._loop.call_later(self._limits().header_timeout, self._head_late)
+        self._head_timer = self._loop.call_later(self.listener.limits().header_timeout, self._head_late)
 
     async def start(self) -> None:
         """Aiohttp's own waits here for the connection's requests; ours begin as they come."""
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)  # parses
-        if self._serving:
+        if self.serving:
             return
         if self._messages:
             self._next()
         elif data and self._head_timer is None and self.transport is not None:
             # a head has begun on an idle connection, and is not complete
-            self._head_timer = self._loop.call_later(self._limits().header_timeout, self._head_late)
+            self._head_timer = self._loop.call_later(self.listener.limits().header_timeout, self._head_late)
 
     def _next(self) -> None:
         """Begin with the next request."""
-        self._serving = True
+        self.serving = True
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -158,15 +153,15 @@ class _Connection(RequestHandler):
         if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
             self._resume_reading_if_drained()
         if isinstance(message, RawRequestMessage):
-            serve = self._serve(self, message, payload)
-            self._task_handler = self._loop.create_task(serve, context=self._context.copy())
+            serve = self.listener.serve(self, message, payload)
+            self._task_handler = self._loop.create_task(serve, context=self.listener.context.copy())
         else:
             self.refuse(message.status, message.exc)
 
     def served(self, *, keep_alive: bool) -> None:
         """A request has been answered, and no byte of it is left."""
         if not keep_alive or self.listener.over or self._force_close:
-            self._serving = False
+            self.serving = False
             self.close()
             return
         if self._upgraded and not self._messages:
@@ -174,14 +169,14 @@ class _Connection(RequestHandler):
         if self._messages:
             self._next()
             return
-        self._serving = False
+        self.serving = False
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         if self._keepalive_handle is None:
             self._wait_for_more()
 
     def _wait_for_more(self) -> None:
         self._keepalive_handle = self._loop.call_at(
-            self._next_keepalive_close_time, self._process_keepalive, context=self._context
+            self._next_keepalive_close_time, self._process_keepalive, context=self.listener.context
         )
 
     def _go_on_in_http(self) -> None:
@@ -198,26 +193,22 @@ class _Connection(RequestHandler):
         self._keepalive_handle = None
         if self._loop.time() < self._next_keepalive_close_time:
             self._wait_for_more()
-        elif not self._serving:
+        elif not self.serving:
             self.force_close()
 
     def _head_late(self) -> None:
         self._head_timer = None
-        if self.transport is not None and not self._serving:
+        if self.transport is not None and not self.serving:
             self.transport.write(_bare(408))
             self.force_close()
 
     @property
     def awaited(self) -> bool:
         """A request may be on its way: the connection is new, a head has begun, or its client was just answered."""
-        if self._serving or self._close or self.transport is None:
+        if self.serving or self._close or self.transport is None:
             return False
         idle_since = self._next_keepalive_close_time - self._keepalive_timeout
         return self._head_timer is not None or self._loop.time() < idle_since + MOMENT
-
-    @property
-    def serving(self) -> bool:
-        return self._serving
 
     def close(self) -> None:
         """Of a connection that is not served: at once. Aiohttp's own leaves it open until the process ends."""
@@ -283,11 +274,13 @@ class _Listener(web.Server):
 
     def close_idle(self) -> list[_Connection]:
         """Those that are left and may still ask."""
-        idle = [connection for connection, _ in self._open() if not connection.serving]
-        for connection in idle:
-            if not connection.awaited:
+        awaited = []
+        for connection, _ in self._open():
+            if connection.awaited:
+                awaited.append(connection)
+            elif not connection.serving:
                 connection.close()
-        return [connection for connection in idle if connection.awaited]
+        return awaited
 
     async def end(self, until: float) -> None:
         """Close all, and wait for what was written to them to go out, to the loop's time `until` or a second at least.
@@ -447,7 +440,7 @@ class _Asker(DirectClient):
         """The head, of headers that were found sound."""
         version = self._message.version
         if hdrs.CONNECTION in headers or not self._payload.is_eof() or self._connection.listener.draining:
-            # refused for its framing, or before its body came: what follows on this connection is no request
+            # the end; or refused for its framing, or before its body came: what follows here is no request
             self.keep_alive = False
         if not self.keep_alive:
             headers[hdrs.CONNECTION] = "close"
@@ -560,7 +553,10 @@ class Server:
         self._sockets: list[asyncio.Server] = []
         self._runs: set[Run] = set()
         self._idle = asyncio.Event()
-        self.draining = False
+
+    @property
+    def draining(self) -> bool:
+        return self._listener is not None and self._listener.draining
 
     @property
     def live(self) -> int:
@@ -578,7 +574,6 @@ class Server:
 
     async def drain(self, delay: float, timeout: float) -> int:  # noqa: ASYNC109 - a phase's length, not a limit on it
         """Not ready but accepting for `delay`, then closed; requests get `timeout` to end. Returns the number cut."""
-        self.draining = True
         listener = self._listener
         if listener is None:
             return 0

@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
@@ -105,12 +104,6 @@ def machine_s():
 def own_s():
     """CPU seconds of this process and of the load clients that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def stop(process):

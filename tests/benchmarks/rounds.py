@@ -13,7 +13,6 @@ import time
 from tests.benchmarks.processes import (
     cores,
     cpu_s,
-    free_port,
     machine_s,
     move_stores,
     own_s,
@@ -25,6 +24,7 @@ from tests.benchmarks.processes import (
 )
 from tests.benchmarks.targets import MODEL, Place, make, python
 from tests.stores.certificates import certificate_for
+from tests.tools import free_port
 
 NOISY = 0.15  # cores that strangers use
 

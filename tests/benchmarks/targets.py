@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from gateway.kit.keys import hash_key, new_key
-from tests.benchmarks.processes import cores, free_port, last_lines, pause, pinned, stop
+from tests.benchmarks.processes import cores, last_lines, pause, pinned, stop
+from tests.tools import free_port
 
 HERE = Path(__file__).resolve().parent
 START_LIMIT_S = 60
