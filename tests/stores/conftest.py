@@ -1,15 +1,7 @@
 import pytest
 
-from gateway.stores import redis
 from tests.stores.postgres import postgres_server
 from tests.stores.servers import valkey_server
-
-
-@pytest.fixture(autouse=True)
-def _patience(request, monkeypatch):
-    """On a slow disk even a Valkey beside us may stand still for 200 ms. What that does is told where it is tested."""
-    if request.module.__name__.rpartition(".")[2] not in {"test_outages", "test_redis"}:
-        monkeypatch.setattr(redis, "TIMEOUT", 1.0)
 
 
 @pytest.fixture(scope="module")
